@@ -1,0 +1,323 @@
+"""Records to token batches: encoding, length policy, order, packing.
+
+Everything here is a function of (examples, config, seed, step), so the position of a run is its
+step number and nothing else has to be saved. Numpy only; the arrays are placed by the caller.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+OVER_LENGTH = ("fail", "trim_diagnosis", "drop")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How examples become batches.
+
+    Attributes:
+      examples: per optimiser step, whatever the packing, the microbatches or the devices.
+      microbatches: parts in which a step's rows go through the device, to save memory.
+      sequence_length: tokens of a row; the longest example must fit.
+      packing: several examples a row, isolated from each other; else one.
+      over_length: what to do with an example that does not fit: "fail" names the rows,
+        "trim_diagnosis" cuts words off the end of the diagnosis, "drop" leaves the case out.
+    """
+
+    examples: int
+    microbatches: int
+    sequence_length: int
+    packing: bool
+    over_length: str
+
+    def __post_init__(self):
+        for name in ("examples", "microbatches", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"batch.{name} must be at least 1, not {getattr(self, name)}")
+        if self.over_length not in OVER_LENGTH:
+            raise ValueError(
+                f"batch.over_length must be one of {OVER_LENGTH}, not {self.over_length!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one prompt (BOS first) and its answer (EOS last)."""
+
+    case_id: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens that go through the model: the last answer token is only predicted."""
+        return len(self.prompt) + len(self.answer) - 1
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """What the length policy did; counts of examples, lengths in tokens."""
+
+    kept: int
+    too_long: int
+    trimmed: int
+    dropped: int
+    percentiles: dict[str, int]
+
+    def __str__(self) -> str:
+        lengths = ", ".join(f"{name} {value}" for name, value in self.percentiles.items())
+        return (
+            f"{self.kept} examples kept, {self.too_long} too long "
+            f"({self.trimmed} trimmed, {self.dropped} dropped); tokens: {lengths}"
+        )
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Prompt ids with exactly one BOS; training and decoding both use this."""
+    return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+
+
+def encode_answer(tokenizer, text: str) -> list[int]:
+    """Answer ids with exactly one EOS, encoded apart from the prompt, as decoding emits them."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def task_examples(
+    records, tasks, tokenizer, config: BatchConfig
+) -> tuple[list[Example], LengthReport]:
+    """One example per record and task, after the length policy.
+
+    Raises:
+      ValueError: a record's answer is empty, or an example is too long and the policy is "fail",
+        or even an empty diagnosis does not fit; cases are named by id, never by text.
+    """
+    examples: list[Example] = []
+    lengths: list[int] = []
+    too_long: list[str] = []
+    unfit: list[str] = []
+    trimmed = dropped = 0
+    limit = config.sequence_length
+    for record in records:
+        for task in tasks:
+            text = task.answer(record)
+            if not text.strip():
+                raise ValueError(f"case {record.case_id} has no answer for the task {task.name}")
+            answer = tuple(encode_answer(tokenizer, text))
+            prompt = tuple(encode_prompt(tokenizer, task.prompt(record.diagnosis)))
+            example = Example(f"{record.case_id}/{task.name}", prompt, answer)
+            lengths.append(example.length)
+            if example.length > limit:
+                too_long.append(example.case_id)
+                if config.over_length == "drop":
+                    dropped += 1
+                    continue
+                if config.over_length == "trim_diagnosis":
+                    room = limit + 1 - len(answer)
+                    prompt = trim_prompt(tokenizer, task, record.diagnosis, room)
+                    if prompt is None:
+                        unfit.append(example.case_id)
+                        continue
+                    trimmed += 1
+                    example = Example(example.case_id, tuple(prompt), answer)
+            examples.append(example)
+    if unfit:
+        raise ValueError(
+            f"{len(unfit)} examples do not fit into batch.sequence_length={limit} even without "
+            f"their diagnosis ({_some(unfit)}): raise batch.sequence_length"
+        )
+    if too_long and config.over_length == "fail":
+        raise ValueError(
+            f"{len(too_long)} of {len(lengths)} examples are longer than "
+            f"batch.sequence_length={limit} tokens (longest {max(lengths)}; {_some(too_long)}): "
+            "raise it, or choose batch.over_length='trim_diagnosis' or 'drop'"
+        )
+    if not examples:
+        raise ValueError("no example is left after the length policy")
+    report = LengthReport(len(examples), len(too_long), trimmed, dropped, _percentiles(lengths))
+    return examples, report
+
+
+def text_examples(
+    documents: Sequence[str], tokenizer, config: BatchConfig
+) -> tuple[list[Example], LengthReport]:
+    """Plain text for full-parameter training: BOS is the prompt, all of the text is trained."""
+    examples = [
+        Example(f"document {number}", (tokenizer.bos_token_id,), tuple(answer))
+        for number, document in enumerate(documents)
+        if (answer := encode_answer(tokenizer, document))
+    ]
+    lengths = [example.length for example in examples]
+    too_long = [e.case_id for e in examples if e.length > config.sequence_length]
+    if too_long and config.over_length != "drop":
+        raise ValueError(
+            f"{len(too_long)} documents are longer than batch.sequence_length="
+            f"{config.sequence_length} tokens (longest {max(lengths)}; {_some(too_long)}): "
+            "raise it, or choose batch.over_length='drop'"
+        )
+    kept = [e for e in examples if e.length <= config.sequence_length]
+    report = LengthReport(len(kept), len(too_long), 0, len(too_long), _percentiles(lengths))
+    return kept, report
+
+
+def trim_prompt(tokenizer, task, diagnosis: str, room: int) -> list[int] | None:
+    """The prompt with as many leading words of the diagnosis as fit into `room` tokens.
+
+    The instruction is never cut. None when not even an empty diagnosis fits.
+    """
+    words = diagnosis.split()
+
+    def encoded(count: int) -> list[int]:
+        return encode_prompt(tokenizer, task.prompt(" ".join(words[:count])))
+
+    if len(encoded(0)) > room:
+        return None
+    low, high = 0, len(words)  # encoded(low) fits; find the largest count that does
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(encoded(middle)) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return encoded(low)
+
+
+def _percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    points = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
+    return {name: int(np.percentile(lengths, p)) for name, p in points.items()}
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts items into rows of `capacity`, first fit by decreasing length.
+
+    Args:
+      lengths: of the items, each at most `capacity`.
+
+    Returns:
+      Rows of item indices.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for row, free in enumerate(room):
+            if lengths[item] <= free:
+                rows[row].append(item)
+                room[row] -= lengths[item]
+                break
+        else:
+            rows.append([item])
+            room.append(capacity - lengths[item])
+    return rows
+
+
+class Batches:
+    """Batches of one split, addressed by step.
+
+    Every epoch visits each example once, in an order drawn from the seed (or, without one, as
+    given); the last batch of an epoch may be short. All batches have the same shapes: the rows
+    of the fullest step, rounded up to what the devices and microbatches divide.
+
+    Args:
+      examples: of the split.
+      config: how to batch.
+      epochs: how often the examples are visited.
+      seed: of the order; None keeps the order of the examples.
+      row_multiple: rows of one microbatch are a multiple of this (devices along the batch).
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: BatchConfig,
+        *,
+        epochs: int,
+        seed: int | None,
+        row_multiple: int,
+    ):
+        if not examples:
+            raise ValueError("there are no examples to batch")
+        self.examples, self.config = examples, config
+        order = grain.MapDataset.range(len(examples))
+        if seed is not None:
+            order = order.seed(seed).shuffle()
+        self._order = order.repeat(epochs)
+        self.steps_per_epoch = -(-len(examples) // config.examples)
+        self.steps = self.steps_per_epoch * epochs
+        longest = max(example.length for example in examples)
+        if config.packing:
+            self.row_length = config.sequence_length
+        else:
+            self.row_length = min(config.sequence_length, -(-longest // 32) * 32)
+        if longest > self.row_length:
+            raise ValueError(f"an example of {longest} tokens exceeds rows of {self.row_length}")
+        plans = [self._rows(step) for step in range(self.steps)]
+        multiple = row_multiple * config.microbatches
+        rows = max(len(plan) for plan in plans)
+        self.rows = -(-rows // multiple) * multiple
+        answers = max(sum(len(examples[i].answer) for i in row) for plan in plans for row in plan)
+        self.answer_capacity = -(-answers // 8) * 8
+        self.fill = sum(examples[i].length for plan in plans for row in plan for i in row) / (
+            self.steps * self.rows * self.row_length
+        )
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - lives as long as the run
+    def _rows(self, step: int) -> list[list[int]]:
+        epoch, number = divmod(step, self.steps_per_epoch)
+        start = number * self.config.examples
+        stop = min(start + self.config.examples, len(self.examples))
+        offset = epoch * len(self.examples)
+        chosen = [int(self._order[offset + i]) for i in range(start, stop)]
+        if not self.config.packing:
+            return [[i] for i in chosen]
+        packed = pack([self.examples[i].length for i in chosen], self.config.sequence_length)
+        return [[chosen[i] for i in row] for row in packed]
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step.
+
+        Returns:
+          int32 arrays with a leading axis of microbatches A and R rows each:
+            tokens, positions, segment_ids [A, R, T]: segments count from 1, 0 is padding;
+            positions restart in each segment.
+            answer_index [A, R, M]: where in the row an answer token is predicted.
+            targets [A, R, M]: the token predicted there.
+            weights [A, R, M] float32: 1 for answer tokens, 0 for padding.
+        """
+        plan = self._rows(step)
+        shape = (self.rows, self.row_length)
+        answers = (self.rows, self.answer_capacity)
+        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
+        batch |= {name: np.zeros(answers, np.int32) for name in ("answer_index", "targets")}
+        batch["weights"] = np.zeros(answers, np.float32)
+        for r, row in enumerate(plan):
+            start = answer_start = 0
+            for segment, index in enumerate(row, start=1):
+                example = self.examples[index]
+                tokens = [*example.prompt, *example.answer]
+                stop = start + example.length
+                batch["tokens"][r, start:stop] = tokens[:-1]
+                batch["positions"][r, start:stop] = np.arange(example.length)
+                batch["segment_ids"][r, start:stop] = segment
+                count = len(example.answer)
+                here = slice(answer_start, answer_start + count)
+                first = start + len(example.prompt) - 1
+                batch["answer_index"][r, here] = np.arange(first, first + count)
+                batch["targets"][r, here] = example.answer
+                batch["weights"][r, here] = 1
+                start, answer_start = stop, answer_start + count
+        parts = self.config.microbatches
+        return {name: array.reshape(parts, self.rows // parts, -1) for name, array in batch.items()}
+
+    def case_ids(self, step: int) -> list[str]:
+        return [self.examples[index].case_id for row in self._rows(step) for index in row]
+
+    def useful_tokens(self, step: int) -> int:
+        """Tokens of the step's examples, padding not counted."""
+        return sum(self.examples[index].length for row in self._rows(step) for index in row)

@@ -1,0 +1,89 @@
+"""Task `icd`: one ICD-10-CM code. The code table is that of simple_icd_10_cm (a release of the
+CMS/NCHS tabular list that is part of that package; it reads no network).
+"""
+
+import difflib
+import functools
+import re
+from types import ModuleType
+
+from radonc_jax.tasks.base import Record, Task, answer_section
+
+# Letter, digit, then a digit, or a letter in the few categories that have one there. Holding the
+# third place that narrow keeps stages such as "T1b" or "T2N0" from passing for codes.
+_CODE = re.compile(
+    r"(?<![a-z0-9])((?:[a-z]\d\d)|c4a|c7a|c7b|d3a|m1a|o9a|z3a)(?:\.?([0-9a-z]{1,4}))?(?![a-z0-9])",
+    re.IGNORECASE,
+)
+
+
+@functools.cache
+def _table() -> ModuleType:
+    # Parsing the table takes seconds, so only those who ask for it pay.
+    import simple_icd_10_cm
+
+    return simple_icd_10_cm
+
+
+def normalise_code(text: str) -> str | None:
+    """The first code-shaped token of `text`, dotted and in upper case, or None.
+
+    "c50411" gives "C50.411". Only the shape is looked at: see `is_leaf` for validity.
+    """
+    found = _CODE.search(text)
+    if found is None:
+        return None
+    category, rest = found.groups()
+    return (f"{category}.{rest}" if rest else category).upper()
+
+
+def is_leaf(code: str) -> bool:
+    """Whether `code` is in the table and has no codes below it, so that it can be billed."""
+    # The table accepts any string, but calls chapters ("2") and blocks ("C00-C14") items as well.
+    return bool(_CODE.fullmatch(code)) and _table().is_valid_item(code) and _table().is_leaf(code)
+
+
+@functools.cache
+def _leaves_by_letter(letter: str) -> tuple[str, ...]:
+    codes = _table().get_all_codes(with_dots=True)
+    return tuple(code for code in codes if code.startswith(letter) and is_leaf(code))
+
+
+def nearest_valid(code: str, n: int = 3) -> list[str]:
+    """Up to `n` leaf codes of the same letter that look most like `code`, best first.
+
+    A longer common beginning counts before overall likeness, since a code is a path from the
+    category down.
+    """
+    wanted = normalise_code(code)
+    if wanted is None:
+        return []
+
+    def likeness(leaf: str) -> tuple[int, float]:
+        common = next(
+            (i for i, (a, b) in enumerate(zip(wanted, leaf, strict=False)) if a != b),
+            min(len(wanted), len(leaf)),
+        )
+        return common, difflib.SequenceMatcher(None, wanted, leaf).ratio()
+
+    # sorted() is stable, so equals stay in the table's order.
+    return sorted(_leaves_by_letter(wanted[0]), key=likeness, reverse=True)[:n]
+
+
+class IcdTask(Task):
+    """A well-formed code that is not in the table is parsed, and wrong; it is not unparseable."""
+
+    name = "icd"
+    instruction = "Give the ICD-10-CM code that describes this diagnosis most exactly."
+
+    def reference(self, record: Record) -> str:
+        code = normalise_code(record.icd10)
+        if code is None:
+            raise ValueError(
+                f"case {record.case_id}: column icd10 holds no ICD-10-CM code; "
+                "prepare the cohort again or correct that row"
+            )
+        return code
+
+    def parse(self, output: str) -> str | None:
+        return normalise_code(answer_section(output))

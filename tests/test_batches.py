@@ -1,0 +1,206 @@
+"""Records to batches: what is trained, in which order, in which rows."""
+
+import numpy as np
+import pytest
+
+from radonc_jax.data.batches import (
+    BatchConfig,
+    Batches,
+    Example,
+    encode_answer,
+    encode_prompt,
+    pack,
+    task_examples,
+    text_examples,
+)
+from radonc_jax.tasks import TASKS, Record
+
+BOS, EOS = 1, 2
+
+
+class WordTokenizer:
+    """One id a word, so that lengths are easy to count."""
+
+    bos_token_id, eos_token_id = BOS, EOS
+
+    def __init__(self):
+        self.words = {}
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [3 + self.words.setdefault(word, len(self.words)) for word in text.split()]
+
+    def decode(self, ids):
+        names = {number + 3: word for word, number in self.words.items()}
+        return " ".join(names[i] for i in ids)
+
+
+def config(**changes):
+    values = dict(examples=4, microbatches=1, sequence_length=64, packing=True, over_length="fail")
+    return BatchConfig(**(values | changes))
+
+
+def record(case_id="c1", words=5):
+    diagnosis = " ".join(f"word{n}" for n in range(words))
+    return Record(case_id, "p1", diagnosis, "Breast, 50 Gy in 25 fractions", "photon", "C50.911")
+
+
+def random_examples(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Example(
+            f"case{n}",
+            (BOS, *rng.integers(3, 90, rng.integers(2, 25)).tolist()),
+            (*rng.integers(3, 90, rng.integers(0, 8)).tolist(), EOS),
+        )
+        for n in range(count)
+    ]
+
+
+def unpack(batch):
+    """Every segment of a batch as (input tokens, {offset in the segment: target})."""
+    found = []
+    arrays = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
+    for row in range(len(arrays["tokens"])):
+        segments = arrays["segment_ids"][row]
+        for segment in range(1, segments.max() + 1):
+            places = np.flatnonzero(segments == segment)
+            tokens = arrays["tokens"][row, places]
+            assert (np.diff(places) == 1).all()
+            assert (arrays["positions"][row, places] == np.arange(len(places))).all()
+            targets = {
+                int(index - places[0]): int(target)
+                for index, target, weight in zip(
+                    arrays["answer_index"][row],
+                    arrays["targets"][row],
+                    arrays["weights"][row],
+                    strict=True,
+                )
+                if weight and places[0] <= index <= places[-1]
+            }
+            found.append((tuple(tokens.tolist()), targets))
+    return found
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_a_batch_holds_each_example_whole_and_trains_its_answer_only(packing, microbatches):
+    examples = random_examples(23)
+    batches = Batches(
+        examples,
+        config(packing=packing, microbatches=microbatches, examples=10),
+        epochs=1,
+        seed=3,
+        row_multiple=2,
+    )
+    assert batches.steps == 3  # the last, short batch is trained, not dropped
+    seen = []
+    for step in range(batches.steps):
+        batch = batches[step]
+        assert batch["tokens"].shape[0] == microbatches
+        assert batch["tokens"].shape[1] % 2 == 0
+        seen += unpack(batch)
+        assert batch["weights"].sum() == sum(len(t) for _, t in unpack(batch))
+    expected = []
+    for example in examples:
+        tokens = example.prompt + example.answer
+        first = len(example.prompt) - 1
+        targets = {first + n: token for n, token in enumerate(example.answer)}
+        expected.append((tokens[:-1], targets))
+    assert sorted(seen, key=str) == sorted(expected, key=str)
+
+
+def test_all_batches_have_one_shape():
+    batches = Batches(random_examples(50), config(), epochs=2, seed=0, row_multiple=1)
+    assert (
+        len({str({k: v.shape for k, v in batches[s].items()}) for s in range(batches.steps)}) == 1
+    )
+
+
+def test_order_is_drawn_anew_each_epoch_and_from_the_seed():
+    examples = random_examples(40)
+
+    def order(seed):
+        batches = Batches(examples, config(packing=False), epochs=2, seed=seed, row_multiple=1)
+        ids = [batches.case_ids(step) for step in range(batches.steps)]
+        return sum(ids[:10], []), sum(ids[10:], [])
+
+    first, second = order(1)
+    assert sorted(first) == sorted(second) == sorted(e.case_id for e in examples)
+    assert first != second
+    assert order(1) == (first, second)
+    assert order(2)[0] != first
+
+
+def test_packing_fills_rows_and_loses_nothing():
+    lengths = np.random.default_rng(0).integers(1, 65, 200).tolist()
+    rows = pack(lengths, 64)
+    assert sorted(sum(rows, [])) == list(range(200))
+    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
+    assert len(rows) <= 1.1 * sum(lengths) / 64
+
+
+def test_prompt_has_one_bos_and_answer_one_eos():
+    tokenizer = WordTokenizer()
+    (example,), _ = task_examples([record()], [TASKS["icd"]], tokenizer, config())
+    assert example.prompt.count(BOS) == 1 and example.prompt[0] == BOS
+    assert example.answer.count(EOS) == 1 and example.answer[-1] == EOS
+    assert list(example.prompt) == encode_prompt(tokenizer, TASKS["icd"].prompt(record().diagnosis))
+    assert list(example.answer) == encode_answer(tokenizer, "C50.911")
+
+
+def test_too_long_is_an_error_that_names_cases_and_no_text():
+    records = [record("short"), record("long-case", words=200)]
+    with pytest.raises(ValueError, match="long-case/icd") as error:
+        task_examples(records, [TASKS["icd"]], WordTokenizer(), config())
+    assert "word1" not in str(error.value)
+    assert "over_length" in str(error.value)
+
+
+def test_trimming_cuts_the_diagnosis_and_neither_instruction_nor_answer():
+    tokenizer = WordTokenizer()
+    (example,), report = task_examples(
+        [record(words=200)], [TASKS["icd"]], tokenizer, config(over_length="trim_diagnosis")
+    )
+    assert report.trimmed == 1 and report.too_long == 1
+    assert example.length == 64  # all room is used
+    prefix, _, suffix = TASKS["icd"].prompt_parts("")
+    text = tokenizer.decode(example.prompt[1:])
+    assert text.startswith(" ".join(prefix.split())) and text.endswith(" ".join(suffix.split()))
+    assert "word0 word1 word2" in text and "word199" not in text
+    assert list(example.answer) == encode_answer(tokenizer, "C50.911")
+
+
+def test_dropping_is_counted():
+    examples, report = task_examples(
+        [record("a"), record("b", words=200)],
+        [TASKS["icd"]],
+        WordTokenizer(),
+        config(over_length="drop"),
+    )
+    assert [e.case_id for e in examples] == ["a/icd"]
+    assert (report.kept, report.dropped) == (1, 1)
+
+
+def test_an_instruction_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="sequence_length=8"):
+        task_examples(
+            [record(words=200)],
+            [TASKS["icd"]],
+            WordTokenizer(),
+            config(sequence_length=8, over_length="trim_diagnosis"),
+        )
+
+
+def test_plain_text_trains_every_token():
+    (example,), _ = text_examples(["a b c"], WordTokenizer(), config())
+    assert example.prompt == (BOS,)
+    assert len(example.answer) == 4 and example.answer[-1] == EOS
+
+
+@pytest.mark.parametrize(
+    "change", [{"examples": 0}, {"microbatches": 0}, {"over_length": "cut"}, {"sequence_length": 0}]
+)
+def test_config_out_of_range_is_an_error(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        config(**change)
