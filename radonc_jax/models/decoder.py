@@ -1,0 +1,335 @@
+"""The decoder of LLaMA 2 and Mistral, and of their successors of the same shape, in Flax NNX.
+
+Axes, used by every einsum and shape comment here:
+  B batch, T query position, S key position, L layers, D hidden size, N query heads,
+  K key/value heads, H head dim, F MLP size, V vocabulary, I / O input / output of a linear map.
+
+Modules and parameters carry the names of the Hugging Face checkpoints and keep their orientation
+(`kernel` is [out, in]), so a checkpoint goes in and out without a transposition. The layers'
+parameters are stacked along a leading axis L and scanned. The same call trains (packed segments)
+and decodes (cache in, cache out). The model knows nothing of adapters: `lora.inject` replaces
+`Linear` modules from outside.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from radonc_jax import parallel
+from radonc_jax.models.attention import attend, attention_mask, matmul_precision
+
+# What the backward pass keeps per layer; everything else is cheap to recompute from these.
+SAVED_NAMES = ("query", "key", "value", "attention", "residual", "gate", "up")
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Frequency scaling of Llama 3.1 and later (`rope_type: llama3` in `config.json`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint's `config.json` says of the architecture. No field has a default.
+
+    `max_position_embeddings` is a limit, not part of the arithmetic: caches and examples longer
+    than it are refused.
+    """
+
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3RopeScaling | None
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary embeddings")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be positive or null, not {self.sliding_window}")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers: each [L, B, S, K, H]; slot s of a row holds position s."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[2]
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab_size: int, hidden_size: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (vocab_size, hidden_size))
+        )
+
+    def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
+        return self.embedding[...].astype(dtype)[tokens]  # [B, T, D]
+
+
+class Linear(nnx.Module):
+    """x W^T without a bias: the only weight-bearing matrix product, and what adapters wrap."""
+
+    def __init__(self, out_size: int, in_size: int, *, layers: int | None, rngs: nnx.Rngs):
+        shape = (out_size, in_size) if layers is None else (layers, out_size, in_size)
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        return jnp.einsum("...I,OI->...O", x, kernel, precision=matmul_precision(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, layers: int | None):
+        self.scale = nnx.Param(jnp.ones((size,) if layers is None else (layers, size)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * x32.astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Rotary angular frequencies, float32 [H / 2] (Su et al. 2021, arXiv 2104.09864)."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    # Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended.
+    wavelength = 2 * jnp.pi / frequency
+    context = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = jnp.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates pairs (i, i + H/2), as Hugging Face checkpoints store them.
+
+    Args:
+      x: [B, T, N or K, H].
+      cos, sin: [B, T, 1, H / 2] in the dtype of x.
+    """
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, T, ...] at positions index [B, M] of each row: [B, M, ...]."""
+    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, layers = config, config.num_layers
+        self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        query_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.q_proj = Linear(query_size, c.hidden_size, layers=layers, rngs=rngs)
+        self.k_proj = Linear(kv_size, c.hidden_size, layers=layers, rngs=rngs)
+        self.v_proj = Linear(kv_size, c.hidden_size, layers=layers, rngs=rngs)
+        self.o_proj = Linear(c.hidden_size, query_size, layers=layers, rngs=rngs)
+
+    def __call__(self, x, rope, positions, mask, cache=None, layer=None, asking=None):
+        """x [B, T, D] -> ([B, T or M, D], cache).
+
+        With a cache, keys are those of its slots. With `asking` [B, M], the positions at which an
+        output is wanted, only those ask; all T are still seen.
+        """
+        batch, length, _ = x.shape
+        key = self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+        value = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+        key = checkpoint_name(apply_rope(key, *rope), "key")
+        if asking is not None:
+            x, mask, *rope = (pick(array, asking) for array in (x, mask, *rope))
+            length = asking.shape[1]
+        query = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
+        query = checkpoint_name(apply_rope(query, *rope), "query")
+        value = checkpoint_name(value, "value")
+        if cache is not None:
+            rows = jnp.arange(batch)[:, None]
+            cache = Cache(
+                cache.key.at[layer, rows, positions].set(key.astype(cache.key.dtype)),
+                cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype)),
+            )
+            key, value = cache.key[layer].astype(x.dtype), cache.value[layer].astype(x.dtype)
+        output = checkpoint_name(attend(query, key, value, mask), "attention")
+        return self.o_proj(output.reshape(batch, length, self.num_heads * self.head_dim)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, layers = config, config.num_layers
+        self.gate_proj = Linear(c.intermediate_size, c.hidden_size, layers=layers, rngs=rngs)
+        self.up_proj = Linear(c.intermediate_size, c.hidden_size, layers=layers, rngs=rngs)
+        self.down_proj = Linear(c.hidden_size, c.intermediate_size, layers=layers, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = checkpoint_name(self.gate_proj(x), "gate")
+        up = checkpoint_name(self.up_proj(x), "up")
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, layers = config, config.num_layers
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, layers=layers)
+        self.self_attn = Attention(c, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, layers=layers)
+        self.mlp = MLP(c, rngs=rngs)
+
+    def __call__(self, x, rope, positions, mask, cache=None, layer=None, asking=None):
+        attended, cache = self.self_attn(
+            self.input_layernorm(x), rope, positions, mask, cache, layer, asking
+        )
+        x = x if asking is None else pick(x, asking)
+        x = checkpoint_name(x + attended, "residual")
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return parallel.constrain(x, parallel.BATCH_AXES, None, None), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer.
+
+    Args:
+      config: the architecture.
+      dtype: of activations and matrix products; parameters keep their own.
+      rngs: for random weights (normal, 0.02), the start of a model trained from nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = Block(config, rngs=rngs)  # every parameter stacked [L, ...]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, layers=None)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.vocab_size, config.hidden_size, layers=None, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+        asking: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the layers.
+
+        Args:
+          tokens: int [B, T].
+          positions: int [B, T], restarting at 0 in each packed segment; with a cache, also the
+            slots that are written, and positions beyond the cache are dropped.
+          segment_ids: int [B, T] for packed rows; None when a row is one segment.
+          cache: from `init_cache` or an earlier call.
+          asking: int [B, M], positions in the row at which the output is wanted; None for all.
+            The last layer then computes its queries, output and MLP there only.
+
+        Returns:
+          hidden states [B, T or M, D] after the final norm, for `logits`; the new cache.
+        """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("packed segments cannot be decoded with a cache: pass one of the two")
+        config = self.config
+        x = parallel.constrain(
+            self.embed_tokens(tokens, self.dtype), parallel.BATCH_AXES, None, None
+        )
+        angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+        rope = tuple(f(angle)[:, :, None, :].astype(self.dtype) for f in (jnp.cos, jnp.sin))
+        if cache is None:
+            key_positions = positions
+        else:
+            key_positions = jnp.broadcast_to(
+                jnp.arange(cache.length), (tokens.shape[0], cache.length)
+            )
+        mask = attention_mask(
+            positions, key_positions, segment_ids, segment_ids, config.sliding_window
+        )
+        # Weights are picked by index, because slicing all layers but the last off the stack would
+        # copy it; whatever else a layer holds (adapters) is small and sliced.
+        graph, weights, rest = nnx.split(self.layers, nnx.Param, ...)
+
+        def block(layer, rest) -> Block:
+            def at_layer(stack):
+                return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+            return nnx.merge(graph, jax.tree.map(at_layer, weights), rest)
+
+        def run_layer(carry, inputs):
+            # The cache is carried, not scanned over, so that each layer updates it in place.
+            x, cache = carry
+            layer, rest = inputs
+            return block(layer, rest)(x, rope, positions, mask, cache, layer), None
+
+        def run_last(carry, rest):
+            x, cache = carry
+            layer = jnp.int32(last)
+            return block(layer, rest)(x, rope, positions, mask, cache, layer, asking)
+
+        if cache is None:
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
+            run_last = jax.checkpoint(run_last, policy=policy)
+        last = config.num_layers - 1
+        inputs = (jnp.arange(last), jax.tree.map(lambda stack: stack[:last], rest))
+        carry, _ = jax.lax.scan(run_layer, (x, cache), inputs)
+        x, cache = run_last(carry, jax.tree.map(lambda stack: stack[last], rest))
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V]."""
+        if self.config.tie_word_embeddings:
+            embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
+            logits = jnp.einsum(
+                "...D,VD->...V", hidden, embedding, precision=matmul_precision(hidden.dtype)
+            )
+        else:
+            logits = self.lm_head(hidden)
+        return logits.astype(jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` positions; ValueError if the model has fewer."""
+        c = self.config
+        if length > c.max_position_embeddings:
+            raise ValueError(
+                f"a cache of {length} positions was asked for, but the model's context "
+                f"(max_position_embeddings) ends at {c.max_position_embeddings}"
+            )
+        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+
+def abstract(config: ModelConfig, dtype=jnp.float32) -> Decoder:
+    """The model with shapes instead of arrays; nothing is allocated."""
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -1,0 +1,254 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685) from outside the model.
+
+`inject` replaces named `Linear` modules by `LoRALinear`; `partition` says which arrays train.
+Shapes are those of PEFT: `a` [L, rank, in] and `b` [L, out, rank], so adapters go in and out
+without a transposition. Adapters are float32 whatever the base is.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from radonc_jax.models.attention import matmul_precision
+from radonc_jax.models.decoder import Decoder, Linear, ModelConfig
+from radonc_jax.parallel import path_name
+
+PROJECTIONS = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
+
+class LoRAParam(nnx.Variable):
+    """An adapter's parameter. Not an `nnx.Param`: a split on `Param` must not take it."""
+
+
+class DropoutKey(nnx.Variable):
+    """Raw PRNG keys, uint32 [L, 2], set anew at each step; neither trained nor saved."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapter.
+
+    Attributes:
+      rank: inner size r.
+      alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `rslora`.
+      dropout: share of the adapter's inputs set to zero in training, 0 <= dropout < 1.
+      targets: projections that get an adapter, of `PROJECTIONS`.
+      rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
+      dora: weight-decomposed adaptation (Liu et al. 2024, arXiv 2402.09353).
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    rslora: bool
+    dora: bool
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        unknown = sorted(set(self.targets) - set(PROJECTIONS))
+        if unknown:
+            raise ValueError(
+                f"lora.targets names unknown projections {unknown}; there are {list(PROJECTIONS)}"
+            )
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"lora.targets must name each projection once: {self.targets}")
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, not {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class LoRALinear(nnx.Module):
+    """`base(x) + scale * B A x`, with A and B stacked over layers like the base's kernel."""
+
+    def __init__(self, base: Linear, config: LoRAConfig):
+        layers, out_size, in_size = base.kernel.shape
+        self.base = base
+        self.a = LoRAParam(jnp.zeros((layers, config.rank, in_size)))
+        self.b = LoRAParam(jnp.zeros((layers, out_size, config.rank)))
+        self.scale = config.scale
+        self.dropout = config.dropout
+        self.deterministic = False
+        self.dora = config.dora
+        if config.dora:
+            self.magnitude = LoRAParam(jnp.ones((layers, out_size)))
+        if config.dropout:
+            self.dropout_key = DropoutKey(jnp.zeros((layers, 2), jnp.uint32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        precision = matmul_precision(x.dtype)
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        base_output = self.base(x)
+        dropped = self.dropout > 0 and not self.deterministic
+        adapter_input = x
+        if dropped:
+            key = jax.random.wrap_key_data(self.dropout_key[...])
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            adapter_input = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        low = jnp.einsum("...I,RI->...R", adapter_input, a, precision=precision)
+        update = jnp.einsum("...R,OR->...O", low, b, precision=precision) * self.scale
+        if not self.dora:
+            return base_output + update
+        # As in PEFT, dropout reaches the direction's base term too, and the norm is a constant
+        # of the backward pass (section 4.3 of the DoRA paper).
+        merged = merge_kernel(self.base.kernel[...], self.a[...], self.b[...], self.scale)
+        norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=-1))
+        ratio = (self.magnitude[...] / norm).astype(x.dtype)
+        direction = self.base(adapter_input) if dropped else base_output
+        return base_output + (ratio - 1) * direction + ratio * update
+
+
+def merge_kernel(kernel, a, b, scale):
+    """W + scale B A in float32; [..., out, in] of stacked or single layers."""
+    product = jnp.einsum(
+        "...OR,...RI->...OI",
+        b.astype(jnp.float32),
+        a.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return kernel.astype(jnp.float32) + scale * product
+
+
+def inject(model: Decoder, config: LoRAConfig) -> Decoder:
+    """Puts adapters on the named projections of every layer, in place.
+
+    Raises:
+      ValueError: the number of adapted projections is not the number of targets.
+    """
+    count = 0
+    for name in config.targets:
+        parent = getattr(model.layers, PROJECTIONS[name])
+        if isinstance(getattr(parent, name), Linear):
+            setattr(parent, name, LoRALinear(getattr(parent, name), config))
+            count += 1
+    if count != len(config.targets):
+        raise ValueError(
+            f"{count} of {len(config.targets)} projections could take an adapter; "
+            "is there one already?"
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A model taken apart: what trains, what is frozen, and how to put it together.
+
+    Attributes:
+      graph: the modules, without arrays.
+      trainable: shapes of the trained parameters (adapter, or all of the model).
+      frozen: shapes of the others; empty when the whole model trains.
+      keys: shapes of the dropout keys; empty without dropout.
+    """
+
+    graph: nnx.GraphDef
+    trainable: nnx.State
+    frozen: nnx.State
+    keys: nnx.State
+
+    def merge(self, trainable, frozen, dropout_key: jax.Array | None = None) -> Decoder:
+        """The model with these arrays; dropout is on only when a key is given."""
+        data = jax.random.key_data(jax.random.key(0) if dropout_key is None else dropout_key)
+
+        def layer_keys(path, leaf):
+            key = jax.random.wrap_key_data(data)
+            key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+            return jax.random.key_data(jax.random.split(key, leaf.shape[0]))
+
+        keys = jax.tree_util.tree_map_with_path(layer_keys, self.keys)
+        model = nnx.merge(self.graph, trainable, keys, frozen)
+        if dropout_key is None:
+            model.eval()
+        return model
+
+
+def partition(config: ModelConfig, lora: LoRAConfig | None, dtype) -> Partition:
+    """The abstract model, split into trained and frozen arrays.
+
+    Args:
+      config: the architecture.
+      lora: the adapter, which then is all that trains; None to train the whole model.
+      dtype: of activations.
+    """
+
+    def build():
+        model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+        return model if lora is None else inject(model, lora)
+
+    trained = nnx.Param if lora is None else LoRAParam
+    graph, trainable, keys, frozen = nnx.split(nnx.eval_shape(build), trained, DropoutKey, ...)
+    return Partition(graph, trainable, frozen, keys)
+
+
+def init(abstract: nnx.State, frozen: nnx.State, seed: int) -> nnx.State:
+    """A fresh adapter: `a` uniform as PEFT draws it, `b` zero, magnitudes the base's row norms.
+
+    With `b` zero the adapted model equals its base exactly (for DoRA, up to rounding of the norm).
+
+    Args:
+      abstract: shapes of the adapter, from `partition`.
+      frozen: the base, read for DoRA's magnitudes only.
+      seed: of the draw; each array's values depend on the seed and its path alone.
+    """
+    kernels = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)}
+
+    def draw(path, leaf):
+        name = path_name(path)
+        kind = name.rsplit("/", 1)[1]
+        if kind == "a":
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+            bound = leaf.shape[-1] ** -0.5
+            return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
+        if kind == "magnitude":
+            kernel = kernels[name.removesuffix("magnitude") + "base/kernel"]
+            return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-1)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def merge_weights(frozen: nnx.State, adapter: nnx.State, config: LoRAConfig) -> dict:
+    """The base with the adapter added, as {path of the unadapted model: array}.
+
+    Adapted kernels come out float32, to be rounded once by whoever writes them; others unchanged.
+    """
+    kernels = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(frozen)}
+    parts = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(adapter)}
+    merged = {}
+    for name, kernel in kernels.items():
+        place = name.removesuffix("base/kernel")
+        if place == name:
+            merged[name] = kernel
+            continue
+        merged[place + "kernel"] = adapted_kernel(
+            kernel, parts[place + "a"], parts[place + "b"], parts.get(place + "magnitude"), config
+        )
+    return merged
+
+
+def adapted_kernel(kernel, a, b, magnitude, config: LoRAConfig) -> jax.Array:
+    """One kernel with its adapter added, float32 [..., out, in]; `magnitude` None without DoRA."""
+    weight = merge_kernel(kernel, a, b, config.scale)
+    if not config.dora:
+        return weight
+    return weight * (magnitude / jnp.linalg.norm(weight, axis=-1))[..., None]
+
+
+def count(state: nnx.State) -> int:
+    """Number of parameters in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
