@@ -8,7 +8,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import grain
 import numpy as np
 
 OVER_LENGTH = ("fail", "trim_diagnosis", "drop")
@@ -241,6 +240,8 @@ class Batches:
         seed: int | None,
         row_multiple: int,
     ):
+        import grain  # here, because it imports jax, which the rest of this module does without
+
         if not examples:
             raise ValueError("there are no examples to batch")
         self.examples, self.config = examples, config

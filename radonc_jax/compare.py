@@ -1,0 +1,47 @@
+"""The paper's table over finished runs: report.json, report.html, figure.svg and figure.png.
+
+python -m radonc_jax.compare --runs=runs/regimen,runs/modality,runs/icd --output=report
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from radonc_jax.evaluation.report import read_run, write_runs
+
+_RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")
+_SPLIT = flags.DEFINE_string("split", "test", "Split whose evaluations are compared.")
+_TEXT = flags.DEFINE_bool("include_text", True, "Show example cases with their clinical text.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; every setting is a --flag")
+    try:
+        runs = [read_run(Path(folder), _SPLIT.value) for folder in _RUNS.value if folder]
+        if not runs:
+            raise ValueError("--runs names no folder")
+        report = write_runs(
+            runs,
+            Path(_OUTPUT.value),
+            include_text=_TEXT.value,
+            figures=True,
+            seed=_SEED.value,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    for task, entry in report["tasks"].items():
+        original, tuned = entry["original"]["accuracy"], entry["tuned"]["accuracy"]
+        print(
+            f"{task}: accuracy {original['value']:.3f} original, {tuned['value']:.3f} tuned, "
+            f"one-sided Wilcoxon p = {entry['tests']['wilcoxon']['p_value']:.2g}"
+        )
+    print(f"wrote {Path(_OUTPUT.value) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["runs", "output"])
+    app.run(main)

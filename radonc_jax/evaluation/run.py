@@ -1,0 +1,160 @@
+"""One evaluation for the training loop, `evaluate` and the notebook: decode, parse, score, write.
+
+The decoder is handed in as a function, so this module knows no model and no jax.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from radonc_jax.evaluation import metrics
+from radonc_jax.tasks import Record, Task
+
+PREDICTIONS = "predictions.jsonl"
+METRICS = "metrics.json"
+MODELS = ("original", "tuned")
+
+
+class Generation(Protocol):
+    """What a decoder returns for one prompt; radonc_jax.decoding.greedy has the real one."""
+
+    text: str
+    tokens: list[int]
+    logprob: float
+    finished: bool
+
+
+def evaluate(
+    decode: Callable[[list[str]], list[Generation]],
+    records: Sequence[Record],
+    tasks: Sequence[Task],
+    *,
+    split: str,
+    model: str,
+    output: Path | None,
+    seed: int = 0,
+    ceiling: Mapping[str, float] | None = None,
+    bootstrap: int = 1000,
+) -> dict:
+    """Lets a model answer every task for every record, and scores the answers.
+
+    Args:
+      decode: prompts -> generations, in the same order.
+      split: name of the split, written into the metrics.
+      model: "original" or "tuned".
+      output: folder for predictions.jsonl and metrics.json, or None to write nothing.
+      ceiling: best reachable accuracy by task name, where known (synthetic cohorts).
+      bootstrap: resamples for the 95 % intervals; 0 is for quick scores inside the training loop.
+
+    Returns:
+      What metrics.json holds: the metrics of the one task, or for several tasks
+      {"task": "all", "split", "model", "n", "tasks": {name: metrics}}.
+
+    Raises:
+      ValueError: no records, a case id twice, a decoder that returns another number of answers or
+        a log-probability that is not finite.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")
+    if not records:
+        raise ValueError(f"split {split!r} has no cases; nothing can be evaluated")
+    predictions, scores = [], {}
+    for task in tasks:
+        answered = _answer(decode, records, task)
+        predictions += answered
+        scores[task.name] = metrics.score(
+            answered, task, split=split, model=model, bootstrap=bootstrap, seed=seed
+        )
+        if ceiling is not None:
+            scores[task.name]["ceiling"] = ceiling.get(task.name)
+    result = join_tasks(scores, split=split, model=model)
+    if output is not None:
+        lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in predictions)
+        write_file(output / PREDICTIONS, "".join(line + "\n" for line in lines))
+        write_file(output / METRICS, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return result
+
+
+def _answer(
+    decode: Callable[[list[str]], list[Generation]], records: Sequence[Record], task: Task
+) -> list[dict]:
+    prompts = [task.prompt(record.diagnosis) for record in records]
+    generations = decode(prompts)
+    if len(generations) != len(prompts):
+        raise ValueError(
+            f"task {task.name}: the decoder returned {len(generations)} answers to "
+            f"{len(prompts)} prompts"
+        )
+    broken = sum(not math.isfinite(generation.logprob) for generation in generations)
+    if broken:
+        raise ValueError(
+            f"task {task.name}: {broken} of {len(prompts)} answers have a log-probability that is "
+            "not finite; the weights or the precision are broken, so the answers mean nothing"
+        )
+    return [
+        metrics.judge(
+            task,
+            record,
+            generation.text,
+            prompt_sha256=hashlib.sha256(prompt.encode()).hexdigest(),
+            logprob=float(generation.logprob),
+            finished=bool(generation.finished),
+        )
+        for record, prompt, generation in zip(records, prompts, generations, strict=True)
+    ]
+
+
+def join_tasks(scores: Mapping[str, dict], *, split: str, model: str) -> dict:
+    """metrics.json of several tasks, or the metrics of the only one as they are."""
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    n = sum(task_metrics["n"] for task_metrics in scores.values())
+    return {"task": "all", "split": split, "model": model, "n": n, "tasks": dict(scores)}
+
+
+def split_tasks(result: Mapping) -> dict[str, dict]:
+    """The inverse of `join_tasks`: task name -> metrics, whichever form a metrics.json has."""
+    return dict(result["tasks"]) if "tasks" in result else {result["task"]: dict(result)}
+
+
+def read_predictions(path: Path) -> dict[str, list[dict]]:
+    """predictions.jsonl by task, in the file's order.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a line is no prediction (file and line are named, its text is not).
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; evaluate this model on this split first")
+    needed = {"case_id", "patient_id", "task", "output", "answer", "reference", "correct"}
+    needed |= {"rouge1", "finished"}
+    by_task: dict[str, list[dict]] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                prediction = json.loads(line)
+                absent = sorted(needed - prediction.keys())
+            except (json.JSONDecodeError, AttributeError):
+                # The decoder's own message could quote the line.
+                raise ValueError(f"{path}, line {number}: not a JSON object") from None
+            if absent:
+                raise ValueError(f"{path}, line {number}: no {', '.join(absent)}")
+            by_task.setdefault(prediction["task"], []).append(prediction)
+    if not by_task:
+        raise ValueError(f"{path} holds no predictions; evaluate this model again")
+    return by_task
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a whole file or none: aside first, then renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,178 @@
+"""The evaluation run: prompts out, generations in, files and metrics by contract."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from radonc_jax.evaluation import baselines, run
+from radonc_jax.tasks import TASKS, Record, select
+
+RECORDS = [
+    Record("c1", "p1", "cancer of R breast", "40 Gy in 15 fx, R breast", "photon", "C50.911"),
+    Record("c2", "p2", "prostate ca", "70 Gy(RBE) in 28 fx, prostate", "proton", "C61"),
+    Record("c3", "p2", "ca of L breast", "40 Gy in 15 fx, L breast", "photon", "C50.912"),
+]
+
+
+def generation(text, **fields):
+    return SimpleNamespace(
+        **{"text": text, "tokens": [], "logprob": -0.5, "finished": True} | fields
+    )
+
+
+def answering(texts, **fields):
+    return lambda prompts: [generation(text, **fields) for text in texts]
+
+
+def evaluate(decode, output=None, task="icd", records=RECORDS, **options):
+    options = {"split": "test", "model": "tuned", "bootstrap": 20} | options
+    return run.evaluate(decode, records, select(task), output=output, **options)
+
+
+def test_files_follow_the_contract(tmp_path):
+    seen = []
+
+    def decode(prompts):
+        seen.extend(prompts)
+        texts = [" C50.911\n", "no idea", "C50.911"]
+        return [generation(text, finished=text != "no idea") for text in texts]
+
+    result = evaluate(decode, tmp_path / "out", ceiling={"icd": 0.9})
+    task = TASKS["icd"]
+    assert seen == [task.prompt(record.diagnosis) for record in RECORDS]
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {
+        "case_id": "c1",
+        "task": "icd",
+        "prompt_sha256": hashlib.sha256(seen[0].encode()).hexdigest(),
+        "output": " C50.911\n",
+        "answer": "C50.911",
+        "reference": "C50.911",
+        "correct": True,
+        "rouge1": 1.0,
+        "logprob": -0.5,
+        "finished": True,
+        "patient_id": "p1",
+    }
+    assert [json.loads(line)["correct"] for line in lines] == [True, False, False]
+    assert json.loads(lines[1])["answer"] is None
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
+    keys = """task split model n unparseable unfinished accuracy rouge1 precision_macro recall_macro
+    f1_macro precision_weighted recall_weighted f1_weighted per_class confusion ceiling"""
+    assert set(result) == set(keys.split())
+    assert (result["n"], result["unparseable"], result["unfinished"]) == (3, 1, 1)
+    assert result["ceiling"] == 0.9
+    # Nothing is left beside the two files.
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "metrics.json",
+        "predictions.jsonl",
+    ]
+    assert run.read_predictions(tmp_path / "out" / "predictions.jsonl") == {
+        "icd": [json.loads(line) for line in lines]
+    }
+
+
+def test_several_tasks(tmp_path):
+    result = evaluate(answering(["photon", "C61", "40 Gy in 15 fx, L breast"]), tmp_path, "all")
+    assert (result["task"], result["n"], set(result["tasks"])) == ("all", 9, set(TASKS))
+    assert run.split_tasks(result) == result["tasks"]
+    assert result["tasks"]["regimen"]["accuracy"]["value"] == pytest.approx(1 / 3)
+    single = evaluate(answering(["photon", "C61", "x"]), None, "modality")
+    assert run.split_tasks(single) == {"modality": single}
+    by_task = run.read_predictions(tmp_path / "predictions.jsonl")
+    assert {task: len(lines) for task, lines in by_task.items()} == dict.fromkeys(TASKS, 3)
+
+
+def test_quick_scores_equal_the_full_ones_but_for_the_intervals():
+    decode = answering(["C50.911", "C61", "x"])
+    full, quick = evaluate(decode), evaluate(decode, bootstrap=0)
+    assert quick["accuracy"] == {"value": full["accuracy"]["value"], "low": None, "high": None}
+    assert quick["per_class"] == full["per_class"]
+
+
+def test_bad_decoders_and_records_write_nothing(tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match="2 answers to 3 prompts"):
+        evaluate(answering(["a", "b"]), output)
+    with pytest.raises(ValueError, match="3 of 3 answers have a log-probability that is not"):
+        evaluate(answering("abc", logprob=float("nan")), output)
+    with pytest.raises(ValueError, match="split 'test' has no cases"):
+        evaluate(answering([]), output, records=[])
+    with pytest.raises(ValueError, match="1 case ids stand more than once"):
+        evaluate(answering("ab"), output, records=[RECORDS[0]] * 2)
+    with pytest.raises(ValueError, match="model is 'best'"):
+        evaluate(answering("abc"), output, model="best")
+    assert not output.exists()
+
+
+def test_damaged_predictions_are_named_without_their_text(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(FileNotFoundError, match="predictions.jsonl is missing"):
+        run.read_predictions(path)
+    for content, message in (
+        ('{"output": "secret', "line 1: not a JSON object"),
+        ('["secret"]', "line 1: not a JSON object"),
+        ('{"case_id": "secret", "task": "icd"}', "line 1: no answer, correct"),
+        ("", "holds no predictions"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message) as error:
+            run.read_predictions(path)
+        assert "secret" not in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    run.write_file(path, "old")
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(run.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.write_file(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# -- baselines -------------------------------------------------------------------------------
+
+
+def training(*pairs):
+    return [
+        Record(f"t{i}", f"q{i}", diagnosis, "8 Gy x 1", "photon", code)
+        for i, (diagnosis, code) in enumerate(pairs)
+    ]
+
+
+TRAINING = training(
+    ("Prostate  CA", "C61"),
+    ("prostate ca", "C61"),
+    ("prostate ca", "C20"),
+    ("ca of L breast", "C50.912"),
+    ("another text", "C20"),
+    ("one more", "C20"),
+)
+
+
+def test_majority_and_lookup():
+    task = TASKS["icd"]
+    assert baselines.majority_answers(task, TRAINING, RECORDS) == ["C20"] * 3
+    assert baselines.lookup_answers(task, TRAINING, RECORDS) == ["C20", "C61", "C50.912"]
+    # A tie is settled by spelling, not by the order of the rows.
+    tied = training(("a", "C61"), ("b", "C20"))
+    for rows in (tied, tied[::-1]):
+        assert baselines.majority_answers(task, rows, RECORDS[:1]) == ["C20"]
+    with pytest.raises(ValueError, match="training split is empty"):
+        baselines.majority_answers(task, [], RECORDS)
+
+
+def test_baselines_are_scored_as_models_are():
+    scores = baselines.score_baselines(TASKS["icd"], TRAINING, RECORDS, split="test", bootstrap=20)
+    assert scores["majority"]["accuracy"]["value"] == 0
+    assert scores["lookup"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert scores["lookup"]["model"] == "lookup"
+    same = evaluate(answering(["C20", "C61", "C50.912"]), seed=0)
+    assert scores["lookup"] == same | {"model": "lookup"}

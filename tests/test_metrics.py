@@ -1,0 +1,209 @@
+"""Scores against scikit-learn, rouge-score and figures made by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from rouge_score import rouge_scorer
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+from radonc_jax.evaluation import metrics
+from radonc_jax.evaluation.statistics import patient_weights
+from radonc_jax.tasks import TASKS, Record
+
+
+def prediction(case, reference, answer, patient=None, task="modality", **fields):
+    return {
+        "case_id": str(case),
+        "patient_id": str(case if patient is None else patient),
+        "task": task,
+        "output": answer or "",
+        "answer": answer,
+        "reference": reference,
+        "correct": answer == reference,
+        "rouge1": float(answer == reference),
+        "finished": True,
+    } | fields
+
+
+def score(predictions, task="modality", **options):
+    return metrics.score(predictions, TASKS[task], split="test", model="tuned", **options)
+
+
+def random_predictions(n, classes, seed, per_patient=3):
+    rng = np.random.default_rng(seed)
+    labels = [f"C{10 + i // 10}.{i % 10}" for i in range(classes)]
+    answers = [*labels, "D99.9", None]  # one that is nobody's reference, one unparseable
+    return [
+        prediction(
+            i,
+            labels[int(rng.integers(classes) * rng.random())],
+            answers[int(rng.integers(len(answers)))],
+            patient=rng.integers(1 + n // per_patient),
+            task="icd",
+            rouge1=float(rng.random()),
+        )
+        for i in range(n)
+    ]
+
+
+def test_golden_values_by_hand():
+    # photon: 3 cases, 2 hit; proton: 2 cases, 1 hit, 1 answered "photon"; electron: unparseable.
+    result = score(
+        [
+            prediction(1, "photon", "photon"),
+            prediction(2, "photon", "photon"),
+            prediction(3, "photon", "brachytherapy"),
+            prediction(4, "proton", "proton"),
+            prediction(5, "proton", "photon"),
+            prediction(6, "electron", None, finished=False),
+        ],
+        bootstrap=0,
+    )
+    assert (result["n"], result["unparseable"], result["unfinished"]) == (6, 1, 1)
+    assert (result["task"], result["split"], result["model"]) == ("modality", "test", "tuned")
+    assert result["accuracy"] == {"value": 0.5, "low": None, "high": None}
+    # "brachytherapy" is no reference: a miss for photon, a false alarm for no class.
+    assert result["precision_macro"]["value"] == pytest.approx((0 + 2 / 3 + 1) / 3)
+    assert result["recall_macro"]["value"] == pytest.approx((0 + 2 / 3 + 1 / 2) / 3)
+    assert result["f1_macro"]["value"] == pytest.approx((0 + 2 / 3 + 2 / 3) / 3)
+    assert result["f1_weighted"]["value"] == pytest.approx((2 / 3 * 3 + 2 / 3 * 2) / 6)
+    assert result["per_class"]["proton"] == {
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3),
+        "support": 2,
+    }
+    assert "brachytherapy" not in result["per_class"]
+    assert result["confusion"] == {
+        "labels": ["photon", "proton", "electron", "brachytherapy", "unparseable"],
+        "matrix": [[2, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]],
+    }
+
+
+def sklearn_scores(references, answers):
+    classes = sorted(set(references))
+    answers = [answer or "unparseable" for answer in answers]
+    scores = {}
+    for average in ("macro", "weighted"):
+        values = precision_recall_fscore_support(
+            references, answers, labels=classes, average=average, zero_division=0
+        )
+        scores |= {
+            f"{name}_{average}": value
+            for name, value in zip(("precision", "recall", "f1"), values, strict=False)
+        }
+    return scores
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_scikit_learn_on_random_data(seed):
+    predictions = random_predictions(200, 17, seed)
+    references = [p["reference"] for p in predictions]
+    answers = [p["answer"] for p in predictions]
+    result = score(predictions, "icd", bootstrap=0)
+    for name, value in sklearn_scores(references, answers).items():
+        assert result[name]["value"] == pytest.approx(value, abs=1e-12)
+    readable = [answer or "" for answer in answers]
+    assert result["accuracy"]["value"] == pytest.approx(accuracy_score(references, readable))
+    matrix = np.array(result["confusion"]["matrix"])
+    assert matrix.sum() == 200
+    assert matrix[:, -1].sum() == result["unparseable"] == answers.count(None)
+    assert matrix.shape[1] == matrix.shape[0] + 1 == len(result["confusion"]["labels"])
+
+
+def test_every_bootstrap_sample_is_what_scikit_learn_gives_on_the_resampled_cases():
+    predictions = random_predictions(60, 7, seed=5)
+    references = [p["reference"] for p in predictions]
+    answers = [p["answer"] for p in predictions]
+    patients = [p["patient_id"] for p in predictions]
+    samples = metrics._class_score_samples(
+        references,
+        [answer or "unparseable" for answer in answers],
+        sorted(set(references)),
+        patients,
+        resamples=15,
+        seed=3,
+    )
+    weights = np.concatenate(list(patient_weights(patients, 15, seed=3)))
+    names = np.unique(patients)
+    for row in range(15):
+        drawn = [
+            i
+            for name, times in zip(names, weights[row], strict=True)
+            for _ in range(int(times))
+            for i, patient in enumerate(patients)
+            if patient == name
+        ]
+        expected = sklearn_scores([references[i] for i in drawn], [answers[i] for i in drawn])
+        for name, value in expected.items():
+            assert samples[name][row] == pytest.approx(value, abs=1e-12), name
+
+
+def test_intervals_hold_the_value_and_are_seeded():
+    predictions = random_predictions(300, 5, seed=1)
+    result = score(predictions, "icd", bootstrap=200, seed=7)
+    for name in ("accuracy", "rouge1", *metrics.CLASS_SCORES):
+        assert result[name]["low"] <= result[name]["value"] <= result[name]["high"], name
+        assert result[name]["low"] < result[name]["high"]
+    assert score(predictions, "icd", bootstrap=200, seed=7) == result
+    assert score(predictions, "icd", bootstrap=200, seed=8) != result
+    json.dumps(result, allow_nan=False)
+
+
+def test_regimen_has_no_classes_but_keeps_the_keys():
+    result = score([prediction(1, "Prostate, 70 Gy", None, task="regimen")], "regimen")
+    assert result["f1_macro"] == {"value": None, "low": None, "high": None}
+    assert result["per_class"] == {}
+    assert result["accuracy"]["value"] == 0
+
+
+def test_all_unparseable_is_a_defined_result():
+    result = score([prediction(i, "photon", None) for i in range(4)], bootstrap=50)
+    assert result["unparseable"] == 4
+    assert result["f1_macro"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    json.dumps(result, allow_nan=False)
+
+
+def test_one_patient_has_no_spread():
+    result = score([prediction(i, "photon", "photon", patient="p") for i in range(4)])
+    assert result["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_bad_predictions():
+    with pytest.raises(ValueError, match="no predictions"):
+        score([])
+    with pytest.raises(ValueError, match="1 case ids stand more than once"):
+        score([prediction(1, "photon", "photon")] * 2)
+    with pytest.raises(ValueError, match="1 predictions belong to another task"):
+        score([prediction(1, "C61", "C61", task="icd")])
+
+
+def test_rouge_is_that_of_rouge_score():
+    reference = "Right breast, 40.05 Gy in 15 fractions"
+    output = " Left breast, 40.05 Gy in 16 fractions \n"
+    scorer = rouge_scorer.RougeScorer(["rouge1"], use_stemmer=False)
+    expected = scorer.score(reference, output)["rouge1"].fmeasure
+    assert metrics.rouge1(output, reference) == expected == pytest.approx(6 / 8)
+    # No stemming: the plural is another word.
+    assert metrics.rouge1("photons", "photon") == 0
+    assert metrics.rouge1("", "photon") == 0
+
+
+def test_judge_takes_rouge_of_the_raw_output():
+    record = Record("c", "p", "text", "70 Gy in 28 fx to prostate", "photon", "C61")
+    judged = metrics.judge(TASKS["icd"], record, "The code is c61", logprob=-1.5, finished=False)
+    assert (
+        list(judged)
+        == (
+            "case_id task prompt_sha256 output answer reference correct rouge1 logprob finished "
+            "patient_id"
+        ).split()
+    )
+    assert (judged["answer"], judged["correct"], judged["output"]) == (
+        "C61",
+        True,
+        "The code is c61",
+    )
+    assert judged["rouge1"] == pytest.approx(2 * (1 / 4) / (1 / 4 + 1))
+    assert (judged["logprob"], judged["finished"]) == (-1.5, False)

@@ -1,0 +1,231 @@
+"""report.json, report.html and the compare command, on run folders written by the evaluation."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from radonc_jax.data.cohort import write_cohort
+from radonc_jax.evaluation import report, run
+from radonc_jax.tasks import TASKS, select
+
+NASTY = "<script>alert('x')</script> & \"L breast\""
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    codes, labels = ["C61", "C50.911", "C20"], ["photon", "proton", "photon"]
+    rows = [
+        {
+            "case_id": f"{split}-{i}",
+            "patient_id": f"{split}-{i // 2}",
+            "diagnosis": f"{NASTY} variant {i % 9}",
+            "regimen": f"{50 + i % 3} Gy in 25 fx to L breast",
+            "modality": labels[i % 3],
+            "icd10": codes[i % 3],
+            "split": split,
+        }
+        for split, n in (("train", 30), ("validation", 6), ("test", 48))
+        for i in range(n)
+    ]
+    folder = tmp_path_factory.mktemp("data") / "cohort"
+    excluded = pd.DataFrame(columns=["row", "reason"])
+    facts = {"ceiling": {"icd": 0.93}}
+    write_cohort(folder, pd.DataFrame(rows), excluded, facts)
+    return folder
+
+
+def make_run(workdir, cohort, task="icd", right=(0.3, 0.8), name="base/model"):
+    records = report.load_records(cohort, "test")
+    for model, share in zip(run.MODELS, right, strict=True):
+        rng = np.random.default_rng(3)
+        remaining = list(select(task))
+
+        def decode(prompts, share=share, rng=rng, remaining=remaining):
+            current = remaining.pop(0)
+            return [
+                SimpleNamespace(
+                    text=current.answer(record) if rng.random() < share else f"{NASTY} wrong",
+                    tokens=[],
+                    logprob=-1.0,
+                    finished=True,
+                )
+                for record in records
+            ]
+
+        run.evaluate(
+            decode,
+            records,
+            select(task),
+            split="test",
+            model=model,
+            output=workdir / "evaluation" / "test" / model,
+            bootstrap=50,
+        )
+    config = {"cohort": str(cohort), "model": name}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "manifest.json").write_text(json.dumps({"seed": 5}))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, cohort):
+    return make_run(tmp_path_factory.mktemp("runs") / "all", cohort, "all")
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+        if tag not in ("meta", "br", "input", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_report_of_one_run(workdir):
+    result = report.write_report(workdir, "test", bootstrap=50)
+    assert json.loads((workdir / "report.json").read_text()) == result
+    assert list(result["tasks"]) == list(TASKS)
+    for task, entry in result["tasks"].items():
+        folder = workdir / "evaluation" / "test"
+        for model in run.MODELS:
+            written = json.loads((folder / model / "metrics.json").read_text())
+            assert entry[model] == written["tasks"][task]
+        assert set(entry["tests"]) == {
+            "wilcoxon",
+            "mcnemar",
+            "difference",
+            "wilcoxon_rouge1",
+            "difference_rouge1",
+        }
+        value = entry["tuned"]["accuracy"]["value"] - entry["original"]["accuracy"]["value"]
+        assert entry["tests"]["difference"]["value"] == pytest.approx(value)
+        assert entry["tests"]["wilcoxon"]["p_holm"] >= entry["tests"]["wilcoxon"]["p_value"]
+        assert set(entry["baselines"]) == {"majority", "lookup"}
+        assert entry["baselines"]["majority"]["n"] == entry["tuned"]["n"] == 48
+        assert entry["further_runs"] == []
+        assert entry["sizes"] == {"train": 30, "validation": 6, "test": 48}
+    assert result["tasks"]["icd"]["ceiling"] == 0.93
+    assert result["tasks"]["regimen"]["ceiling"] is None
+    assert result["provenance"]["all"]["manifest"] == {"seed": 5}
+
+
+def test_page_is_self_contained_and_escapes(workdir):
+    report.write_report(workdir, "test", bootstrap=50)
+    text = (workdir / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert not [link for link in page.links if not link.startswith("#")]
+    assert not re.search(r"url\((?!#)", text)
+    assert NASTY not in text and "&lt;script&gt;" in text
+    assert report.NOTICE in text
+    assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", text.lower())
+    assert "currentColor" in text and 'width="device-width' not in text
+    assert "width=device-width" in text and "prefers-color-scheme: dark" in text
+    # The very figures of report.json stand in the table.
+    accuracy = json.loads((workdir / "report.json").read_text())["tasks"]["icd"]["tuned"][
+        "accuracy"
+    ]
+    assert f"<td>{accuracy['value']:.3f}<small>{accuracy['low']:.3f}" in text
+
+
+def test_a_published_report_holds_no_clinical_text(workdir, tmp_path):
+    runs = [report.read_run(workdir)]
+    report.write_runs(runs, tmp_path, include_text=False, bootstrap=20)
+    for name in ("report.html", "report.json"):
+        text = (tmp_path / name).read_text()
+        for clinical in ("L breast", "alert", "&gt;", "variant 1", "test-1"):
+            assert clinical not in text, (name, clinical)
+
+
+def test_same_input_same_bytes(workdir, tmp_path):
+    for name in ("a", "b"):
+        runs = [report.read_run(workdir)]
+        report.write_runs(runs, tmp_path / name, figures=True, bootstrap=20)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["figure.png", "figure.svg", "report.html", "report.json"]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_baseline_that_wins_is_said_plainly(tmp_path, cohort):
+    folder = make_run(tmp_path / "poor", cohort, right=(0.0, 0.05))
+    result = report.write_report(folder, "test", bootstrap=20)
+    assert result["tasks"]["icd"]["baselines"]["majority"]["accuracy"]["value"] > 0.3
+    assert "simple baseline does no worse" in (folder / "report.html").read_text()
+
+
+def test_a_run_without_its_cohort_is_reported_without_baselines(tmp_path, cohort):
+    folder = make_run(tmp_path / "moved", cohort)
+    (folder / "config.json").write_text(json.dumps({"cohort": str(tmp_path / "gone")}))
+    entry = report.write_report(folder, "test", bootstrap=20)["tasks"]["icd"]
+    assert entry["baselines"] is None and entry["sizes"] is None and entry["ceiling"] is None
+    with pytest.raises(FileNotFoundError, match="no such cohort folder"):
+        report.read_run(folder, cohort=tmp_path / "gone")
+
+
+def test_a_cohort_prepared_anew_is_refused(tmp_path, cohort):
+    folder = make_run(tmp_path / "run", cohort)
+    path = folder / "evaluation" / "test"
+    for model in run.MODELS:
+        file = path / model / "predictions.jsonl"
+        file.write_text(file.read_text().replace('"reference": "C61"', '"reference": "C62.10"'))
+    with pytest.raises(ValueError, match="16 references of task icd differ"):
+        report.write_report(folder, "test", bootstrap=20)
+    assert not (folder / "report.json").exists()
+
+
+def compare(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "radonc_jax.compare", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_compare_command(tmp_path, cohort):
+    first = make_run(tmp_path / "one" / "icd", cohort, name="mistral")
+    second = make_run(tmp_path / "two" / "icd", cohort, right=(0.1, 0.6), name="llama2")
+    third = make_run(tmp_path / "modality", cohort, "modality")
+    done = compare(f"--runs={first},{second},{third}", f"--output={tmp_path / 'report'}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert result["runs"] == ["icd", "icd (2)", "modality"]
+    assert list(result["tasks"]) == ["modality", "icd"]
+    icd = result["tasks"]["icd"]
+    assert (icd["model"], icd["further_runs"][0]["model"]) == ("mistral", "llama2")
+    assert icd["further_runs"][0]["run"] == "icd (2)"
+    values = [e["tests"]["wilcoxon"]["p_value"] for e in (icd, icd["further_runs"][0])]
+    values.append(result["tasks"]["modality"]["tests"]["wilcoxon"]["p_value"])
+    assert min(values) * 3 == pytest.approx(
+        min(e["tests"]["wilcoxon"]["p_holm"] for e in (icd, icd["further_runs"][0]))
+    )
+    assert "icd: accuracy" in done.stdout
+    assert (tmp_path / "report" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+    # A run without one of the two models: one clear line, nothing written.
+    (third / "evaluation" / "test" / "original" / "predictions.jsonl").unlink()
+    done = compare(f"--runs={first},{third}", f"--output={tmp_path / 'none'}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "no predictions of the original model on split 'test'" in done.stderr
+    assert not (tmp_path / "none").exists()
