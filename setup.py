@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="radonc_jax",
     version="0.1.0",
-    description="LoRA fine-tuning of LLaMA2-7B and Mistral-7B on radiation-oncology records in JAX, "
+    description="LoRA fine-tuning of language models on radiation-oncology records in JAX, "
     "with paired evaluation of tuned against original models",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

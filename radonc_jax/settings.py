@@ -1,0 +1,148 @@
+"""A run's settings: the ConfigDict of `configs/*.py` as frozen dataclasses.
+
+Each section belongs to the module that uses it; what has no other home is defined here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from radonc_jax.data.batches import BatchConfig
+from radonc_jax.models.lora import LoRAConfig
+from radonc_jax.parallel import MeshConfig
+from radonc_jax.tasks import select
+from radonc_jax.training.optimizer import OptimizerConfig
+
+METRICS = {"loss": -1, "accuracy": 1, "rouge1": 1, "f1_macro": 1}  # sign: is more better?
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Floating types: `compute` of activations and products, `base` of the frozen weights."""
+
+    compute: str
+    base: str
+
+    def __post_init__(self):
+        for name in ("compute", "base"):
+            if getattr(self, name) not in ("bfloat16", "float32"):
+                raise ValueError(
+                    f"precision.{name} must be bfloat16 or float32, not {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      epochs: passes over the training split.
+      steps: optimiser steps; 0 to go by epochs.
+      log_every: steps between lines in the terminal and in TensorBoard; `metrics.jsonl` has all.
+      evaluate_every: steps between validations; 0 for one at the end only.
+      save_every: steps between checkpoints; 0 for one at each validation only.
+      patience: validations without improvement after which the run stops; 0 never stops it.
+      metric: that chooses the best checkpoint: "loss", or one of generated answers: "accuracy",
+        "rouge1", "f1_macro" (averaged over tasks).
+      validation_cases: how many validation cases are answered for it, the first ones; 0 for all.
+    """
+
+    epochs: int
+    steps: int
+    log_every: int
+    evaluate_every: int
+    save_every: int
+    patience: int
+    metric: str
+    validation_cases: int
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise ValueError(f"train.metric must be one of {list(METRICS)}, not {self.metric!r}")
+        if self.epochs < 1 and self.steps < 1:
+            raise ValueError("one of train.epochs and train.steps must be at least 1")
+        if self.log_every < 1:
+            raise ValueError(f"train.log_every must be at least 1, not {self.log_every}")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Greedy decoding: rows decoded together, and the longest answer in tokens."""
+
+    batch: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a run's settings; see the README for each key."""
+
+    task: str
+    model: str
+    cohort: str
+    seed: int
+    trainable: str
+    final_evaluation: bool
+    lora: LoRAConfig
+    precision: PrecisionConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: MeshConfig
+    decode: DecodeConfig
+
+    def __post_init__(self):
+        tasks = select(self.task)
+        if self.trainable not in ("lora", "full"):
+            raise ValueError(f'trainable must be "lora" or "full", not {self.trainable!r}')
+        if self.trainable == "full" and self.precision.base != "float32":
+            raise ValueError(
+                'trainable="full" trains float32 weights: set precision.base="float32"'
+            )
+        if self.task == "regimen" and self.train.metric == "f1_macro":
+            raise ValueError(
+                'free-text regimens have no F1: set train.metric to "accuracy", "rouge1" or "loss"'
+            )
+        if tasks[0].name == "text":
+            if self.train.metric != "loss" or self.final_evaluation:
+                raise ValueError(
+                    'task="text" has no questions to answer: set train.metric="loss" and '
+                    "final_evaluation=False"
+                )
+
+    @property
+    def adapter(self) -> LoRAConfig | None:
+        """The adapter's configuration, or None when the whole model trains."""
+        return self.lora if self.trainable == "lora" else None
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def from_mapping(mapping: Mapping) -> Settings:
+    """Settings from a ConfigDict's `to_dict()` or a run's `config.json`.
+
+    Raises:
+      ValueError: an unknown or missing key, named with its section, or a value out of range.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(Settings)}
+    _check_keys("config", mapping, fields)
+    values = {}
+    for name, kind in fields.items():
+        value = mapping[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"config.{name} must be a section, not {value!r}")
+            _check_keys(f"config.{name}", value, [f.name for f in dataclasses.fields(kind)])
+            value = kind(**value)
+        values[name] = value
+    return Settings(**values)
+
+
+def _check_keys(place: str, mapping: Mapping, expected) -> None:
+    unknown = sorted(set(mapping) - set(expected))
+    missing = sorted(set(expected) - set(mapping))
+    if unknown:
+        raise ValueError(f"{place} has unknown keys {unknown}; it knows {sorted(expected)}")
+    if missing:
+        raise ValueError(f"{place} lacks the keys {missing}")

@@ -1,0 +1,217 @@
+"""What a run leaves behind besides its weights: config, manifest, metrics, progress.
+
+Only the main process writes. No clinical text passes through here.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "scikit-learn",
+    "scipy",
+    "rouge-score",
+    "simple_icd_10_cm",
+    "numpy",
+)
+# Settings that may differ between a run and its continuation: none changes what is learned.
+FREE_KEYS = (
+    ("mesh",),
+    ("batch", "microbatches"),
+    ("train", "log_every"),
+    ("decode", "batch"),
+    ("final_evaluation",),
+)
+
+
+def write_json(path: Path, content) -> None:
+    """Writes aside, then renames: the file is whole or absent. NaN is refused."""
+    aside = path.with_name(path.name + ".partial")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(paths: Iterable[Path]) -> dict[str, str]:
+    """{file name: sha256}, several files at a time."""
+    paths = list(paths)
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip((p.name for p in paths), pool.map(file_sha256, paths), strict=True))
+
+
+def base_sha256(folder: Path, main: bool) -> dict[str, str] | None:
+    """Hashes of a Hugging Face folder's config, tokenizer and weights; None on other processes."""
+    if not main:
+        return None
+    patterns = ("config.json", "generation_config.json", "tokenizer*", "*.safetensors")
+    return files_sha256(sorted(p for pattern in patterns for p in Path(folder).glob(pattern)))
+
+
+def cohort_sha256(folder: str | Path) -> dict:
+    """Where the cohort lies, and the hash of its manifest, which hashes every file of it."""
+    return {
+        "folder": str(folder),
+        "manifest_sha256": file_sha256(Path(folder) / "manifest.json"),
+    }
+
+
+def environment() -> dict:
+    """Versions, devices and code revision, for the run manifest."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "devices": sorted({d.device_kind for d in jax.devices()}),
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "code_revision": _revision(),
+        "command": sys.argv[1:],
+    }
+
+
+def _revision() -> str | None:
+    """The git commit of the code, with "+changes" when the tree is not that commit."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Run:
+    """A run folder open for writing.
+
+    Args:
+      workdir: made if absent; an existing one must be of the same settings.
+      settings: of the run, as a plain dict.
+      main: whether this process writes.
+
+    Raises:
+      ValueError: the folder is another run's, with the keys that differ.
+    """
+
+    def __init__(self, workdir: Path, settings: Mapping, *, main: bool):
+        self.workdir, self._main = Path(workdir), main
+        path = self.workdir / "config.json"
+        if path.is_file():
+            different = differing_keys(json.loads(path.read_text(encoding="utf-8")), settings)
+            if different:
+                raise ValueError(
+                    f"{workdir} is the folder of another run (it differs in {different}): "
+                    "choose another --workdir, or the same config to resume"
+                )
+        self._metrics = self._board = self._bar = None
+        if main:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            if not path.is_file():
+                write_json(path, settings)
+
+    def write_manifest(self, content: Mapping) -> None:
+        if self._main:
+            write_json(self.workdir / "manifest.json", content)
+
+    def start(self, step: int, steps: int) -> None:
+        """Opens the metrics at a step: lines of later steps, left by a killed run, go."""
+        if not self._main:
+            return
+        from tensorboardX import SummaryWriter
+
+        path = self.workdir / "metrics.jsonl"
+        if path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the line in which the run was killed
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+            aside = path.with_name(path.name + ".partial")
+            aside.write_text("".join(kept), encoding="utf-8")
+            os.replace(aside, path)
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1)
+        self._began, self._first = time.monotonic(), step
+
+    def log(self, step: int, split: str, values: Mapping[str, float], *, show: bool) -> None:
+        """Appends a line to `metrics.jsonl`; with `show`, also to TensorBoard and the bar."""
+        if not self._main:
+            return
+        self._metrics.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._metrics.flush()
+        if not show:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+        if split == "train":
+            speed = values.get("tokens_per_second", math.nan)
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} tokens/s")
+        else:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self._bar.write(f"step {step} {split}: {shown}")
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._board.close()
+            self._bar.close()
+
+
+def differing_keys(old: Mapping, new: Mapping, prefix: tuple[str, ...] = ()) -> list[str]:
+    """Dotted names of settings that differ and matter."""
+    different = []
+    for key in sorted(set(old) | set(new)):
+        name = (*prefix, key)
+        if name in FREE_KEYS:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            different += differing_keys(before, after, name)
+        elif _plain(before) != _plain(after):
+            different.append(".".join(name))
+    return different
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value

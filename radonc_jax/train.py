@@ -1,0 +1,301 @@
+"""Fine-tunes a model on a cohort, then compares it with the original.
+
+    python -m radonc_jax.train --config=configs/mistral_icd.py --workdir=runs/mistral_icd
+
+Started again with the same arguments, it resumes where it was; a finished run only evaluates what
+has not been evaluated. One command per host: all of them run this same program.
+"""
+
+import functools
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from radonc_jax import loading, parallel, settings, tracking
+from radonc_jax.data import batches, cohort
+from radonc_jax.decoding.scheduler import Scheduler, text_decoder
+from radonc_jax.evaluation import run as evaluation
+from radonc_jax.evaluation.report import write_report
+from radonc_jax.models import huggingface, lora
+from radonc_jax.tasks import select
+from radonc_jax.training import checkpoint, step
+from radonc_jax.training.optimizer import make_optimizer, make_schedule
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny_icd.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; made if absent, resumed if not.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    try:
+        train(settings.from_mapping(_CONFIG.value.to_dict()), Path(_WORKDIR.value))
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def train(config: settings.Settings, workdir: Path) -> None:
+    """Runs `config` in `workdir`; see the module's docstring.
+
+    Raises:
+      ValueError, FileNotFoundError: something does not fit; nothing has been trained then.
+      FloatingPointError: a loss or gradient was not finite; the last checkpoint is whole.
+    """
+    # ---- devices and model description: cheap checks first -------------------------------------
+    parallel.initialize()
+    parallel.quiet_third_parties()
+    main_process = parallel.is_main_process()
+    mesh = parallel.make_mesh(config.mesh)
+    folder = huggingface.resolve(config.model)
+    architecture = huggingface.read_config(folder)
+    parallel.check_heads(architecture.num_heads, architecture.num_kv_heads, mesh)
+    tokenizer = huggingface.load_tokenizer(folder)
+    stops = huggingface.stop_tokens(folder, tokenizer)
+
+    # ---- data ----------------------------------------------------------------------------------
+    tasks = select(config.task)
+    generates = tasks[0].name != "text"
+    records = {split: cohort.load_records(config.cohort, split) for split in cohort.SPLITS}
+    examples = {}
+    for split in ("train", "validation"):
+        if generates:
+            examples[split], report = batches.task_examples(
+                records[split], tasks, tokenizer, config.batch
+            )
+        else:
+            documents = tasks[0].documents(records[split])
+            examples[split], report = batches.text_examples(documents, tokenizer, config.batch)
+        if main_process:
+            print(f"{split}: {report}")
+    longest = max(example.length for split in examples.values() for example in split)
+    if longest > architecture.max_position_embeddings:
+        raise ValueError(
+            f"the longest example has {longest} tokens, but the model's context ends at "
+            f"{architecture.max_position_embeddings}: lower batch.sequence_length and choose a "
+            "batch.over_length policy"
+        )
+    shards = int(np.prod([mesh.shape[axis] for axis in parallel.BATCH_AXES]))
+    per_epoch = -(-len(examples["train"]) // config.batch.examples)
+    epochs = -(-config.train.steps // per_epoch) if config.train.steps else config.train.epochs
+    train_batches = batches.Batches(
+        examples["train"], config.batch, epochs=epochs, seed=config.seed, row_multiple=shards
+    )
+    validation_batches = batches.Batches(
+        examples["validation"], config.batch, epochs=1, seed=None, row_multiple=shards
+    )
+    steps = config.train.steps or train_batches.steps
+
+    # ---- model: shapes, then placements, then arrays -------------------------------------------
+    partition, weights = loading.load_base(
+        folder,
+        architecture,
+        config.adapter,
+        config.precision.compute,
+        config.precision.base,
+        mesh,
+    )
+    optimizer = make_optimizer(config.optimizer, steps)
+    schedule = make_schedule(config.optimizer, steps)
+    shapes, placements = step.state_shardings(partition, optimizer, mesh)
+    if config.adapter is None:
+        base, original = partition.frozen, weights
+    else:
+        base, original = weights, loading.new_adapter(partition, weights, config.seed, mesh)
+    base_fingerprint = step.fingerprint(base)
+
+    # ---- the run folder; resume: 1) its newest checkpoint  2) the model as it was loaded -------
+    run = tracking.Run(workdir, config.as_dict(), main=main_process)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    start = checkpoints.latest()
+    if start is not None:
+        state, progress = checkpoints.restore(shapes, placements, start)
+    else:
+        start, progress = 0, checkpoint.Progress()
+        # A copy, because the state is donated and the original is evaluated later.
+        begin = jax.jit(
+            lambda trainable: step.TrainState(
+                jnp.int32(0), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable)
+            ),
+            out_shardings=placements,
+        )
+        state = begin(original)
+    if config.adapter is None:
+        del original, weights
+    manifest = {
+        "task": config.task,
+        "steps": steps,
+        "seed": config.seed,
+        "base": {"folder": str(folder), "sha256": tracking.base_sha256(folder, main_process)},
+        "base_fingerprint_before": base_fingerprint,
+        "cohort": tracking.cohort_sha256(config.cohort),
+        "parameters": {
+            "trainable": lora.count(partition.trainable),
+            "frozen": lora.count(partition.frozen),
+        },
+        "mesh": dict(mesh.shape),
+        "packing_fill": round(train_batches.fill, 4),
+        "environment": tracking.environment(),
+    }
+    run.write_manifest(manifest)
+    if main_process:
+        trained, frozen = manifest["parameters"].values()
+        print(f"{parallel.describe(mesh)}")
+        print(
+            f"{trained:,} parameters train, {frozen:,} are frozen; {steps} steps of "
+            f"{config.batch.examples} examples in {train_batches.rows} rows of "
+            f"{train_batches.row_length} tokens, {train_batches.fill:.0%} filled"
+        )
+
+    # ---- what is jitted ------------------------------------------------------------------------
+    train_step = jax.jit(
+        functools.partial(step.train_step, partition, optimizer, config.seed),
+        donate_argnums=0,
+        out_shardings=(placements, parallel.replicated(mesh)),
+    )
+    evaluation_step = jax.jit(
+        functools.partial(step.evaluation_step, partition), out_shardings=parallel.replicated(mesh)
+    )
+
+    def place(batch):
+        return parallel.put(batch, mesh, None, parallel.BATCH_AXES)
+
+    scheduler = None
+    if generates:
+        scheduler = Scheduler(
+            partition,
+            mesh,
+            batch=config.decode.batch,
+            max_new_tokens=config.decode.max_new_tokens,
+            stops=stops,
+            context=architecture.max_position_embeddings,
+        )
+        for split in ("validation", "test") if config.final_evaluation else ("validation",):
+            prompts = [task.prompt(record.diagnosis) for record in records[split] for task in tasks]
+            scheduler.check([batches.encode_prompt(tokenizer, prompt) for prompt in prompts])
+
+    def validate(trainable) -> dict[str, float]:
+        sums = [
+            jax.device_get(evaluation_step(trainable, base, place(validation_batches[number])))
+            for number in range(validation_batches.steps)
+        ]
+        total = sum(float(s["loss_sum"]) for s in sums)
+        values = {"loss": total / sum(float(s["answer_tokens"]) for s in sums)}
+        if config.train.metric != "loss":
+            chosen = records["validation"][: config.train.validation_cases or None]
+            decode = text_decoder(scheduler, tokenizer, trainable, base)
+            result = evaluation.evaluate(
+                decode, chosen, tasks, split="validation", model="tuned", output=None, bootstrap=0
+            )
+            for name in ("accuracy", "rouge1", "f1_macro"):
+                scores = [
+                    scores[name]["value"] for scores in evaluation.split_tasks(result).values()
+                ]
+                known = [score for score in scores if score is not None]
+                if known:
+                    values[name] = sum(known) / len(known)
+        return values
+
+    # ---- loop ----------------------------------------------------------------------------------
+    run.start(start, steps)
+    clock = time.monotonic()
+
+    def finish(number: int, metrics, show: bool) -> None:
+        """Logs a step when its numbers arrive; the next one is already on its way then."""
+        nonlocal clock
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise FloatingPointError(
+                f"step {number}: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
+                f"its cases: {', '.join(train_batches.case_ids(number - 1)[:8])}, ... "
+                f"The last good checkpoint in {workdir} is whole; lower optimizer.learning_rate "
+                "or look at these cases"
+            )
+        now = time.monotonic()
+        tokens = train_batches.useful_tokens(number - 1)
+        values |= {
+            "learning_rate": float(schedule(number - 1)),
+            "tokens": tokens,
+            "tokens_per_second": tokens / (now - clock),
+        }
+        clock = now
+        run.log(number, "train", values, show=show)
+        run.advance()
+
+    with jax.set_mesh(mesh):
+        pending = None
+        for number in range(start + 1, steps + 1):
+            if progress.stopped_early:
+                break
+            state, metrics = train_step(state, base, place(train_batches[number - 1]))
+            if pending is not None:
+                finish(*pending)
+            pending = (number, metrics, number % config.train.log_every == 0 or number == steps)
+            evaluates = number == steps or _every(number, config.train.evaluate_every)
+            if evaluates or _every(number, config.train.save_every):
+                finish(*pending)  # raises before anything not finite is saved
+                pending = None
+                if evaluates:
+                    values = validate(state.trainable)
+                    run.log(number, "validation", values, show=True)
+                    _judge(progress, config.train, number, values[config.train.metric])
+                checkpoints.save(number, state, progress)
+                clock = time.monotonic()
+    checkpoints.close()
+    run.close()
+
+    # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------
+    manifest["base_fingerprint_after"] = step.fingerprint(base)
+    if manifest["base_fingerprint_after"] != base_fingerprint:
+        raise ValueError("the frozen base changed during training: a bug; do not use this run")
+    best, trainable = checkpoint.restore_trainable(
+        workdir, partition.trainable, placements.trainable, "best"
+    )
+    manifest |= {"best_step": best, "trained_fingerprint": step.fingerprint(trainable)}
+    run.write_manifest(manifest)
+    if not config.final_evaluation:
+        return
+    if config.adapter is None:
+        _, original = loading.load_base(
+            folder, architecture, None, config.precision.compute, "float32", mesh
+        )
+    ceiling = cohort.load_manifest(config.cohort).get("ceiling")
+    for model, arrays in (("original", original), ("tuned", trainable)):
+        evaluation.evaluate(
+            text_decoder(scheduler, tokenizer, arrays, base, progress=f"{model}, test"),
+            records["test"],
+            tasks,
+            split="test",
+            model=model,
+            output=workdir / "evaluation" / "test" / model if main_process else None,
+            seed=config.seed,
+            ceiling=ceiling,
+        )
+    if main_process:
+        write_report(workdir, "test")
+        print(f"report: {workdir / 'report.html'}")
+
+
+def _every(number: int, period: int) -> bool:
+    return period > 0 and number % period == 0
+
+
+def _judge(progress, config: settings.TrainConfig, number: int, value: float) -> None:
+    """Notes whether a validation is the best so far, and whether patience has run out."""
+    sign = settings.METRICS[config.metric]
+    if progress.best_value is None or sign * value > sign * progress.best_value:
+        progress.best_step, progress.best_value, progress.bad_evaluations = number, value, 0
+    else:
+        progress.bad_evaluations += 1
+    progress.stopped_early = 0 < config.patience <= progress.bad_evaluations
+
+
+if __name__ == "__main__":
+    app.run(main)

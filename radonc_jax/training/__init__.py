@@ -1,0 +1,1 @@
+"""The trained state: its step, its optimiser, its checkpoints."""

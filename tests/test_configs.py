@@ -1,0 +1,82 @@
+"""Every config file is whole, and a wrong key or value stops at once."""
+
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from radonc_jax import settings
+
+ROOT = Path(__file__).parent.parent
+RUNS = [p for p in sorted((ROOT / "configs").glob("*_*.py")) if p.stem != "__init__"]
+
+
+def load(path, *overrides):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["test", f"--config={path}", *overrides])
+    return values.config.to_dict()
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_config_becomes_settings_and_says_how_to_run(path):
+    config = settings.from_mapping(load(path))
+    text = path.read_text(encoding="utf-8")
+    assert f"python -m radonc_jax.train --config=configs/{path.name}" in text
+    assert "Hardware:" in text
+    if path.stem != "tiny_base":
+        assert config.task == path.stem.split("_")[1]
+
+
+def test_all_models_and_tasks_have_one():
+    names = {path.stem for path in RUNS} - {"tiny_base"}
+    tasks = ("regimen", "modality", "icd", "all")
+    assert names == {f"{m}_{t}" for m in ("mistral", "llama2", "tiny") for t in tasks}
+
+
+def test_settings_survive_json():
+    config = settings.from_mapping(load(RUNS[0]))
+    assert settings.from_mapping(config.as_dict()) == config
+
+
+def mapping(**sections):
+    config = load(ROOT / "configs/tiny_icd.py")
+    for name, value in sections.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "prognosis"}, "prognosis.*regimen"),
+        ({"lora": {"targets": ("q_proj", "w_proj")}}, "w_proj"),
+        ({"lora": {"rnak": 3}}, "config.lora.*rnak"),
+        ({"lora": {"rank": 0}}, "rank"),
+        ({"lora": {"dropout": 1.0}}, "dropout"),
+        ({"optimizer": {"schedule": "step"}}, "schedule"),
+        ({"train": {"metric": "bleu"}}, "bleu"),
+        ({"precision": {"base": "float8"}}, "float8"),
+        ({"trainable": "some"}, "some"),
+        ({"task": "text"}, "text"),
+        ({"task": "regimen", "train": {"metric": "f1_macro"}}, "F1"),
+        ({"mesh": 3}, "mesh"),
+    ],
+    ids=str,
+)
+def test_a_wrong_key_or_value_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        settings.from_mapping(mapping(**change))
+
+
+def test_a_misspelt_override_fails_at_once():
+    with pytest.raises((AttributeError, KeyError, flags.Error), match="rnak"):
+        load(ROOT / "configs/tiny_icd.py", "--config.lora.rnak=3")
+
+
+def test_a_missing_key_is_named():
+    config = mapping()
+    del config["decode"]["batch"]
+    with pytest.raises(ValueError, match="config.decode lacks.*batch"):
+        settings.from_mapping(config)

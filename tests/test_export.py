@@ -1,0 +1,110 @@
+"""A run's result in other programs' formats, read back by transformers and peft."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from configs import tiny_icd
+from radonc_jax import export, settings
+from radonc_jax.models import huggingface, lora
+from radonc_jax.parallel import path_name
+from radonc_jax.training.checkpoint import Checkpoints, Progress
+from radonc_jax.training.step import TrainState
+from tests import checkpoints
+from tests.test_huggingface import write_sentencepiece
+
+
+def write_run(path, dtype=torch.float32, trainable="lora", dora=False):
+    """A run folder with one checkpoint of random trained arrays; returns its logits."""
+    checkpoints.write(path / "base", "mistral_window", dtype=dtype)
+    write_sentencepiece(path / "base")
+    mapping = tiny_icd.get_config()
+    mapping.model = str(path / "base")
+    mapping.trainable = trainable
+    mapping.lora.rank, mapping.lora.alpha, mapping.lora.dora = 3, 5.0, dora
+    run = settings.from_mapping(mapping.to_dict())
+    (path / "run").mkdir()
+    (path / "run" / "config.json").write_text(json.dumps(run.as_dict()))
+    _, partition, weights = checkpoints.load(path / "base", run.adapter)
+    if trainable == "lora":
+        start, frozen = lora.init(partition.trainable, weights, seed=0), weights
+    else:
+        start, frozen = weights, partition.frozen
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda x: x + 0.05 * jnp.asarray(rng.standard_normal(x.shape)), start)
+    state = TrainState(jnp.int32(7), trained, optax.adam(0.1).init(trained))
+    store = Checkpoints(path / "run")
+    store.save(7, state, Progress())
+    store.close()
+    return checkpoints.logits(partition.merge(trained, frozen), checkpoints.tokens()), trained
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_for_peft(tmp_path, dora):
+    expected, _ = write_run(tmp_path, dora=dora)
+    export.export(tmp_path / "run", "peft", tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    logits = checkpoints.reference_logits(model, checkpoints.tokens())
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merged_model_for_transformers(tmp_path, dora):
+    expected, _ = write_run(tmp_path, dora=dora)
+    export.export(tmp_path / "run", "merged", tmp_path / "out", step="latest")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    logits = checkpoints.reference_logits(model.eval(), checkpoints.tokens())
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
+    _, trained = write_run(tmp_path, dtype=torch.bfloat16)
+    export.export(tmp_path / "run", "merged", tmp_path / "out")
+    base = load_file(tmp_path / "base" / huggingface.WEIGHTS)
+    merged = load_file(tmp_path / "out" / huggingface.WEIGHTS)
+    arrays = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(trained)}
+    assert set(base) == set(merged)
+    for name, tensor in base.items():
+        assert merged[name].dtype == tensor.dtype == jnp.bfloat16
+        if "_proj" not in name:
+            assert merged[name].tobytes() == tensor.tobytes(), name
+            continue
+        _, _, layer, parent, projection, _ = name.split(".")
+        place = f"layers/{parent}/{projection}"
+        a, b = (arrays[f"{place}/{kind}"][int(layer)].astype(np.float64) for kind in "ab")
+        exact = tensor.astype(np.float64) + 5 / 3 * b @ a
+        error = np.abs(merged[name].astype(np.float64) - exact)
+        # Half a unit in the last of bfloat16's 8 bits, and float32's own rounding.
+        assert (error <= np.abs(exact) * (2**-9 * 2 + 1e-6) + 1e-6).all(), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_a_run_that_trained_everything(tmp_path):
+    expected, _ = write_run(tmp_path, trainable="full")
+    with pytest.raises(ValueError, match="--format=merged"):
+        export.export(tmp_path / "run", "peft", tmp_path / "out")
+    export.export(tmp_path / "run", "merged", tmp_path / "out", step=7)
+    logits = checkpoints.logits(checkpoints.model(tmp_path / "out"), checkpoints.tokens())
+    np.testing.assert_array_equal(logits, expected)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        export.export(tmp_path, "peft", tmp_path / "out")
+    write_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 8; it has \[7\]"):
+        export.export(tmp_path / "run", "peft", tmp_path / "out", step=8)
+    with pytest.raises(FileExistsError, match="choose another output"):
+        export.export(tmp_path / "run", "peft", tmp_path / "run")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,267 @@
+"""The `predict` command as a user runs it, and the tables that it reads."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pandas as pd
+import pytest
+from test_notebook import write_model, write_peft
+
+import radonc_jax
+from configs import common
+from radonc_jax.data.rows import open_rows
+from radonc_jax.models import huggingface, lora
+from radonc_jax.tasks import TASKS
+from radonc_jax.training.checkpoint import Checkpoints, Progress
+from radonc_jax.training.step import TrainState
+
+ROOT = Path(__file__).parents[1]
+SECRET = "Zebra sarcoma of Jane Roe"
+CASES = [
+    {
+        "id": "007",
+        "diagnosis": "Carcinoma of the left breast, T1 N0",
+        "note": 'said "ok", then\nleft',
+    },
+    {"id": "8", "diagnosis": "   ", "note": ""},
+    {"id": "9", "diagnosis": SECRET, "note": "NA"},
+    {"id": "10", "diagnosis": f"{SECRET} " * 30, "note": ""},
+    {"id": "11", "diagnosis": "Prostate", "note": "é"},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `base`, `peft` (an adapter), `run` (the same one, trained) and cases.csv."""
+    place = tmp_path_factory.mktemp("predict")
+    write_model(place / "base")
+    config = huggingface.read_config(place / "base")
+    write_peft(
+        place / "peft", lambda adapter: lora.partition(config, adapter, jnp.float32), place / "base"
+    )
+    lm = radonc_jax.load(str(place / "base"), adapter=str(place / "peft"), dtype="float32")
+    settings = common.get_config()
+    settings.task, settings.model = "icd", str(place / "base")
+    settings.precision.compute = settings.precision.base = "float32"
+    settings.lora.rank, settings.lora.alpha = 4, 8.0
+    settings.lora.targets = ("q_proj", "down_proj")
+    settings.decode.batch, settings.decode.max_new_tokens = 4, 6
+    (place / "run").mkdir()
+    (place / "run" / "config.json").write_text(json.dumps(settings.to_dict()))
+    adapter = jax.tree.map(jnp.asarray, lm._loaded.trainable)
+    state = TrainState(jnp.int32(3), adapter, optax.adam(0.1).init(adapter))
+    saved = Checkpoints(place / "run")
+    saved.save(3, state, Progress(best_step=3, best_value=0.5))
+    saved.close()
+    write_csv(place / "cases.csv", CASES)
+    return place
+
+
+def write_csv(path, records):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def predict(*arguments):
+    """(exit code, stdout, stderr) of the command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "radonc_jax.predict", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_folder_answers_each_row_in_order(place, tmp_path):
+    output = tmp_path / "deep" / "answers.csv"
+    code, out, err = predict(
+        f"--workdir={place}/run", f"--input={place}/cases.csv", f"--output={output}"
+    )
+    assert code == 0, err
+    rows = read(output)
+    assert [{name: row[name] for name in CASES[0]} for row in rows] == CASES
+    # What the notebook says of the same prompts, of which two have none.
+    lm = radonc_jax.load(str(place / "base"), adapter=str(place / "run"), dtype="float32")
+    answered = [0, 2, 4]
+    task = TASKS["icd"]
+    prompts = [task.prompt(CASES[number]["diagnosis"]) for number in answered]
+    for number, expected in zip(answered, lm.generate(prompts, 6), strict=True):
+        row = rows[number]
+        # Control characters that a random model emits come back as csv reads them.
+        assert row["answer"].split() == expected.text.split()
+        assert row["parsed"] == (task.parse(expected.text) or "")
+        assert float(row["logprob"]) == pytest.approx(expected.logprob, abs=1e-4)
+        assert row["finished"] == str(expected.finished)
+        assert row["problem"] == ""
+    for number, problem in ((1, "empty diagnosis"), (3, "prompt longer than 506 tokens")):
+        row = rows[number]
+        assert row["problem"] == problem
+        assert [row[name] for name in ("answer", "parsed", "logprob", "finished")] == [""] * 4
+    assert "3 of 5 rows answered" in out
+    assert "empty diagnosis: row 3" in err and "506 tokens: row 5" in err
+    assert "Zebra" not in out + err and "breast" not in out + err
+    assert [path.name for path in output.parent.iterdir()] == ["answers.csv"]
+
+
+def test_model_with_adapter_and_another_column(place, tmp_path):
+    records = [{"Dx": case["diagnosis"]} for case in (CASES[0], CASES[4])]
+    pd.DataFrame(records).to_parquet(tmp_path / "cases.parquet")
+    output = tmp_path / "answers.csv"
+    output.write_text("old")
+    options = [
+        f"--model={place}/base",
+        "--dtype=float32",
+        "--task=modality",
+        f"--input={tmp_path}/cases.parquet",
+        f"--output={output}",
+        "--column=Dx",
+        "--max_new_tokens=5",
+        "--batch=2",
+        "--overwrite",
+    ]
+    code, _, err = predict(*options, f"--adapter={place}/peft")
+    assert code == 0, err
+    rows = read(output)
+    assert [row["Dx"] for row in rows] == [record["Dx"] for record in records]
+    lm = radonc_jax.load(str(place / "base"), adapter=str(place / "peft"), dtype="float32")
+    expected = lm.generate([TASKS["modality"].prompt(record["Dx"]) for record in records], 5)
+    for row, generation in zip(rows, expected, strict=True):
+        assert row["answer"].split() == generation.text.split()
+
+
+ERRORS = [
+    (["--output={new}"], "give either --workdir"),
+    (["--workdir={run}", "--model={base}", "--output={new}"], "give either --workdir"),
+    (["--workdir={run}", "--adapter={peft}", "--output={new}"], "--adapter goes with --model"),
+    (["--workdir={place}", "--output={new}"], "is not a run folder: it has no config.json"),
+    (["--workdir={run}", "--step=7", "--output={new}"], r"no checkpoint 7; it has \[3\]"),
+    (["--model={base}", "--output={new}"], "--task must be one of regimen, modality, icd"),
+    (["--workdir={run}", "--task=dose", "--output={new}"], "modality, icd, not 'dose'"),
+    (["--workdir={run}", "--output={cases}"], "must not be the input"),
+    (["--workdir={run}", "--output={other}"], "exists: choose another file, or pass --overwrite"),
+    (["--workdir={run}", "--output={new}.xlsx"], "must end in .csv"),
+    (["--workdir={run}", "--output={new}", "--column=Dx"], "'Dx'.*there: id, diagnosis, note"),
+    (["--workdir={run}", "--output={new}", "--input={done}"], "already has the columns answer"),
+    (["--workdir={run}", "--output={new}", "--input={place}/x.csv"], "x.csv: no such file"),
+    (["--workdir={run}", "--output={new}", "--max_new_tokens=512"], "leaves no room"),
+    (["--workdir={run}", "--output={new}", "--batch=0"], "must be at least 1"),
+    (["--workdir={run}", "--output={new}", "stray"], "unexpected arguments"),
+]
+# The command's own `main` again and again, because starting Python anew takes seconds.
+DRIVER = """
+import json, sys
+from absl import flags
+from radonc_jax import predict
+for arguments in json.load(sys.stdin):
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS.flags_by_module_dict()["radonc_jax.predict"]:
+        flags.FLAGS[name.name].unparse()
+    left = flags.FLAGS(["predict", *arguments])
+    try:
+        predict.main(left)
+        print(json.dumps("no error"))
+    except SystemExit as error:
+        print(json.dumps(error.code))
+"""
+
+
+def test_user_errors_are_one_line_and_write_nothing(place, tmp_path):
+    write_csv(tmp_path / "done.csv", [{"diagnosis": SECRET, "answer": "C61"}])
+    (tmp_path / "other.csv").write_text("kept")
+    names = {name: place / name for name in ("run", "base", "peft")}
+    names |= {"new": tmp_path / "new.csv", "other": tmp_path / "other.csv", "place": place}
+    names |= {"done": tmp_path / "done.csv", "cases": place / "cases.csv"}
+    before = sorted(path.name for path in tmp_path.iterdir())
+    commands = [
+        [argument.format(**names) for argument in ["--input={cases}", *arguments]]
+        for arguments, _ in ERRORS
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    messages = [json.loads(line) for line in done.stdout.splitlines()]
+    for (arguments, expected), message in zip(ERRORS, messages, strict=True):
+        assert message.startswith("error: "), arguments
+        assert re.search(expected, message), (arguments, message)
+        assert "\n" not in message
+    assert "Zebra" not in done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "other.csv").read_text() == "kept"
+
+
+RECORDS = [
+    {"id": "1", "diagnosis": "a, b", "dose": "2.5"},
+    {"id": "2", "diagnosis": "", "dose": "60"},
+    {"id": "3", "diagnosis": "c\nd", "dose": ""},
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx", "parquet", "jsonl"])
+def test_rows_are_the_same_from_every_kind_of_file(kind, tmp_path):
+    path = tmp_path / f"cases.{kind}"
+    if kind == "csv":
+        write_csv(path, RECORDS)
+    elif kind == "xlsx":
+        pd.DataFrame(RECORDS).to_excel(path, index=False)
+    elif kind == "parquet":
+        pd.DataFrame(RECORDS).to_parquet(path)
+    else:
+        lines = [{name: value for name, value in r.items() if value} for r in RECORDS]
+        lines[1]["dose"] = 60
+        path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    rows = open_rows(path)
+    columns = list(RECORDS[0])
+    numbers = [1, 3, 5] if kind == "jsonl" else [2, 3, 4]
+    assert sorted(rows.columns) == sorted(columns)
+    assert rows.count == 3
+    for _ in range(2):  # it can be read again
+        read_again = list(rows)
+        assert [number for number, _ in read_again] == numbers
+        assert [dict(zip(rows.columns, v, strict=True)) for _, v in read_again] == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"id,diagnosis\n1,Zebra\n2,Zebra,x\n", "row 3 has 3 columns, the header has 2"),
+        ("a.csv", b'id,diagnosis\n1,"Zebra\n', "row 2: .*quotes"),
+        ("a.csv", b"id,diagnosis\n1,Zebra\n2,Zebra\xff\n", "not UTF-8"),
+        ("a.csv", b"id,id\n1,2\n", "names id more than once"),
+        ("a.csv", b"id,diagnosis\n", "no rows"),
+        ("a.csv", b"", "no rows"),
+        ("a.txt", b"Zebra", "use one of .csv, .xlsx, .parquet, .jsonl"),
+        ("a.xlsx", b"Zebra", "not a readable workbook"),
+        ("a.parquet", b"Zebra", "not a readable Parquet file"),
+        ("a.jsonl", b'{"diagnosis": "x"}\n{"diagnosis": "Zebra\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"diagnosis": "x"}\n["Zebra"]\n', "line 2 is not an object"),
+    ],
+)
+def test_damaged_tables_are_refused_without_quoting_them(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        open_rows(path)
+    assert "Zebra" not in str(error.value)

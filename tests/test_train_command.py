@@ -1,0 +1,278 @@
+"""`train` as people run it: whole runs, killed runs, several processes, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, command_environment, run_command
+
+SHORT = ("--config.train.steps=6", "--config.train.evaluate_every=3", "--config.train.save_every=1")
+
+
+def losses(workdir):
+    """{(step, split): loss} of a run; a step that stands twice is an error."""
+    found = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert (entry["step"], entry["split"]) not in found
+        found[entry["step"], entry["split"]] = entry["loss"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def quiet(workspace, tmp_path_factory):
+    """An uninterrupted run, with its evaluation."""
+    workdir = tmp_path_factory.mktemp("quiet") / "run"
+    result = run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    return workdir, result
+
+
+def test_a_run_leaves_what_the_contract_names(quiet, workspace):
+    workdir, _ = quiet
+    for name in ("config.json", "manifest.json", "metrics.jsonl", "best.json", "report.json"):
+        assert (workdir / name).is_file(), name
+    for model in ("original", "tuned"):
+        folder = workdir / "evaluation" / "test" / model
+        lines = [json.loads(x) for x in (folder / "predictions.jsonl").read_text().splitlines()]
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert len(lines) == metrics["n"] > 10
+        fields = (
+            "case_id task prompt_sha256 output answer reference correct rouge1 logprob finished"
+        )
+        assert set(fields.split()) <= set(lines[0])
+    assert not list(workdir.rglob("*.partial"))
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert manifest["base_fingerprint_before"] == manifest["base_fingerprint_after"]
+    assert set(manifest["base"]["sha256"]) >= {"config.json", "model.safetensors"}
+    assert manifest["environment"]["versions"]["jax"]
+    entry = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "split", "loss", "tokens", "tokens_per_second"} <= set(entry)
+    assert list((workdir / "tensorboard").glob("events*"))
+    best = json.loads((workdir / "best.json").read_text())
+    assert (workdir / "checkpoints" / str(best["step"])).is_dir()
+
+
+def test_no_clinical_text_in_logs_and_metrics(quiet, workspace):
+    workdir, result = quiet
+    import pandas as pd
+
+    words = {
+        word
+        for split in ("train", "validation", "test")
+        for text in pd.read_parquet(workspace.cohort / f"{split}.parquet")["diagnosis"]
+        for word in text.split()
+        if word.isalpha() and len(word) > 9
+    }
+    words -= {"validation", "parameters"}
+    told = result.stdout + result.stderr
+    for path in ("metrics.jsonl", "manifest.json", "config.json", "best.json"):
+        told += (workdir / path).read_text()
+    assert words and not [word for word in words if word in told]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(quiet, workspace, tmp_path):
+    expected = losses(quiet[0])
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "radonc_jax.train", *workspace.arguments, *SHORT]
+    process = subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=command_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    # Killed in the middle: some steps are done, some are not.
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (workdir / "metrics.jsonl").is_file() and (2, "train") in losses_or_none(workdir):
+            break
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = losses_or_none(workdir)
+    assert (2, "train") in before and (6, "train") not in before
+    run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    assert losses(workdir) == expected  # bit for bit
+    assert (workdir / "best.json").read_text() == (quiet[0] / "best.json").read_text()
+    ours, theirs = (
+        (folder / "evaluation/test/tuned/predictions.jsonl").read_bytes()
+        for folder in (workdir, quiet[0])
+    )
+    assert ours == theirs
+
+
+def losses_or_none(workdir):
+    found = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        found[entry["step"], entry["split"]] = entry["loss"]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_trace_of_one(quiet, workspace, tmp_path):
+    expected = losses(quiet[0])
+    workdir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [
+                "bash",
+                "launch/multi_gpu.sh",
+                *workspace.arguments,
+                *SHORT,
+                "--config.mesh.fsdp=2",
+                "--config.final_evaluation=False",
+                f"--workdir={workdir}",
+            ],
+            cwd=ROOT,
+            env=command_environment()
+            | {
+                "PYTHON": sys.executable,
+                "COORDINATOR": f"127.0.0.1:{port}",
+                "NUM_HOSTS": "2",
+                "HOST_INDEX": str(index),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
+    got = losses(workdir)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_a_run_folder_of_another_config_is_refused(quiet, workspace):
+    before = sorted((p, p.stat().st_mtime_ns) for p in quiet[0].rglob("*"))
+    result = run_command(
+        "train",
+        *workspace.arguments,
+        *SHORT,
+        "--config.lora.alpha=7.0",
+        f"--workdir={quiet[0]}",
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "lora.alpha" in last_line(result)
+    assert sorted((p, p.stat().st_mtime_ns) for p in quiet[0].rglob("*")) == before
+
+
+def last_line(result):
+    assert "Traceback" not in result.stderr, result.stderr[-2000:]
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def damaged(workspace, tmp_path, part):
+    """A copy of the model or cohort to be damaged by a test."""
+    target = tmp_path / part
+    shutil.copytree(workspace.folder / part, target)
+    return target
+
+
+def truncate(workspace, tmp_path):
+    model = damaged(workspace, tmp_path, "model")
+    path = model / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    return f"--config.model={model}"
+
+
+def other_family(workspace, tmp_path):
+    model = damaged(workspace, tmp_path, "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    return f"--config.model={model}"
+
+
+def other_shape(workspace, tmp_path):
+    model = damaged(workspace, tmp_path, "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    return f"--config.model={model}"
+
+
+def no_weights(workspace, tmp_path):
+    model = damaged(workspace, tmp_path, "model")
+    (model / "model.safetensors").unlink()
+    return f"--config.model={model}"
+
+
+def missing_column(workspace, tmp_path):
+    import pandas as pd
+
+    folder = damaged(workspace, tmp_path, "cohort")
+    table = pd.read_parquet(folder / "train.parquet").drop(columns="modality")
+    table.to_parquet(folder / "train.parquet")
+    return f"--config.cohort={folder}"
+
+
+def empty_split(workspace, tmp_path):
+    import pandas as pd
+
+    folder = damaged(workspace, tmp_path, "cohort")
+    pd.read_parquet(folder / "validation.parquet").iloc[:0].to_parquet(
+        folder / "validation.parquet"
+    )
+    return f"--config.cohort={folder}"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "model.safetensors"),
+        (other_family, "gpt2"),
+        (other_shape, "up_proj.*shape"),
+        (no_weights, "model.safetensors"),
+        (missing_column, "modality|manifest"),
+        (empty_split, "validation"),
+        (lambda *_: "--config.task=prognosis", "prognosis"),
+        (lambda *_: "--config.lora.targets=('q_proj','x_proj')", "x_proj"),
+        (lambda *_: "--config.mesh.data=3", "3 devices"),
+        (lambda *_: "--config.model=/nowhere/model", "/nowhere/model"),
+        (lambda *_: "--config.cohort=/nowhere/cohort", "/nowhere/cohort"),
+        (lambda *_: "--config.batch.sequence_length=40", "sequence_length"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_bad_input_stops_before_training_and_leaves_nothing(spoil, message, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = [*workspace.arguments, *SHORT, "--config.batch.over_length=fail"]
+    result = run_command(
+        "train", *arguments, spoil(workspace, tmp_path), f"--workdir={workdir}", check=False
+    )
+    assert result.returncode == 1
+    import re
+
+    assert re.search(message, last_line(result))
+    assert not workdir.exists()
+
+
+def test_an_unknown_config_key_stops_at_once(workspace, tmp_path):
+    result = run_command(
+        "train",
+        *workspace.arguments,
+        "--config.lora.rnak=3",
+        f"--workdir={tmp_path / 'run'}",
+        check=False,
+    )
+    assert result.returncode != 0 and "rnak" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,225 @@
+"""The step: exact loss, whatever the cut of the work; the base is never touched."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from radonc_jax import parallel
+from radonc_jax.data.batches import BatchConfig, Batches, Example
+from radonc_jax.models import lora
+from radonc_jax.models.decoder import Decoder, ModelConfig
+from radonc_jax.training import step
+from radonc_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+CONFIG = ModelConfig(
+    vocab_size=96,
+    num_layers=3,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    sliding_window=11,
+    tie_word_embeddings=False,
+    max_position_embeddings=128,
+)
+ADAPTER = lora.LoRAConfig(4, 8.0, 0.0, tuple(lora.PROJECTIONS), False, False)
+OPTIMIZER = OptimizerConfig(1e-2, "cosine", 0.2, 0.01, 1.0, 0.9, 0.999)
+ONE = parallel.MeshConfig(1, 1, 1)
+
+
+def examples(count=22, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Example(
+            f"case{n}",
+            (1, *rng.integers(3, 96, rng.integers(3, 30)).tolist()),
+            (*rng.integers(3, 96, rng.integers(0, 9)).tolist(), 2),
+        )
+        for n in range(count)
+    ]
+
+
+def batch_config(**changes):
+    values = dict(examples=8, microbatches=1, sequence_length=64, packing=True, over_length="fail")
+    return BatchConfig(**(values | changes))
+
+
+def start(adapter, seed=0):
+    """(partition, trainable, base) of a random model; the adapter's b is not zero."""
+    partition = lora.partition(CONFIG, adapter, jnp.float32)
+    model = Decoder(CONFIG, rngs=nnx.Rngs(seed))
+    if adapter is None:
+        return partition, nnx.state(model, nnx.Param), partition.frozen
+    lora.inject(model, adapter)
+    _, trainable, _, base = nnx.split(model, lora.LoRAParam, lora.DropoutKey, ...)
+    keys = iter(jax.random.split(jax.random.key(seed), 100))
+    trainable = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), trainable)
+    return partition, trainable, base
+
+
+def trace(adapter=ADAPTER, mesh=ONE, devices=None, steps=6, **changes):
+    """Loss and gradient norm of each step, and the trained arrays at the end."""
+    mesh = parallel.make_mesh(mesh, jax.devices()[:1] if devices is None else devices)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batches = Batches(examples(), batch_config(**changes), epochs=2, seed=5, row_multiple=shards)
+    assert batches.steps == steps  # two epochs of 8 + 8 + 6 examples
+    partition, trainable, base = start(adapter)
+    optimizer = make_optimizer(OPTIMIZER, steps)
+    _, placements = step.state_shardings(partition, optimizer, mesh)
+    base = jax.device_put(base, parallel.shardings(base, mesh))
+    state = step.TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    state = jax.device_put(state, placements)
+    run = jax.jit(
+        functools.partial(step.train_step, partition, optimizer, 0),
+        donate_argnums=0,
+        out_shardings=(placements, parallel.replicated(mesh)),
+    )
+    seen = []
+    with jax.set_mesh(mesh):
+        for number in range(steps):
+            placed = parallel.put(batches[number], mesh, None, parallel.BATCH_AXES)
+            state, metrics = run(state, base, placed)
+            seen.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    return np.array(seen), jax.device_get(state.trainable)
+
+
+@functools.cache
+def plain_trace():
+    return trace()
+
+
+def assert_same_trace(got):
+    """All losses, and the first gradient: later norms carry the rounding of earlier steps."""
+    expected, _ = plain_trace()
+    np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(got[0, 1], expected[0, 1], rtol=1e-5)
+
+
+def cross_entropy(partition, trainable, base, chosen):
+    """The slow way: each example alone, all its logits, the mean over all answer tokens."""
+    model = partition.merge(trainable, base)
+    total, count = 0.0, 0
+    for example in chosen:
+        tokens = jnp.array([[*example.prompt, *example.answer]])
+        hidden, _ = model(tokens[:, :-1], jnp.arange(tokens.shape[1] - 1)[None])
+        logits = jax.nn.log_softmax(model.logits(hidden)[0])
+        first = len(example.prompt) - 1
+        for offset, target in enumerate(example.answer):
+            total -= logits[first + offset, target]
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["lora", "full"])
+def test_loss_and_gradients_equal_those_of_each_example_alone(adapter):
+    partition, trainable, base = start(adapter)
+    batches = Batches(examples(6), batch_config(examples=6), epochs=1, seed=None, row_multiple=1)
+    assert len(batches[0]["tokens"][0]) < 6  # some rows hold several examples
+    part = jax.tree.map(lambda array: jnp.asarray(array[0]), batches[0])
+
+    def loss(trainable):
+        model = partition.merge(trainable, base)
+        return step.answer_loss(model, part) / part["weights"].sum()
+
+    got, gradients = jax.value_and_grad(loss)(trainable)
+    expected, expected_gradients = jax.value_and_grad(
+        lambda trainable: cross_entropy(partition, trainable, base, examples(6))
+    )(trainable)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for value, wanted in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
+        np.testing.assert_allclose(value, wanted, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": False},
+        {"microbatches": 2},
+        {"microbatches": 4},
+        {"microbatches": 2, "packing": False},
+    ],
+    ids=str,
+)
+def test_loss_trace_does_not_depend_on_packing_or_microbatches(changes):
+    assert_same_trace(trace(**changes)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, -1], ids=["forward", "backward"])
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_loss_trace_does_not_depend_on_the_devices(mesh, order):
+    got, _ = trace(mesh=parallel.MeshConfig(*mesh), devices=jax.devices()[:8][::order])
+    assert_same_trace(got)
+
+
+def test_only_the_adapter_changes():
+    partition, trainable, base = start(ADAPTER)
+    before = step.fingerprint(base), step.fingerprint(trainable)
+    _, trained = plain_trace()
+    _, _, untouched = start(ADAPTER)
+    assert step.fingerprint(untouched) == before[0]
+    assert step.fingerprint(trained) != before[1]
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(trainable), strict=True)
+    ]
+    assert all(changed)
+
+
+def test_fingerprint_sees_one_bit_and_an_exchange():
+    tree = {"a": jnp.arange(1000, dtype=jnp.float32), "b": jnp.ones(7, jnp.bfloat16)}
+    before = step.fingerprint(tree)
+    assert step.fingerprint(tree) == before
+    bits = jax.lax.bitcast_convert_type(tree["a"], jnp.uint32).at[500].add(1)
+    flipped = tree | {"a": jax.lax.bitcast_convert_type(bits, jnp.float32)}
+    assert step.fingerprint(flipped) != before
+    swapped = tree | {"a": tree["a"].at[jnp.array([3, 4])].set(tree["a"][jnp.array([4, 3])])}
+    assert step.fingerprint(swapped) != before
+
+
+def test_dropout_differs_by_step_and_is_the_same_when_repeated():
+    adapter = lora.LoRAConfig(4, 8.0, 0.5, ("q_proj", "down_proj"), False, False)
+    first, trained = trace(adapter)
+    second, again = trace(adapter)
+    np.testing.assert_array_equal(first, second)
+    plain, _ = trace(lora.LoRAConfig(4, 8.0, 0.0, ("q_proj", "down_proj"), False, False))
+    assert abs(first[0, 0] - plain[0, 0]) > 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedule_rises_then_falls(schedule):
+    rate = make_schedule(OptimizerConfig(0.1, schedule, 0.1, 0, 1, 0.9, 0.999), 100)
+    values = np.array([rate(s) for s in range(100)])
+    np.testing.assert_allclose(values[:10], 0.1 * np.arange(1, 11) / 10, rtol=1e-5)
+    falling = values[10:]
+    if schedule == "constant":
+        np.testing.assert_allclose(falling, 0.1, rtol=1e-6)
+    else:
+        assert (np.diff(falling) < 1e-9).all() and falling[-1] < 0.002
+    if schedule == "linear":
+        np.testing.assert_allclose(falling, 0.1 * (1 - np.arange(90) / 90), atol=1e-6)
+
+
+def test_training_learns_its_examples():
+    """After enough steps the eight examples are known: loss near zero."""
+    partition, trainable, base = start(ADAPTER)
+    optimizer = make_optimizer(OptimizerConfig(2e-2, "constant", 0, 0, 1, 0.9, 0.999), 150)
+    batches = Batches(examples(8), batch_config(), epochs=150, seed=0, row_multiple=1)
+    state = step.TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    run = jax.jit(functools.partial(step.train_step, partition, optimizer, 0))
+    losses = []
+    for number in range(batches.steps):
+        state, metrics = run(state, base, batches[number])
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 4 and losses[-1] < 0.15
