@@ -13,11 +13,10 @@ def get_config():
     config.precision.base = "float32"
     config.batch.examples = 32
     config.batch.sequence_length = 128
-    config.batch.packing = False
-    config.batch.over_length = "drop"
+    config.batch.over_length = "trim_diagnosis"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_fraction = 0.1
-    config.train.epochs = 3
+    config.train.epochs = 2
     config.train.evaluate_every = 0
     config.train.save_every = 100
     config.train.validation_cases = 128

@@ -14,11 +14,11 @@ run() { "$python" -m "radonc_jax.$@"; }
 mkdir -p demo
 
 step "A synthetic extract, as an oncology information system would export it"
-[ -f demo/extract.csv ] || run synthesize --cases=9000 --seed=0 --output=demo/extract.csv
+[ -f demo/extract.csv ] || run synthesize --cases=7000 --seed=0 --output=demo/extract.csv
 
 step "The cohort: who is kept, who is not and why, split by patient"
 [ -d demo/cohort ] || run prepare --input=demo/extract.csv --output=demo/cohort \
-  --test_fraction=0.1 --validation_fraction=0.05
+  --test_fraction=0.12 --validation_fraction=0.05
 
 step "A base model: tokenizer and small Mistral, trained on plain text only"
 if [ ! -d demo/base ]; then

@@ -87,6 +87,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
         character_coverage=1.0,
         split_digits=True,
         normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         add_dummy_prefix=False,  # a word reads alike at the start of a text and of a line
         unk_id=0,
         bos_id=1,

@@ -44,7 +44,7 @@ def write_tokenizer(folder):
 def write_model(folder):
     """A Hugging Face folder with a tokenizer, and transformers' model of it."""
     folder.mkdir()
-    model = checkpoints.write(folder, "mistral_window", max_position_embeddings=512)
+    model = checkpoints.write(folder, "mistral_window", max_position_embeddings=512, sliding_window=200)
     write_tokenizer(folder)
     return model
 
@@ -127,7 +127,7 @@ def test_generate_encodes_with_one_bos_and_decodes(lm):
 
 
 def test_attributes(lm):
-    assert isinstance(lm.config, ModelConfig) and lm.config.sliding_window == 5
+    assert isinstance(lm.config, ModelConfig) and lm.config.sliding_window == 200
     assert lm.tokenizer.eos_token_id == EOS
     assert isinstance(lm.model, Decoder) and isinstance(lm.model, nnx.Module)
     # The module is a view of the weights, not a second copy of them.
