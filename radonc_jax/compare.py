@@ -6,7 +6,7 @@ python -m radonc_jax.compare --runs=runs/regimen,runs/modality,runs/icd --output
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from radonc_jax.evaluation.report import read_run, write_runs
 
@@ -20,6 +20,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; every setting is a --flag")
+    logging.set_verbosity(logging.WARNING)  # the ROUGE scorer announces itself
     try:
         runs = [read_run(Path(folder), _SPLIT.value) for folder in _RUNS.value if folder]
         if not runs:

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 
+import absl.logging
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -209,5 +210,6 @@ def describe(mesh: Mesh) -> str:
 
 def quiet_third_parties() -> None:
     """Keeps the libraries' chatter out of the terminal; warnings stay."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
     for name in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(name).setLevel(logging.WARNING)

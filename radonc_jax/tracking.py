@@ -5,7 +5,6 @@ Only the main process writes. No clinical text passes through here.
 
 import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -167,8 +166,9 @@ class Run:
             os.replace(aside, path)
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1)
-        self._began, self._first = time.monotonic(), step
+        # In a terminal a bar; in a log file a line now and then.
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+        self._began, self._first, self._steps = time.monotonic(), step, steps
 
     def log(self, step: int, split: str, values: Mapping[str, float], *, show: bool) -> None:
         """Appends a line to `metrics.jsonl`; with `show`, also to TensorBoard and the bar."""
@@ -180,12 +180,16 @@ class Run:
             return
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
-        if split == "train":
-            speed = values.get("tokens_per_second", math.nan)
-            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} tokens/s")
-        else:
+        if split != "train":
             shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             self._bar.write(f"step {step} {split}: {shown}")
+            return
+        shown = f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s"
+        self._bar.set_postfix_str(shown, refresh=False)
+        if self._bar.disable:
+            spent = time.monotonic() - self._began
+            left = spent / (step - self._first) * (self._steps - step)
+            print(f"step {step}/{self._steps}: {shown}, {left:.0f} s left", flush=True)
 
     def advance(self) -> None:
         if self._bar is not None:

@@ -101,8 +101,9 @@ class LoRALinear(nnx.Module):
             key = jax.random.wrap_key_data(self.dropout_key[...])
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             adapter_input = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = jnp.einsum("...I,RI->...R", adapter_input, a, precision=precision)
-        update = jnp.einsum("...R,OR->...O", low, b, precision=precision) * self.scale
+        # Scaled where it is smallest: at rank size.
+        low = jnp.einsum("...I,RI->...R", adapter_input, a, precision=precision) * self.scale
+        update = jnp.einsum("...R,OR->...O", low, b, precision=precision)
         if not self.dora:
             return base_output + update
         # As in PEFT, dropout reaches the direction's base term too, and the norm is a constant

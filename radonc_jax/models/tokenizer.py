@@ -9,7 +9,11 @@ Special tokens are known by id only: one that is spelt out in a text is read as 
 """
 
 import json
+import os
 from pathlib import Path
+
+# Set before transformers is imported: its notice that PyTorch is absent is no news here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 SETTINGS, ADDED = "tokenizer_config.json", "added_tokens.json"
