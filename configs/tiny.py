@@ -11,10 +11,10 @@ def get_config():
     config.lora.alpha = 64.0
     config.precision.compute = "float32"
     config.precision.base = "float32"
-    config.batch.examples = 32
+    config.batch.examples = 16
     config.batch.sequence_length = 128
     config.batch.over_length = "trim_diagnosis"
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_fraction = 0.1
     config.train.epochs = 2
     config.train.evaluate_every = 0

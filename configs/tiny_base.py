@@ -15,10 +15,9 @@ def get_config():
     config.model = "demo/start"
     config.trainable = "full"
     config.final_evaluation = False
-    config.batch.examples = 32
     config.batch.over_length = "drop"
     config.batch.sequence_length = 128
-    config.train.epochs = 2
+    config.train.epochs = 3
     config.train.metric = "loss"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.1

@@ -12,6 +12,6 @@ from configs import tiny
 def get_config():
     config = tiny.get_config()
     config.task = "icd"
-    config.train.epochs = 3
+    config.train.epochs = 4
     config.decode.max_new_tokens = 10
     return config
