@@ -40,7 +40,14 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["hypothesis>=6", "peft>=0.18", "pytest>=8", "ruff>=0.8", "torch==2.13.0"],
+        "test": [
+            "hypothesis>=6",
+            "peft>=0.18",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.8",
+            "torch==2.13.0",
+        ],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },

@@ -3,7 +3,7 @@
 python -m radonc_jax.train --config=configs/tiny_all.py --workdir=demo/runs/all
 
 Hardware: two CPU cores. `launch/demo.sh` makes the base and the cohort first.
-TIMERESULT
+Time and result: not measured; not part of the demo.
 """
 
 from configs import tiny

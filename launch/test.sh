@@ -9,4 +9,5 @@ make_environment .venv-test "[test]"
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest "$@"
+# Two files at a time; a file stays in one process.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

@@ -2,10 +2,11 @@
 
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd [--step=best] [--split=test]
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --model=original
-    python -m radonc_jax.evaluate --config=configs/mistral_icd.py --output=original
+    python -m radonc_jax.evaluate --config=configs/mistral_icd.py [--output=original]
 
 With a run folder the answers go into it, and its report is written anew once both models have
-answered. With a config alone the original model answers.
+answered. With a config alone the original model answers, and its scores are printed; --output
+names a folder for its answers.
 """
 
 import sys
@@ -15,6 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from radonc_jax import loading, parallel, settings, tracking
+from radonc_jax.answering import answer_split
 from radonc_jax.data import cohort
 from radonc_jax.decoding.scheduler import Scheduler, text_decoder
 from radonc_jax.evaluation import run as evaluation
@@ -24,7 +26,7 @@ from radonc_jax.training import step as training_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, without a run folder.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of `train`.")
-_OUTPUT = flags.DEFINE_string("output", None, "With --config: folder for the answers.")
+_OUTPUT = flags.DEFINE_string("output", None, "With --config: folder for the answers, if wanted.")
 _STEP = flags.DEFINE_string("step", "best", '"best", "latest" or a checkpoint\'s number.')
 _SPLIT = flags.DEFINE_enum("split", "test", cohort.SPLITS, "Whose cases are answered.")
 _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model answers.")
@@ -33,13 +35,16 @@ _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model ans
 def main(argv):
     del argv
     try:
+        if _WORKDIR.value is not None and _CONFIG.value is not None:
+            raise ValueError("pass --workdir or --config, not both: a run has its own config")
         if _WORKDIR.value is not None:
             evaluate_run(Path(_WORKDIR.value), _STEP.value, _SPLIT.value, _MODEL.value)
-        elif _CONFIG.value is not None and _OUTPUT.value is not None:
+        elif _CONFIG.value is not None:
             config = settings.from_mapping(_CONFIG.value.to_dict())
-            evaluate_original(config, _SPLIT.value, Path(_OUTPUT.value))
+            output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
+            evaluate_original(config, _SPLIT.value, output)
         else:
-            raise ValueError("pass --workdir, or --config together with --output")
+            raise ValueError("pass --workdir of a run, or --config for the original model")
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"error: {error}")
 
@@ -54,8 +59,13 @@ def evaluate_run(workdir: Path, step: str, split: str, model: str) -> None:
     parallel.initialize()
     parallel.quiet_third_parties()
     config = loading.read_settings(workdir)
+    check_answers(config)
+    loading.check_origin(workdir, {"cohort": tracking.cohort_sha256(config.cohort)})
     records = cohort.load_records(config.cohort, split)
-    mesh = parallel.make_mesh(config.mesh)
+    try:
+        mesh = parallel.make_mesh(config.mesh)
+    except ValueError:  # the run was trained on other hardware
+        mesh = loading.default_mesh()
     if model == "original":
         loaded = loading.load_original(config, mesh)
     else:
@@ -64,21 +74,30 @@ def evaluate_run(workdir: Path, step: str, split: str, model: str) -> None:
     answer(loaded, config, records, split=split, model=model, output=output)
     both = [workdir / "evaluation" / split / name / "metrics.json" for name in evaluation.MODELS]
     if parallel.is_main_process() and all(path.is_file() for path in both):
-        write_report(workdir, split)
-        print(f"report: {workdir / 'report.html'}")
+        # The run's own report is of the test split; others lie beside their answers.
+        write_report(workdir, split, None if split == "test" else workdir / "evaluation" / split)
 
 
-def evaluate_original(config: settings.Settings, split: str, output: Path) -> None:
+def evaluate_original(config: settings.Settings, split: str, output: Path | None) -> None:
     """Evaluates the original model of a config, without a run."""
     parallel.initialize()
     parallel.quiet_third_parties()
+    check_answers(config)
     records = cohort.load_records(config.cohort, split)
     loaded = loading.load_original(config, parallel.make_mesh(config.mesh))
     answer(loaded, config, records, split=split, model="original", output=output)
 
 
-def answer(loaded: loading.LoadedModel, config, records, *, split, model, output: Path) -> None:
-    """Decodes, scores, writes and prints."""
+def check_answers(config: settings.Settings) -> None:
+    """ValueError for a run on plain text, which has no questions."""
+    if config.task == "text":
+        raise ValueError('task="text" has no questions to answer, so there is nothing to evaluate')
+
+
+def answer(
+    loaded: loading.LoadedModel, config, records, *, split, model, output: Path | None
+) -> None:
+    """Decodes, scores and prints; writes too where `output` names a folder."""
     scheduler = Scheduler(
         loaded.partition,
         loaded.mesh,
@@ -94,28 +113,22 @@ def answer(loaded: loading.LoadedModel, config, records, *, split, model, output
         loaded.frozen,
         progress=f"{model}, {split}",
     )
-    main_process = parallel.is_main_process()
-    result = evaluation.evaluate(
+    result = answer_split(
         decode,
         records,
         select(config.task),
         split=split,
         model=model,
-        output=output if main_process else None,
-        seed=config.seed,
-        ceiling=cohort.load_manifest(config.cohort).get("ceiling"),
+        output=output,
+        config=config,
+        origin={
+            "step": loaded.step,
+            "trained_fingerprint": training_step.fingerprint(loaded.trainable),
+            "base": str(loaded.folder),
+        },
     )
-    fingerprint = training_step.fingerprint(loaded.trainable)
-    if not main_process:
+    if not parallel.is_main_process():
         return
-    source = {
-        "step": loaded.step,
-        "trained_fingerprint": fingerprint,
-        "base": str(loaded.folder),
-        "cohort": tracking.cohort_sha256(config.cohort),
-        "environment": tracking.environment(),
-    }
-    tracking.write_json(output / "source.json", source)
     for task, scores in evaluation.split_tasks(result).items():
         accuracy = scores["accuracy"]
         print(

@@ -9,7 +9,6 @@ stored in; every other tensor is copied bit for bit. A run that trained the whol
 adapter and can only be written merged.
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from radonc_jax import loading, parallel, settings
+from radonc_jax import loading, parallel, tracking
 from radonc_jax.models import huggingface, lora, peft
 from radonc_jax.training import checkpoint
 
@@ -41,9 +40,7 @@ def export(workdir: Path, kind: str, output: Path, step: str | int = "best") -> 
     """Writes the folder; its errors say what is missing or does not fit."""
     if output.exists():
         raise FileExistsError(f"{output} exists: choose another output folder or remove it")
-    if not (workdir / "config.json").is_file():
-        raise FileNotFoundError(f"{workdir} is not a run folder: it has no config.json")
-    run = settings.from_mapping(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    run = loading.read_settings(workdir)
     if kind == "peft" and run.adapter is None:
         raise ValueError(
             f'{workdir} trained the whole model (trainable="full"), so it has no adapter: '
@@ -51,6 +48,8 @@ def export(workdir: Path, kind: str, output: Path, step: str | int = "best") -> 
         )
     number = checkpoint.find_step(workdir, step)
     folder = huggingface.resolve(run.model)
+    base = {"folder": str(folder), "sha256": tracking.base_sha256(folder, True)}
+    loading.check_origin(workdir, {"base": base})
     config = huggingface.read_config(folder)
 
     # Shapes alone: the base is not needed as a model, its tensors are read when they are written.

@@ -12,6 +12,7 @@ from radonc_jax import parallel, settings
 from radonc_jax.models import huggingface, lora, peft
 from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.training import checkpoint
+from radonc_jax.training import step as step_module
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,25 @@ def default_mesh() -> Mesh:
     return parallel.make_mesh(parallel.MeshConfig(data=-1, fsdp=1, tensor=1))
 
 
-def load_base(folder: Path, config: ModelConfig, adapter, compute, stored, mesh: Mesh):
-    """(partition, weights of the folder) for training or decoding.
+def load_base(folder: Path, config: ModelConfig, partition, stored: str, mesh: Mesh):
+    """The weights of a folder, placed: `partition.frozen`, or `trainable` without an adapter.
 
-    The weights are those of `partition.frozen` under an adapter, else of `partition.trainable`.
+    Args:
+      folder, config: the checkpoint and its architecture.
+      partition: of the model they are read into.
+      stored: dtype of the weights.
+      mesh: where they go.
     """
     parallel.check_heads(config.num_heads, config.num_kv_heads, mesh)
-    partition = lora.partition(config, adapter, huggingface.as_dtype(compute))
-    abstract = partition.trainable if adapter is None else partition.frozen
-    weights = huggingface.load_weights(
+    whole = not jax.tree.leaves(partition.frozen)
+    abstract = partition.trainable if whole else partition.frozen
+    return huggingface.load_weights(
         folder,
         abstract,
         parallel.shardings(abstract, mesh),
         huggingface.as_dtype(stored),
         config.num_layers,
     )
-    return partition, weights
 
 
 def new_adapter(partition: lora.Partition, frozen, seed: int, mesh: Mesh):
@@ -101,18 +105,13 @@ def load_run(workdir: str | Path, step: str | int = "best", mesh: Mesh | None = 
     mesh = default_mesh() if mesh is None else mesh
     number = checkpoint.find_step(workdir, step)  # before the base is read: that takes long
     folder = huggingface.resolve(config.model)
-    if config.adapter is None:
-        architecture, partition, frozen = describe_full(folder, config.precision.compute)
-    else:
-        architecture = huggingface.read_config(folder)
-        partition, frozen = load_base(
-            folder,
-            architecture,
-            config.adapter,
-            config.precision.compute,
-            config.precision.base,
-            mesh,
-        )
+    architecture = huggingface.read_config(folder)
+    compute = huggingface.as_dtype(config.precision.compute)
+    partition = lora.partition(architecture, config.adapter, compute)
+    frozen = partition.frozen
+    if config.adapter is not None:
+        frozen = load_base(folder, architecture, partition, config.precision.base, mesh)
+        check_origin(workdir, {"base_fingerprint_before": step_module.fingerprint(frozen)})
     _, trainable = checkpoint.restore_trainable(
         workdir, partition.trainable, parallel.shardings(partition.trainable, mesh), number
     )
@@ -125,17 +124,32 @@ def load_original(config: settings.Settings, mesh: Mesh) -> LoadedModel:
     """The untuned model of a run: its base, without an adapter."""
     folder = huggingface.resolve(config.model)
     architecture = huggingface.read_config(folder)
-    partition, weights = load_base(
-        folder, architecture, None, config.precision.compute, config.precision.base, mesh
-    )
+    partition = lora.partition(architecture, None, huggingface.as_dtype(config.precision.compute))
+    weights = load_base(folder, architecture, partition, config.precision.base, mesh)
     return assemble(folder, architecture, None, partition, weights, partition.frozen, mesh, None)
 
 
-def describe_full(folder: Path, compute: str):
-    """(architecture, partition, empty base) of a model that is trained as a whole."""
-    architecture = huggingface.read_config(folder)
-    partition = lora.partition(architecture, None, huggingface.as_dtype(compute))
-    return architecture, partition, partition.frozen
+def check_origin(workdir: str | Path, now: dict) -> None:
+    """Compares what a run was made from with what is there now.
+
+    Args:
+      workdir: a run folder; without a manifest nothing is checked.
+      now: some keys of the manifest, as they are now; None values are not compared.
+
+    Raises:
+      ValueError: a base or cohort has been replaced since; which one is named.
+    """
+    path = Path(workdir) / "manifest.json"
+    if not path.is_file():
+        return
+    then = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key, value in now.items() if value is not None and then[key] != value]
+    if changed:
+        raise ValueError(
+            f"{workdir} was made from other files than those there now ({', '.join(changed)} "
+            "differ from its manifest.json): put the old base and cohort back, or train anew in "
+            "another --workdir"
+        )
 
 
 def assemble(folder, architecture, adapter, partition, trainable, frozen, mesh, step):
@@ -176,7 +190,8 @@ def load_model(
     folder = huggingface.resolve(model)
     architecture = huggingface.read_config(folder)
     if adapter is None:
-        partition, weights = load_base(folder, architecture, None, dtype, dtype, mesh)
+        partition = lora.partition(architecture, None, huggingface.as_dtype(dtype))
+        weights = load_base(folder, architecture, partition, dtype, mesh)
         return assemble(
             folder, architecture, None, partition, weights, partition.frozen, mesh, None
         )
@@ -187,7 +202,8 @@ def load_model(
         adapter_config = read_settings(workdir).adapter
         if adapter_config is None:
             raise ValueError(f"{adapter} trained the whole model: export it as merged instead")
-    partition, frozen = load_base(folder, architecture, adapter_config, dtype, dtype, mesh)
+    partition = lora.partition(architecture, adapter_config, huggingface.as_dtype(dtype))
+    frozen = load_base(folder, architecture, partition, dtype, mesh)
     placements = parallel.shardings(partition.trainable, mesh)
     if workdir is None:
         step = None

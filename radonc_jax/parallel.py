@@ -92,6 +92,10 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
+def several_processes() -> bool:
+    return jax.process_count() > 1
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh `data x fsdp x tensor` over all devices; ValueError when the sizes do not fit."""
     devices = jax.devices() if devices is None else devices

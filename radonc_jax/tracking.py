@@ -34,12 +34,12 @@ PACKAGES = (
 )
 # Settings that may differ between a run and its continuation: none changes what is learned.
 FREE_KEYS = (
-    ("mesh",),
-    ("batch", "microbatches"),
     ("train", "log_every"),
     ("decode", "batch"),
     ("final_evaluation",),
 )
+# Dropout masks are drawn by place in the batch, which these move.
+FREE_WITHOUT_DROPOUT = ("batch.microbatches", "mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 def write_json(path: Path, content) -> None:
@@ -113,6 +113,21 @@ def _revision() -> str | None:
         return None
 
 
+def check_folder(workdir: Path, settings: Mapping) -> None:
+    """ValueError if `workdir` is the folder of a run of other settings; they are named."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        return
+    different = differing_keys(json.loads(path.read_text(encoding="utf-8")), settings)
+    if settings["lora"]["dropout"] == 0:
+        different = [name for name in different if name not in FREE_WITHOUT_DROPOUT]
+    if different:
+        raise ValueError(
+            f"{workdir} is the folder of another run (it differs in {different}): "
+            "choose another --workdir, or the same config to resume"
+        )
+
+
 class Run:
     """A run folder open for writing.
 
@@ -126,15 +141,9 @@ class Run:
     """
 
     def __init__(self, workdir: Path, settings: Mapping, *, main: bool):
+        check_folder(workdir, settings)
         self.workdir, self._main = Path(workdir), main
         path = self.workdir / "config.json"
-        if path.is_file():
-            different = differing_keys(json.loads(path.read_text(encoding="utf-8")), settings)
-            if different:
-                raise ValueError(
-                    f"{workdir} is the folder of another run (it differs in {different}): "
-                    "choose another --workdir, or the same config to resume"
-                )
         self._metrics = self._board = self._bar = None
         if main:
             self.workdir.mkdir(parents=True, exist_ok=True)

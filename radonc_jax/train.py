@@ -2,8 +2,8 @@
 
     python -m radonc_jax.train --config=configs/mistral_icd.py --workdir=runs/mistral_icd
 
-Started again with the same arguments, it resumes where it was; a finished run only evaluates what
-has not been evaluated. One command per host: all of them run this same program.
+Started again with the same arguments, it resumes where it was; a finished run only answers what
+has not been answered. One command per host: all of them run this same program.
 """
 
 import functools
@@ -19,6 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from radonc_jax import loading, parallel, settings, tracking
+from radonc_jax.answering import answer_split
 from radonc_jax.data import batches, cohort
 from radonc_jax.decoding.scheduler import Scheduler, text_decoder
 from radonc_jax.evaluation import run as evaluation
@@ -71,7 +72,7 @@ def train(config: settings.Settings, workdir: Path) -> None:
                 records[split], tasks, tokenizer, config.batch
             )
         else:
-            documents = tasks[0].documents(records[split])
+            documents = tasks[0].documents(records[split], table=split == "train")
             examples[split], report = batches.text_examples(documents, tokenizer, config.batch)
         if main_process:
             print(f"{split}: {report}")
@@ -93,25 +94,49 @@ def train(config: settings.Settings, workdir: Path) -> None:
     )
     steps = config.train.steps or train_batches.steps
 
-    # ---- model: shapes, then placements, then arrays -------------------------------------------
-    partition, weights = loading.load_base(
-        folder,
-        architecture,
-        config.adapter,
-        config.precision.compute,
-        config.precision.base,
-        mesh,
-    )
+    # ---- model without arrays: whatever can be refused is refused here -------------------------
+    tracking.check_folder(workdir, config.as_dict())
+    compute = huggingface.as_dtype(config.precision.compute)
+    partition = lora.partition(architecture, config.adapter, compute)
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
+    scheduler = None
+    if generates:
+        scheduler = Scheduler(
+            partition,
+            mesh,
+            batch=config.decode.batch,
+            max_new_tokens=config.decode.max_new_tokens,
+            stops=stops,
+            context=architecture.max_position_embeddings,
+        )
+        longest = max(len(e.answer) for split in examples.values() for e in split)
+        if longest > config.decode.max_new_tokens:
+            raise ValueError(
+                f"the longest answer has {longest} tokens, which decoding could never finish: "
+                f"raise decode.max_new_tokens ({config.decode.max_new_tokens})"
+            )
+        for split in ("validation", "test") if config.final_evaluation else ("validation",):
+            prompts = [task.prompt(record.diagnosis) for record in records[split] for task in tasks]
+            scheduler.check([batches.encode_prompt(tokenizer, prompt) for prompt in prompts])
+
+    # ---- arrays: straight to their places ------------------------------------------------------
+    weights = loading.load_base(folder, architecture, partition, config.precision.base, mesh)
     if config.adapter is None:
         base, original = partition.frozen, weights
     else:
         base, original = weights, loading.new_adapter(partition, weights, config.seed, mesh)
-    base_fingerprint = step.fingerprint(base)
+    del weights
+    origin = {
+        "base": {"folder": str(folder), "sha256": tracking.base_sha256(folder, main_process)},
+        "base_fingerprint_before": step.fingerprint(base),
+        "cohort": tracking.cohort_sha256(config.cohort),
+    }
 
-    # ---- the run folder; resume: 1) its newest checkpoint  2) the model as it was loaded -------
+    # ---- the run folder; resume: 1) its newest checkpoint  2) the model as it was loaded ---------
+    if (workdir / "checkpoints").is_dir():
+        loading.check_origin(workdir, origin if main_process else origin | {"base": None})
     run = tracking.Run(workdir, config.as_dict(), main=main_process)
     checkpoints = checkpoint.Checkpoints(workdir)
     start = checkpoints.latest()
@@ -119,7 +144,7 @@ def train(config: settings.Settings, workdir: Path) -> None:
         state, progress = checkpoints.restore(shapes, placements, start)
     else:
         start, progress = 0, checkpoint.Progress()
-        # A copy, because the state is donated and the original is evaluated later.
+        # A copy, because the state is donated and the original answers later.
         begin = jax.jit(
             lambda trainable: step.TrainState(
                 jnp.int32(0), jax.tree.map(jnp.copy, trainable), optimizer.init(trainable)
@@ -128,14 +153,11 @@ def train(config: settings.Settings, workdir: Path) -> None:
         )
         state = begin(original)
     if config.adapter is None:
-        del original, weights
-    manifest = {
+        del original
+    manifest = origin | {
         "task": config.task,
         "steps": steps,
         "seed": config.seed,
-        "base": {"folder": str(folder), "sha256": tracking.base_sha256(folder, main_process)},
-        "base_fingerprint_before": base_fingerprint,
-        "cohort": tracking.cohort_sha256(config.cohort),
         "parameters": {
             "trainable": lora.count(partition.trainable),
             "frozen": lora.count(partition.frozen),
@@ -167,20 +189,6 @@ def train(config: settings.Settings, workdir: Path) -> None:
     def place(batch):
         return parallel.put(batch, mesh, None, parallel.BATCH_AXES)
 
-    scheduler = None
-    if generates:
-        scheduler = Scheduler(
-            partition,
-            mesh,
-            batch=config.decode.batch,
-            max_new_tokens=config.decode.max_new_tokens,
-            stops=stops,
-            context=architecture.max_position_embeddings,
-        )
-        for split in ("validation", "test") if config.final_evaluation else ("validation",):
-            prompts = [task.prompt(record.diagnosis) for record in records[split] for task in tasks]
-            scheduler.check([batches.encode_prompt(tokenizer, prompt) for prompt in prompts])
-
     def validate(trainable) -> dict[str, float]:
         sums = [
             jax.device_get(evaluation_step(trainable, base, place(validation_batches[number])))
@@ -188,6 +196,10 @@ def train(config: settings.Settings, workdir: Path) -> None:
         ]
         total = sum(float(s["loss_sum"]) for s in sums)
         values = {"loss": total / sum(float(s["answer_tokens"]) for s in sums)}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the validation loss is {values['loss']}: lower optimizer.learning_rate"
+            )
         if config.train.metric != "loss":
             chosen = records["validation"][: config.train.validation_cases or None]
             decode = text_decoder(scheduler, tokenizer, trainable, base)
@@ -215,8 +227,8 @@ def train(config: settings.Settings, workdir: Path) -> None:
             raise FloatingPointError(
                 f"step {number}: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
                 f"its cases: {', '.join(train_batches.case_ids(number - 1)[:8])}, ... "
-                f"The last good checkpoint in {workdir} is whole; lower optimizer.learning_rate "
-                "or look at these cases"
+                f"No checkpoint was written of it. Lower optimizer.learning_rate (in another "
+                "--workdir), or look at these cases"
             )
         now = time.monotonic()
         tokens = train_batches.useful_tokens(number - 1)
@@ -253,30 +265,32 @@ def train(config: settings.Settings, workdir: Path) -> None:
 
     # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------
     manifest["base_fingerprint_after"] = step.fingerprint(base)
-    if manifest["base_fingerprint_after"] != base_fingerprint:
+    if manifest["base_fingerprint_after"] != manifest["base_fingerprint_before"]:
         raise ValueError("the frozen base changed during training: a bug; do not use this run")
+    del state
     best, trainable = checkpoint.restore_trainable(
-        workdir, partition.trainable, placements.trainable, "best"
+        workdir, partition.trainable, placements.trainable, progress.best_step or "latest"
     )
     manifest |= {"best_step": best, "trained_fingerprint": step.fingerprint(trainable)}
     run.write_manifest(manifest)
     if not config.final_evaluation:
         return
     if config.adapter is None:
-        _, original = loading.load_base(
-            folder, architecture, None, config.precision.compute, "float32", mesh
-        )
-    ceiling = cohort.load_manifest(config.cohort).get("ceiling")
-    for model, arrays in (("original", original), ("tuned", trainable)):
-        evaluation.evaluate(
+        original = loading.load_base(folder, architecture, partition, "float32", mesh)
+    for model, number, arrays in (("original", None, original), ("tuned", best, trainable)):
+        answer_split(
             text_decoder(scheduler, tokenizer, arrays, base, progress=f"{model}, test"),
             records["test"],
             tasks,
             split="test",
             model=model,
-            output=workdir / "evaluation" / "test" / model if main_process else None,
-            seed=config.seed,
-            ceiling=ceiling,
+            output=workdir / "evaluation" / "test" / model,
+            config=config,
+            origin={
+                "step": number,
+                "trained_fingerprint": step.fingerprint(arrays),
+                "base": str(folder),
+            },
         )
     if main_process:
         write_report(workdir, "test")

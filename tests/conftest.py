@@ -72,6 +72,6 @@ def workspace(tmp_path_factory):
             "--config.lora.rank=4",
             "--config.batch.examples=16",
             "--config.train.validation_cases=8",
-            "--config.decode.max_new_tokens=6",
+            "--config.decode.max_new_tokens=12",
         ),
     )

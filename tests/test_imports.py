@@ -32,6 +32,7 @@ LEVELS = {
     "evaluation": 3,
     "settings": 4,
     "loading": 5,
+    "answering": 5,
     "notebook": 6,
 }
 

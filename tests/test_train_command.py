@@ -58,6 +58,43 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
     assert (workdir / "checkpoints" / str(best["step"])).is_dir()
 
 
+@pytest.mark.slow
+def test_evaluate_answers_as_the_run_itself_did(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    shutil.rmtree(workdir / "evaluation")
+    (workdir / "report.json").unlink()
+    run_command("evaluate", f"--workdir={workdir}")
+    assert not (workdir / "report.json").exists()  # one model alone is no comparison
+    run_command("evaluate", f"--workdir={workdir}", "--model=original")
+    for model in ("original", "tuned"):
+        ours, theirs = (
+            folder / "evaluation" / "test" / model / "predictions.jsonl"
+            for folder in (workdir, quiet[0])
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+    ours, theirs = (json.loads((f / "report.json").read_text()) for f in (workdir, quiet[0]))
+    assert ours["tasks"]["icd"]["tests"] == theirs["tasks"]["icd"]["tests"]
+    source = json.loads((workdir / "evaluation/test/tuned/source.json").read_text())
+    manifest = json.loads((quiet[0] / "manifest.json").read_text())
+    assert source["step"] == manifest["best_step"]
+    assert source["trained_fingerprint"] == manifest["trained_fingerprint"]
+
+
+@pytest.mark.slow
+def test_evaluate_with_a_config_alone_asks_the_original(quiet, workspace, tmp_path):
+    output = tmp_path / "original"
+    result = run_command("evaluate", *workspace.arguments, f"--output={output}")
+    assert result.stdout.startswith("icd: accuracy")
+    expected = quiet[0] / "evaluation/test/original/predictions.jsonl"
+    assert (output / "predictions.jsonl").read_bytes() == expected.read_bytes()
+
+
+def test_evaluate_without_a_run_says_what_is_missing(tmp_path):
+    result = run_command("evaluate", f"--workdir={tmp_path}", check=False)
+    assert result.returncode == 1 and "config.json" in last_line(result)
+
+
 def test_no_clinical_text_in_logs_and_metrics(quiet, workspace):
     workdir, result = quiet
     import pandas as pd
@@ -175,6 +212,25 @@ def test_a_run_folder_of_another_config_is_refused(quiet, workspace):
     assert sorted((p, p.stat().st_mtime_ns) for p in quiet[0].rglob("*")) == before
 
 
+def test_a_run_is_not_resumed_on_another_cohort(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    manifest["cohort"]["manifest_sha256"] = "0" * 64
+    (workdir / "manifest.json").write_text(json.dumps(manifest))
+    for command in (["train", *workspace.arguments, *SHORT], ["evaluate"]):
+        result = run_command(*command, f"--workdir={workdir}", check=False)
+        assert result.returncode == 1 and "cohort" in last_line(result)
+    assert json.loads((workdir / "manifest.json").read_text()) == manifest
+
+
+def test_a_finished_run_answers_nothing_again(quiet, workspace):
+    files = sorted((quiet[0] / "evaluation").rglob("*.json*"))
+    before = [(p, p.stat().st_mtime_ns) for p in files]
+    run_command("train", *workspace.arguments, *SHORT, f"--workdir={quiet[0]}")
+    assert [(p, p.stat().st_mtime_ns) for p in files] == before
+
+
 def last_line(result):
     assert "Traceback" not in result.stderr, result.stderr[-2000:]
     line = result.stderr.strip().splitlines()[-1]
@@ -249,6 +305,8 @@ def empty_split(workspace, tmp_path):
         (lambda *_: "--config.mesh.data=3", "3 devices"),
         (lambda *_: "--config.model=/nowhere/model", "/nowhere/model"),
         (lambda *_: "--config.cohort=/nowhere/cohort", "/nowhere/cohort"),
+        (lambda *_: "--config.decode.max_new_tokens=3", "max_new_tokens"),
+        (lambda *_: "--config.decode.max_new_tokens=510", "too long"),
         (lambda *_: "--config.batch.sequence_length=8", "sequence_length=8"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -252,14 +252,17 @@ class Batches:
         self.steps_per_epoch = -(-len(examples) // config.examples)
         self.steps = self.steps_per_epoch * epochs
         longest = max(example.length for example in examples)
+        multiple = row_multiple * config.microbatches
         if config.packing:
-            self.row_length = config.sequence_length
+            # On many devices rows are made shorter, so that each device gets some of the tokens.
+            fullest = max(self.useful_tokens_of(self._chosen(step)) for step in range(self.steps))
+            wanted = max(longest, int(1.05 * fullest / multiple))
+            self.row_length = min(config.sequence_length, -(-wanted // 64) * 64)
         else:
             self.row_length = min(config.sequence_length, -(-longest // 32) * 32)
         if longest > self.row_length:
             raise ValueError(f"an example of {longest} tokens exceeds rows of {self.row_length}")
         plans = [self._rows(step) for step in range(self.steps)]
-        multiple = row_multiple * config.microbatches
         rows = max(len(plan) for plan in plans)
         self.rows = -(-rows // multiple) * multiple
         answers = max(sum(len(examples[i].answer) for i in row) for plan in plans for row in plan)
@@ -268,16 +271,20 @@ class Batches:
             self.steps * self.rows * self.row_length
         )
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - lives as long as the run
-    def _rows(self, step: int) -> list[list[int]]:
+    def _chosen(self, step: int) -> list[int]:
+        """The examples of a step."""
         epoch, number = divmod(step, self.steps_per_epoch)
         start = number * self.config.examples
         stop = min(start + self.config.examples, len(self.examples))
         offset = epoch * len(self.examples)
-        chosen = [int(self._order[offset + i]) for i in range(start, stop)]
+        return [int(self._order[offset + i]) for i in range(start, stop)]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - lives as long as the run
+    def _rows(self, step: int) -> list[list[int]]:
+        chosen = self._chosen(step)
         if not self.config.packing:
             return [[i] for i in chosen]
-        packed = pack([self.examples[i].length for i in chosen], self.config.sequence_length)
+        packed = pack([self.examples[i].length for i in chosen], self.row_length)
         return [[chosen[i] for i in row] for row in packed]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
@@ -321,4 +328,7 @@ class Batches:
 
     def useful_tokens(self, step: int) -> int:
         """Tokens of the step's examples, padding not counted."""
-        return sum(self.examples[index].length for row in self._rows(step) for index in row)
+        return self.useful_tokens_of(self._chosen(step))
+
+    def useful_tokens_of(self, indices: Sequence[int]) -> int:
+        return sum(self.examples[index].length for index in indices)

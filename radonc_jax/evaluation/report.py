@@ -558,20 +558,21 @@ def _case_table(run: Run, name: str, task: str, limit: int) -> str:
 def write_report(
     workdir: Path,
     split: str = "test",
+    output: Path | None = None,
     *,
     cohort: Path | None = None,
     include_text: bool = True,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict:
-    """Writes report.json and report.html of one run folder into it, and returns the report.
+    """Writes report.json and report.html of one run folder into it (or into `output`).
 
     Raises:
       FileNotFoundError, ValueError: see `read_run` and `compare_models`.
     """
     runs = [read_run(workdir, split, cohort)]
     return write_runs(
-        runs, Path(workdir), include_text=include_text, bootstrap=bootstrap, seed=seed
+        runs, Path(output or workdir), include_text=include_text, bootstrap=bootstrap, seed=seed
     )
 
 

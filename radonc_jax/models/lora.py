@@ -110,9 +110,11 @@ class LoRALinear(nnx.Module):
         # of the backward pass (section 4.3 of the DoRA paper).
         merged = merge_kernel(self.base.kernel[...], self.a[...], self.b[...], self.scale)
         norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=-1))
-        ratio = (self.magnitude[...] / norm).astype(x.dtype)
+        ratio = self.magnitude[...] / norm
         direction = self.base(adapter_input) if dropped else base_output
-        return base_output + (ratio - 1) * direction + ratio * update
+        # One is taken off in float32: bfloat16 cannot tell 1.002 from 1.
+        change = (ratio - 1).astype(x.dtype)
+        return base_output + change * direction + ratio.astype(x.dtype) * update
 
 
 def merge_kernel(kernel, a, b, scale):

@@ -25,17 +25,17 @@ class TextTask:
 
     name = "text"
 
-    def documents(self, records: Sequence[Record]) -> list[str]:
-        """One document per distinct diagnosis, then the public code table.
+    def documents(self, records: Sequence[Record], *, table: bool = True) -> list[str]:
+        """One document per distinct diagnosis, then, with `table`, the public code table.
 
         The table is written as it is printed: each code before its description, each description
         alone, and the codes of each category in a row. The order is fixed; shuffling is the data
         loader's work.
         """
         documents = list(dict.fromkeys(tidy_diagnosis(record.diagnosis) for record in records))
-        table = sorted(code_descriptions().items())
-        for code, description in table:
+        entries = sorted(code_descriptions().items()) if table else []
+        for code, description in entries:
             documents += [f"{code} {description}", description]
-        for category, entries in itertools.groupby(table, key=lambda entry: entry[0][:3]):
-            documents.append(f"{category}: " + ", ".join(code for code, _ in entries))
+        for category, codes in itertools.groupby(entries, key=lambda entry: entry[0][:3]):
+            documents.append(f"{category}: " + ", ".join(code for code, _ in codes))
         return documents

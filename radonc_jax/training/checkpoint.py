@@ -144,6 +144,8 @@ def find_step(workdir: Path, step: str | int) -> int:
         best = Path(workdir) / "best.json"
         chosen = json.loads(best.read_text())["step"] if best.is_file() else steps[-1]
     else:
+        if not str(step).isdigit():
+            raise ValueError(f'--step must be "best", "latest" or a number, not {step!r}')
         chosen = int(step)
     if chosen not in steps:
         raise FileNotFoundError(f"{workdir} has no checkpoint {chosen}; it has {steps}")
