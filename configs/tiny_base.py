@@ -3,7 +3,7 @@
 python -m radonc_jax.train --config=configs/tiny_base.py --workdir=demo/runs/base
 
 Hardware: two CPU cores. `launch/demo.sh` runs it, then exports the result as an ordinary folder.
-Time and result: about 3 minutes; loss 1.05 per token of held-out diagnoses.
+Time: about 3 minutes on two cores. Its validation loss is told in the terminal.
 """
 
 from configs import tiny

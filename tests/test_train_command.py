@@ -1,6 +1,7 @@
 """`train` as people run it: whole runs, killed runs, several processes, bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -334,3 +335,49 @@ def test_an_unknown_config_key_stops_at_once(workspace, tmp_path):
     )
     assert result.returncode != 0 and "rnak" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_early_stopping_survives_a_restart(workspace, tmp_path):
+    """Random weights answer nothing right: the first validation stays the best."""
+    workdir = tmp_path / "run"
+    arguments = (
+        *workspace.arguments,
+        "--config.train.steps=8",
+        "--config.train.evaluate_every=1",
+        "--config.train.patience=2",
+        "--config.final_evaluation=False",
+        f"--workdir={workdir}",
+    )
+    run_command("train", *arguments)
+    expected = losses(workdir)
+    assert {step for step, split in expected if split == "train"} == {1, 2, 3}
+    assert json.loads((workdir / "best.json").read_text()) == {"step": 1, "value": 0.0}
+    # Back to step 2, as if killed there: one bad validation is already counted.
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    run_command("train", *arguments)
+    assert losses(workdir) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("--config.task=all", "--config.lora.dora=True", "--config.lora.dropout=0.1"),
+        ("--config.trainable=full", "--config.train.metric=loss"),
+    ],
+    ids=["all, dora, dropout", "full"],
+)
+def test_other_ways_to_train_run_to_their_report(changes, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    run_command(
+        "train",
+        *workspace.arguments,
+        "--config.train.steps=2",
+        "--config.decode.max_new_tokens=60",
+        *changes,
+        f"--workdir={workdir}",
+    )
+    tasks = json.loads((workdir / "report.json").read_text())["tasks"]
+    assert set(tasks) == ({"regimen", "modality", "icd"} if "task=all" in changes[0] else {"icd"})
+    assert all(math.isfinite(loss) for loss in losses(workdir).values())

@@ -112,7 +112,7 @@ class LoRALinear(nnx.Module):
         norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=-1))
         ratio = self.magnitude[...] / norm
         direction = self.base(adapter_input) if dropped else base_output
-        # One is taken off in float32: bfloat16 cannot tell 1.002 from 1.
+        # One is taken off in float32, before rounding.
         change = (ratio - 1).astype(x.dtype)
         return base_output + change * direction + ratio.astype(x.dtype) * update
 
