@@ -12,22 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from radonc_jax import loading, parallel, settings, tracking
-from radonc_jax.answering import answer_split
-from radonc_jax.data import batches, cohort
-from radonc_jax.decoding.scheduler import Scheduler, text_decoder
-from radonc_jax.evaluation import run as evaluation
-from radonc_jax.evaluation.report import write_report
-from radonc_jax.models import huggingface, lora
-from radonc_jax.tasks import select
-from radonc_jax.training import checkpoint, step
-from radonc_jax.training.optimizer import make_optimizer, make_schedule
+from radonc_jax.models import hub
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny_icd.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; made if absent, resumed if not.")
@@ -38,18 +26,37 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments {argv[1:]}; overrides are --config.key=value")
     try:
-        train(settings.from_mapping(_CONFIG.value.to_dict()), Path(_WORKDIR.value))
+        # Before jax is imported, which takes seconds: a missing model is the commonest mistake.
+        hub.resolve(_CONFIG.value.model)
+        train(_CONFIG.value.to_dict(), Path(_WORKDIR.value))
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 
-def train(config: settings.Settings, workdir: Path) -> None:
-    """Runs `config` in `workdir`; see the module's docstring.
+def train(config: dict, workdir: Path) -> None:
+    """Runs `config`, all sections of `configs/common.py`, in `workdir`.
 
     Raises:
       ValueError, FileNotFoundError: something does not fit; nothing has been trained then.
       FloatingPointError: a loss or gradient was not finite; the last checkpoint is whole.
     """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from radonc_jax import loading, parallel, settings, tracking
+    from radonc_jax.answering import answer_split
+    from radonc_jax.data import batches, cohort
+    from radonc_jax.decoding.scheduler import Scheduler, text_decoder
+    from radonc_jax.evaluation import run as evaluation
+    from radonc_jax.evaluation.report import write_report
+    from radonc_jax.models import huggingface, lora
+    from radonc_jax.tasks import select
+    from radonc_jax.training import checkpoint, step
+    from radonc_jax.training.optimizer import make_optimizer, make_schedule
+
+    config = settings.from_mapping(config)
+
     # ---- devices and model description: cheap checks first -------------------------------------
     parallel.initialize()
     parallel.quiet_third_parties()
@@ -257,7 +264,9 @@ def train(config: settings.Settings, workdir: Path) -> None:
                 if evaluates:
                     values = validate(state.trainable)
                     run.log(number, "validation", values, show=True)
-                    _judge(progress, config.train, number, values[config.train.metric])
+                    metric = config.train.metric
+                    sign = settings.METRICS[metric]
+                    _judge(progress, sign, config.train.patience, number, values[metric])
                 checkpoints.save(number, state, progress)
                 clock = time.monotonic()
     checkpoints.close()
@@ -301,14 +310,13 @@ def _every(number: int, period: int) -> bool:
     return period > 0 and number % period == 0
 
 
-def _judge(progress, config: settings.TrainConfig, number: int, value: float) -> None:
+def _judge(progress, sign: int, patience: int, number: int, value: float) -> None:
     """Notes whether a validation is the best so far, and whether patience has run out."""
-    sign = settings.METRICS[config.metric]
     if progress.best_value is None or sign * value > sign * progress.best_value:
         progress.best_step, progress.best_value, progress.bad_evaluations = number, value, 0
     else:
         progress.bad_evaluations += 1
-    progress.stopped_early = 0 < config.patience <= progress.bad_evaluations
+    progress.stopped_early = 0 < patience <= progress.bad_evaluations
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoint folders that are damaged, foreign or incomplete; hub ids; tokenizers."""
 
+import contextlib
 import io
 import json
 import os
@@ -217,12 +218,12 @@ def test_a_path_that_does_not_exist(name):
 SCRIPT = """
 import sys, time
 from huggingface_hub import snapshot_download
-from radonc_jax.models import huggingface
+from radonc_jax.models import hub
 if len(sys.argv) > 2:
-    huggingface._is_reachable = lambda endpoint: sys.exit("asked the network")
+    hub._is_reachable = lambda endpoint: sys.exit("asked the network")
 start = time.monotonic()
 try:
-    print(huggingface.resolve(sys.argv[1]))
+    print(hub.resolve(sys.argv[1]))
 except FileNotFoundError as error:
     print(error, f"[{time.monotonic() - start:.2f} s]", time.monotonic() - start < 1)
 """
@@ -241,12 +242,25 @@ def resolve_apart(tmp_path, *arguments, **environment) -> str:
     return result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://192.0.2.1", "http://a.invalid"])
-def test_a_hub_that_cannot_be_reached_is_an_error_within_a_second(tmp_path, endpoint):
-    """A closed port, an address that never answers (RFC 5737) and a name that does not exist."""
-    said = resolve_apart(tmp_path, HF_ENDPOINT=endpoint)
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_hub_that_cannot_be_reached_is_an_error_within_a_second(tmp_path, listens):
+    """A closed port, and one that never accepts because its queue is full."""
+    with socket.socket() as server, contextlib.ExitStack() as waiting:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen(0)
+            for _ in range(4):
+                client = waiting.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(server.getsockname())
+        said = resolve_apart(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.getsockname()[1]}")
     assert "is not a folder here" in said and "could not be reached" in said
     assert said.strip().endswith("True"), said
+
+
+def test_a_missing_model_is_told_before_jax_is_imported():
+    code = "import sys, radonc_jax.train; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_offline_is_respected_and_a_cached_snapshot_is_not_asked_for_again(tmp_path, written):

@@ -9,14 +9,10 @@ import json
 import math
 import os
 import shutil
-import socket
-import threading
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +22,15 @@ from safetensors.numpy import save_file
 
 from radonc_jax.models import tokenizer
 from radonc_jax.models.decoder import Llama3RopeScaling, ModelConfig
+from radonc_jax.models.hub import GENERATION, INDEX, TOKENIZER_FILES, WEIGHTS
+from radonc_jax.models.hub import resolve as resolve
 from radonc_jax.models.tokenizer import load_tokenizer as load_tokenizer
 from radonc_jax.parallel import path_name
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    tokenizer.SENTENCEPIECE,
-    tokenizer.JSON,
-    tokenizer.SETTINGS,
-    tokenizer.ADDED,
-    "special_tokens_map.json",
-)
 DERIVED = "rotary_emb.inv_freq"  # stored by old exports; follows from rope_theta
 EMBEDDING = "model.embed_tokens.weight"
 STORED_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
-# What a hub id is asked for; without the second copies of the weights that some repositories keep.
-DOWNLOADED = ("config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER_FILES)
-REACH_SECONDS = 0.7  # how long a hub may take to accept a connection
-
 # Settings that are absent, null, or have the one value that this code carries out.
 REQUIRED = {
     "hidden_act": "silu",
@@ -60,73 +45,6 @@ REQUIRED = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
 }
-
-
-def resolve(model: str) -> Path:
-    """The folder of a model: `model` itself, or the snapshot of a hub id.
-
-    A hub id is asked for once: a snapshot in the local cache is used without a look at the network,
-    and its folder is named by the revision. A folder never touches the network.
-
-    Raises:
-      FileNotFoundError: neither a folder nor a hub id that is cached or can be downloaded.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    advice = (
-        f"model {model!r} is not a folder here. Pass a local Hugging Face folder "
-        "(--config.model=/path/to/folder with config.json, *.safetensors and the tokenizer)"
-    )
-    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
-        raise FileNotFoundError(advice)
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    def download(**options) -> Path:
-        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), **options))
-
-    try:
-        folder = download(local_files_only=True)
-        weight_files(folder)  # an interrupted download leaves a folder without all of its files
-        return folder
-    except HFValidationError:
-        raise FileNotFoundError(advice) from None
-    except (OSError, ValueError):
-        pass
-    reason = "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
-        reason = f"{constants.ENDPOINT} could not be reached"
-        if _is_reachable(constants.ENDPOINT):
-            try:
-                return download()
-            except (HfHubHTTPError, OSError) as error:
-                reason = f"{constants.ENDPOINT} refused or broke off: {type(error).__name__}"
-    raise FileNotFoundError(
-        f"{advice}, or download {model!r} on a machine with access to the hub ({reason})"
-    )
-
-
-def _is_reachable(endpoint: str) -> bool:
-    """Whether a connection can be opened; the hub's own client would try for minutes."""
-    if urllib.request.getproxies():
-        return True  # only the proxy can tell
-    url = urlsplit(endpoint)
-    port = url.port or (80 if url.scheme == "http" else 443)
-    reached = threading.Event()
-
-    def connect():
-        try:
-            socket.create_connection((url.hostname, port), timeout=REACH_SECONDS).close()
-            reached.set()
-        except OSError:
-            pass
-
-    # In a thread, because the look-up of a name has no time limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(REACH_SECONDS)
-    return reached.is_set()
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -1,0 +1,99 @@
+"""From the name of a model to its folder, without jax, so that a missing model is told at once."""
+
+import json
+import socket
+import threading
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from radonc_jax.models import tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    tokenizer.SENTENCEPIECE,
+    tokenizer.JSON,
+    tokenizer.SETTINGS,
+    tokenizer.ADDED,
+    "special_tokens_map.json",
+)
+# What a hub id is asked for; without the second copies of the weights that some repositories keep.
+DOWNLOADED = ("config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER_FILES)
+REACH_SECONDS = 0.7  # how long a hub may take to accept a connection
+
+
+def resolve(model: str) -> Path:
+    """The folder of a model: `model` itself, or the snapshot of a hub id.
+
+    A hub id is asked for once: a snapshot in the local cache is used without a look at the network,
+    and its folder is named by the revision. A folder never touches the network.
+
+    Raises:
+      FileNotFoundError: neither a folder nor a hub id that is cached or can be downloaded.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    advice = (
+        f"model {model!r} is not a folder here. Pass a local Hugging Face folder "
+        "(--config.model=/path/to/folder with config.json, *.safetensors and the tokenizer)"
+    )
+    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
+        raise FileNotFoundError(advice)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    def download(**options) -> Path:
+        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), **options))
+
+    try:
+        folder = download(local_files_only=True)
+        if _is_whole(folder):
+            return folder
+    except HFValidationError:
+        raise FileNotFoundError(advice) from None
+    except (OSError, ValueError, KeyError):
+        pass
+    reason = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        reason = f"{constants.ENDPOINT} could not be reached"
+        if _is_reachable(constants.ENDPOINT):
+            try:
+                return download()
+            except (HfHubHTTPError, OSError) as error:
+                reason = f"{constants.ENDPOINT} refused or broke off: {type(error).__name__}"
+    raise FileNotFoundError(
+        f"{advice}, or download {model!r} on a machine with access to the hub ({reason})"
+    )
+
+
+def _is_reachable(endpoint: str) -> bool:
+    """Whether a connection can be opened; the hub's own client would try for minutes."""
+    if urllib.request.getproxies():
+        return True  # only the proxy can tell
+    url = urlsplit(endpoint)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    reached = threading.Event()
+
+    def connect():
+        try:
+            socket.create_connection((url.hostname, port), timeout=REACH_SECONDS).close()
+            reached.set()
+        except OSError:
+            pass
+
+    # In a thread, because the look-up of a name has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    return reached.is_set()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all weights are there: an interrupted download leaves a folder without some."""
+    index = folder / INDEX
+    if not index.is_file():
+        return (folder / WEIGHTS).is_file()
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return all((folder / name).is_file() for name in weight_map.values())
