@@ -328,8 +328,3 @@ class Decoder(nnx.Module):
             )
         shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-
-
-def abstract(config: ModelConfig, dtype=jnp.float32) -> Decoder:
-    """The model with shapes instead of arrays; nothing is allocated."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
