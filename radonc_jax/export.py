@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from radonc_jax import loading, parallel, tracking
-from radonc_jax.models import huggingface, lora, peft
+from radonc_jax.models import huggingface, lora, peft, weight_files
 from radonc_jax.training import checkpoint
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, from `train`.")
@@ -72,7 +72,7 @@ def export(workdir: Path, kind: str, output: Path, step: str | int = "best") -> 
 
 def merged_tensors(
     folder: Path, adapter: dict[str, jax.Array], config: lora.LoRAConfig, num_layers: int
-) -> dict[str, huggingface.Tensor]:
+) -> dict[str, weight_files.Tensor]:
     """The base's tensors with the adapter added, to be read one by one.
 
     Args:
@@ -84,20 +84,20 @@ def merged_tensors(
     Raises:
       ValueError: a projection of the adapter is not in the base.
     """
-    tensors = huggingface.stored_tensors(folder)
+    tensors = weight_files.stored_tensors(folder)
     for place in sorted({path.rsplit("/", 1)[0] for path in adapter}):
         parts = [adapter.get(f"{place}/{kind}") for kind in ("a", "b", "magnitude")]
-        for layer, name in enumerate(huggingface.tensor_names(f"{place}/kernel", num_layers)):
+        for layer, name in enumerate(weight_files.tensor_names(f"{place}/kernel", num_layers)):
             if name not in tensors:
                 raise ValueError(f"{folder} has no tensor {name}, which the adapter changes")
             base = tensors[name]
             row = [None if part is None else part[layer] for part in parts]
             read = partial(_merge, base, row, config)
-            tensors[name] = huggingface.Tensor(base.shape, base.dtype, read)
+            tensors[name] = weight_files.Tensor(base.shape, base.dtype, read)
     return tensors
 
 
-def _merge(base: huggingface.Tensor, row: list, config: lora.LoRAConfig) -> np.ndarray:
+def _merge(base: weight_files.Tensor, row: list, config: lora.LoRAConfig) -> np.ndarray:
     return np.asarray(lora.adapted_kernel(base.read(), *row, config)).astype(base.dtype)
 
 

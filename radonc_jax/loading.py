@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from radonc_jax import parallel, settings
-from radonc_jax.models import huggingface, lora, peft
+from radonc_jax.models import huggingface, lora, peft, weight_files
 from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.training import checkpoint
 from radonc_jax.training import step as step_module
@@ -64,7 +64,7 @@ def load_base(folder: Path, config: ModelConfig, partition, stored: str, mesh: M
     parallel.check_heads(config.num_heads, config.num_kv_heads, mesh)
     whole = not jax.tree.leaves(partition.frozen)
     abstract = partition.trainable if whole else partition.frozen
-    return huggingface.load_weights(
+    return weight_files.load_weights(
         folder,
         abstract,
         parallel.shardings(abstract, mesh),

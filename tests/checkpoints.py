@@ -11,7 +11,7 @@ from flax import nnx
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from radonc_jax import parallel
-from radonc_jax.models import huggingface, lora
+from radonc_jax.models import huggingface, lora, weight_files
 
 SIZES = dict(
     vocab_size=97,
@@ -75,7 +75,7 @@ def load(folder: Path, adapter: lora.LoRAConfig | None = None, dtype="float32", 
     partition = lora.partition(config, adapter, kind)
     wanted = partition.trainable if adapter is None else partition.frozen
     mesh = parallel.make_mesh(parallel.MeshConfig(-1, 1, 1), jax.devices()[:devices])
-    weights = huggingface.load_weights(
+    weights = weight_files.load_weights(
         folder, wanted, parallel.shardings(wanted, mesh), kind, config.num_layers
     )
     return config, partition, weights

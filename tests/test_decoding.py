@@ -13,7 +13,7 @@ import transformers
 
 from radonc_jax.decoding.greedy import greedy
 from radonc_jax.decoding.scheduler import Scheduler, padded_length, text_decoder
-from radonc_jax.models import huggingface, lora
+from radonc_jax.models import huggingface, lora, weight_files
 from radonc_jax.parallel import MeshConfig, make_mesh, shardings
 
 # Threads that wait for each other cost more than such tiny products.
@@ -138,7 +138,7 @@ def build(family, folder):
     adapter = lora.LoRAConfig(4, 8.0, 0.1, ("q_proj", "down_proj"), False, False)
     partition = lora.partition(ours, adapter, jnp.float32)
     mesh = one_device()
-    frozen = huggingface.load_weights(
+    frozen = weight_files.load_weights(
         folder, partition.frozen, shardings(partition.frozen, mesh), jnp.float32, ours.num_layers
     )
     trainable = lora.init(partition.trainable, frozen, seed=0)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from configs import tiny_icd
 from radonc_jax import export, settings
-from radonc_jax.models import huggingface, lora
+from radonc_jax.models import hub, lora
 from radonc_jax.parallel import path_name
 from radonc_jax.training.checkpoint import Checkpoints, Progress
 from radonc_jax.training.step import TrainState
@@ -70,8 +70,8 @@ def test_a_merged_model_for_transformers(tmp_path, dora):
 def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
     _, trained = write_run(tmp_path, dtype=torch.bfloat16)
     export.export(tmp_path / "run", "merged", tmp_path / "out")
-    base = load_file(tmp_path / "base" / huggingface.WEIGHTS)
-    merged = load_file(tmp_path / "out" / huggingface.WEIGHTS)
+    base = load_file(tmp_path / "base" / hub.WEIGHTS)
+    merged = load_file(tmp_path / "out" / hub.WEIGHTS)
     arrays = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(trained)}
     assert set(base) == set(merged)
     for name, tensor in base.items():

@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 from safetensors.numpy import load_file, save_file
 
-from radonc_jax.models import huggingface
+from radonc_jax.models import hub, huggingface, weight_files
 from radonc_jax.models.tokenizer import load_tokenizer
 from tests import checkpoints
 
@@ -52,7 +52,7 @@ def many(written, tmp_path):
     ],
 )
 def test_a_misfitting_tensor_is_named(one, damage, message):
-    path = one / huggingface.WEIGHTS
+    path = one / hub.WEIGHTS
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)
@@ -61,7 +61,7 @@ def test_a_misfitting_tensor_is_named(one, damage, message):
 
 
 def test_many_misfits_are_one_error(one):
-    path = one / huggingface.WEIGHTS
+    path = one / hub.WEIGHTS
     save_file({"a": np.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"missing tensor .*; and 23 more"):
         checkpoints.load(one)
@@ -69,14 +69,14 @@ def test_many_misfits_are_one_error(one):
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -100])
 def test_a_truncated_file(one, keep):
-    path = one / huggingface.WEIGHTS
+    path = one / hub.WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match="model.safetensors is damaged or cut short"):
         checkpoints.load(one)
 
 
 def test_rotary_frequencies_of_old_exports_are_ignored(one):
-    path = one / huggingface.WEIGHTS
+    path = one / hub.WEIGHTS
     before = checkpoints.load(one)[2]
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
     save_file({**load_file(path), **extra}, path)
@@ -84,7 +84,7 @@ def test_rotary_frequencies_of_old_exports_are_ignored(one):
 
 
 def test_a_shard_that_the_index_names_is_missing(many):
-    file = huggingface.weight_files(many)[2]
+    file = weight_files.file_paths(many)[2]
     file.unlink()
     with pytest.raises(FileNotFoundError, match=file.name):
         checkpoints.load(many)
@@ -101,33 +101,33 @@ def test_a_shard_that_the_index_names_is_missing(many):
     ],
 )
 def test_a_damaged_index(many, content, message):
-    (many / huggingface.INDEX).write_text(content)
+    (many / hub.INDEX).write_text(content)
     with pytest.raises(ValueError, match=message):
         checkpoints.load(many)
 
 
 def test_an_index_that_points_to_the_wrong_shard(many):
-    index = json.loads((many / huggingface.INDEX).read_text())
+    index = json.loads((many / hub.INDEX).read_text())
     first, second = sorted(set(index["weight_map"].values()))[:2]
     name = next(n for n, file in index["weight_map"].items() if file == first)
     index["weight_map"][name] = second
-    (many / huggingface.INDEX).write_text(json.dumps(index))
+    (many / hub.INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"{name} into {second}, which does not hold it"):
         checkpoints.load(many)
 
 
 def test_pickled_weights_are_not_read(one):
     torch.save({}, one / "pytorch_model.bin")
-    (one / huggingface.WEIGHTS).unlink()
+    (one / hub.WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match="Pickled weights are not read: convert"):
         checkpoints.load(one)
 
 
 def test_a_tied_head_that_differs_is_refused(tmp_path):
     checkpoints.write(tmp_path, "llama3_scaled_tied")
-    path = tmp_path / huggingface.WEIGHTS
+    path = tmp_path / hub.WEIGHTS
     tensors = load_file(path)
-    head = tensors[huggingface.EMBEDDING].copy()
+    head = tensors[weight_files.EMBEDDING].copy()
     save_file({**tensors, "lm_head.weight": head}, path)
     checkpoints.load(tmp_path)
     head[-1, -1] += 1
@@ -205,7 +205,7 @@ def test_a_folder_touches_no_network(one, monkeypatch):
     checkpoints.load(folder)
     tokenizer = huggingface.load_tokenizer(folder)
     huggingface.stop_tokens(folder, tokenizer)
-    tensors = huggingface.stored_tensors(folder)
+    tensors = weight_files.stored_tensors(folder)
     huggingface.save_tensors(one / "out", source=folder, tensors=tensors)
 
 

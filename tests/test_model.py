@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from radonc_jax.models import huggingface, lora
+from radonc_jax.models import huggingface, lora, weight_files
 from radonc_jax.models.decoder import Decoder, Llama3RopeScaling, ModelConfig
 from radonc_jax.parallel import path_name
 from tests import checkpoints
@@ -32,7 +32,7 @@ def test_logits_equal_transformers(tmp_path, variant):
 def test_shards_and_one_file_give_the_same_arrays(tmp_path):
     checkpoints.write(tmp_path / "one", "mistral_window")
     checkpoints.write(tmp_path / "many", "mistral_window", shard="20KB")
-    assert len(huggingface.weight_files(tmp_path / "many")) > 3
+    assert len(weight_files.file_paths(tmp_path / "many")) > 3
     one = checkpoints.load(tmp_path / "one")[2]
     many = checkpoints.load(tmp_path / "many")[2]
     jax.tree.map(np.testing.assert_array_equal, one, many)
@@ -251,7 +251,7 @@ def test_out_again_bit_for_bit(tmp_path, variant, dtype):
     )
     before = load_file(tmp_path / "in" / "model.safetensors")
     after = {}
-    for file in huggingface.weight_files(tmp_path / "out"):
+    for file in weight_files.file_paths(tmp_path / "out"):
         after.update(load_file(file))
     assert set(after) == set(before)
     for name in before:

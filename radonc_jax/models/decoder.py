@@ -24,6 +24,17 @@ from radonc_jax.models.attention import attend, attention_mask, matmul_precision
 # What the backward pass keeps per layer; everything else is cheap to recompute from these.
 SAVED_NAMES = ("query", "key", "value", "attention", "residual", "gate", "up")
 
+# The linear maps of a layer, and the module that holds each.
+PROJECTIONS = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
@@ -96,11 +107,15 @@ class Linear(nnx.Module):
     """x W^T without a bias: the only weight-bearing matrix product, and what adapters wrap."""
 
     def __init__(self, out_size: int, in_size: int, *, layers: int | None, rngs: nnx.Rngs):
-        shape = (out_size, in_size) if layers is None else (layers, out_size, in_size)
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        self.shape = (out_size, in_size) if layers is None else (layers, out_size, in_size)
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), self.shape))
+
+    def weight(self, dtype) -> jax.Array:
+        """The kernel [out, in] in a floating type; `models.quantize` keeps it in another form."""
+        return self.kernel[...].astype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.weight(x.dtype)
         return jnp.einsum("...I,OI->...O", x, kernel, precision=matmul_precision(x.dtype))
 
 

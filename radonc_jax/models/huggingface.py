@@ -1,36 +1,26 @@
-"""Hugging Face folders in and out: `config.json`, safetensors, tokenizer.
+"""Hugging Face folders in and out: `config.json` and tokenizer; `weight_files` has the weights.
 
-One table, `tensor_names`, maps every parameter to its tensors, and is read both ways. Weights are
-read from safetensors only, never from pickles. Local folders touch no network; a hub id is looked
-up in the local cache first.
+Local folders touch no network; a hub id is looked up in the local cache first.
 """
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from radonc_jax.models import tokenizer
+from radonc_jax.models import tokenizer, weight_files
 from radonc_jax.models.decoder import Llama3RopeScaling, ModelConfig
-from radonc_jax.models.hub import GENERATION, INDEX, TOKENIZER_FILES, WEIGHTS
+from radonc_jax.models.hub import GENERATION, TOKENIZER_FILES
 from radonc_jax.models.hub import resolve as resolve
 from radonc_jax.models.tokenizer import load_tokenizer as load_tokenizer
-from radonc_jax.parallel import path_name
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-DERIVED = "rotary_emb.inv_freq"  # stored by old exports; follows from rope_theta
-EMBEDDING = "model.embed_tokens.weight"
-STORED_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+SHARD_BYTES = 2 * 2**30  # of a file of weights; a whole one is in memory while it is written
 # Settings that are absent, null, or have the one value that this code carries out.
 REQUIRED = {
     "hidden_act": "silu",
@@ -62,7 +52,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: is {folder} a Hugging Face model folder?")
-    raw = _read_json(path)
+    raw = weight_files.read_json(path)
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
@@ -152,158 +142,13 @@ def _rope_scaling(path: Path, rope: dict, context: int) -> Llama3RopeScaling | N
     return Llama3RopeScaling(**values)
 
 
-def tensor_names(path: str, num_layers: int) -> list[str] | str:
-    """The tensors of one parameter: a name, or for stacked parameters one name per layer."""
-    path = path.replace("/base/kernel", "/kernel")
-    stem = path.rsplit("/", 1)[0].replace("/", ".")
-    if stem == "lm_head":
-        return "lm_head.weight"
-    if not stem.startswith("layers."):
-        return f"model.{stem}.weight"
-    rest = stem.removeprefix("layers.")
-    return [f"model.layers.{layer}.{rest}.weight" for layer in range(num_layers)]
-
-
-def load_weights(folder: Path, abstract, shardings, dtype, num_layers: int):
-    """Reads a checkpoint straight into placed arrays.
-
-    Args:
-      folder: with `model.safetensors`, or shards and their index.
-      abstract: shapes of the parameters wanted (a tree from `lora.partition`).
-      shardings: of the same structure; each process reads the bytes of its own shards.
-      dtype: of the arrays; tensors of another floating type are converted.
-      num_layers: of the model.
-
-    Returns:
-      A tree of arrays.
-
-    Raises:
-      FileNotFoundError: no weights, or a shard that the index names is not there.
-      ValueError: a damaged file; a missing, unexpected or misshapen tensor; all are named.
-    """
-    folder = Path(folder)
-    location = _locate(folder)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        names = tensor_names(path_name(path), num_layers)
-        stacked = isinstance(names, list)
-        for name in names if stacked else [names]:
-            wanted[name] = leaf.shape[1:] if stacked else leaf.shape
-    present = {name for name in location if not name.endswith(DERIVED)}
-    tied_twice = False
-    if "lm_head.weight" not in wanted:
-        tied_twice = "lm_head.weight" in present
-        present.discard("lm_head.weight")
-    problems = [f"missing tensor {name}" for name in sorted(set(wanted) - present)]
-    problems += [f"unexpected tensor {name}" for name in sorted(present - set(wanted))]
-    readers = {file: _open(folder / file) for file in sorted(set(location.values()))}
-    held = {file: set(reader.keys()) for file, reader in readers.items()}
-    for file, names in held.items():
-        unlisted = sorted(n for n in names if n not in location and not n.endswith(DERIVED))
-        problems += [f"unexpected tensor {name} in {file}" for name in unlisted]
-    slices = {}
-    for name in sorted(present & set(wanted)):
-        file = location[name]
-        if name not in held[file]:
-            problems.append(f"the index puts tensor {name} into {file}, which does not hold it")
-            continue
-        slices[name] = readers[file].get_slice(name)
-        if slices[name].get_dtype() not in STORED_DTYPES:
-            problems.append(f"tensor {name} has dtype {slices[name].get_dtype()}")
-        shape = tuple(slices[name].get_shape())
-        if shape != tuple(wanted[name]):
-            problems.append(f"tensor {name} has shape {shape}, config.json asks {wanted[name]}")
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
-        raise ValueError(f"the weights in {folder} do not fit their config.json: {shown}")
-
-    if tied_twice and not _equal_tensors(readers, location, "lm_head.weight", EMBEDDING):
-        raise ValueError(
-            f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but "
-            f"lm_head.weight and {EMBEDDING} differ"
-        )
-
-    def load(path, leaf, sharding):
-        names = tensor_names(path_name(path), num_layers)
-
-        def read(index):
-            if isinstance(names, str):
-                return np.asarray(slices[names][index]).astype(dtype)
-            layers = range(*index[0].indices(num_layers))
-            return np.stack(
-                [np.asarray(slices[names[layer]][index[1:]]).astype(dtype) for layer in layers]
-            )
-
-        return jax.make_array_from_callback(leaf.shape, sharding, read)
-
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
-
-
-def _equal_tensors(readers, location, first: str, second: str, rows: int = 4096) -> bool:
-    """Whether two stored matrices are equal, compared piece by piece."""
-    pair = [readers[location[name]].get_slice(name) for name in (first, second)]
-    shapes = [tuple(part.get_shape()) for part in pair]
-    return shapes[0] == shapes[1] and all(
-        np.array_equal(pair[0][start:end], pair[1][start:end])
-        for start in range(0, shapes[0][0], rows)
-        for end in [min(start + rows, shapes[0][0])]  # safetensors refuses to read past the end
-    )
-
-
-def _locate(folder: Path) -> dict[str, str]:
-    """{tensor name: file name} of a checkpoint folder."""
-    if (folder / INDEX).is_file():
-        location = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(location, dict) or not location:
-            raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map")
-        for file in location.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{folder / INDEX} is damaged: {file!r} is not a file name")
-        missing = sorted({f for f in location.values() if not (folder / f).is_file()})
-        if missing:
-            raise FileNotFoundError(f"{folder}: the index names files that are missing: {missing}")
-        return location
-    if not (folder / WEIGHTS).is_file():
-        pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
-        hint = " Pickled weights are not read: convert them to safetensors." if pickles else ""
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.{hint}")
-    return {name: WEIGHTS for name in _open(folder / WEIGHTS).keys()}
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or cut short ({error}): copy or download it again"
-        ) from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, sorted, for hashing."""
-    return [Path(folder) / name for name in sorted(set(_locate(Path(folder)).values()))]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor to be written: known by shape and dtype, read only when its file is written."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
 def save_folder(
     folder: Path,
     *,
     source: Path,
     weights: dict[str, np.ndarray | jax.Array],
     num_layers: int,
-    shard_bytes: int = 5 * 2**30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes an ordinary Hugging Face folder: config and tokenizer of `source`, new weights.
 
@@ -319,71 +164,39 @@ def save_folder(
     """
     tensors = {}
     for path, array in weights.items():
-        names = tensor_names(path, num_layers)
+        names = weight_files.tensor_names(path, num_layers)
         if isinstance(names, str):
-            tensors[names] = Tensor(array.shape, array.dtype, partial(np.asarray, array))
+            tensors[names] = weight_files.Tensor(
+                array.shape, array.dtype, partial(np.asarray, array)
+            )
             continue
         for layer, name in enumerate(names):
             read = partial(lambda array, layer: np.asarray(array[layer]), array, layer)
-            tensors[name] = Tensor(array.shape[1:], array.dtype, read)
+            tensors[name] = weight_files.Tensor(array.shape[1:], array.dtype, read)
     save_tensors(folder, source=source, tensors=tensors, shard_bytes=shard_bytes)
 
 
 def save_tensors(
-    folder: Path, *, source: Path, tensors: dict[str, Tensor], shard_bytes: int = 5 * 2**30
+    folder: Path,
+    *,
+    source: Path,
+    tensors: dict[str, weight_files.Tensor],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """As `save_folder`, with {tensor name: Tensor}; at most one file's tensors are in memory."""
+    """As `save_folder`, with {tensor name: Tensor}, each read when its file is written."""
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another output folder or remove it")
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        single = len(shards) == 1
-        file = WEIGHTS if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: np.ascontiguousarray(tensors[name].read()) for name in shard}
-        save_file(arrays, aside / file, metadata={"format": "pt"})
-        weight_map.update({name: file for name in shard})
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    config = _read_json(Path(source) / "config.json")
+    weight_files.write_shards(aside, tensors, shard_bytes)
+    config = weight_files.read_json(Path(source) / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(next(iter(tensors.values())).dtype)
     (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(source, aside)
     os.replace(aside, folder)
-
-
-def stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint folder as it is stored, read on demand.
-
-    Raises:
-      FileNotFoundError, ValueError: as `load_weights`.
-    """
-    folder = Path(folder)
-    location = _locate(folder)
-    readers = {file: _open(folder / file) for file in sorted(set(location.values()))}
-    tensors = {}
-    for name, file in location.items():
-        part = readers[file].get_slice(name)
-        kind = part.get_dtype()
-        if kind not in STORED_DTYPES:
-            raise ValueError(f"{folder / file}: tensor {name} has dtype {kind}, not supported")
-        read = partial(readers[file].get_tensor, name)
-        tensors[name] = Tensor(tuple(part.get_shape()), np.dtype(STORED_DTYPES[kind]), read)
-    return tensors
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -408,23 +221,13 @@ def stop_tokens(folder: Path, tokenizer) -> tuple[int, ...]:
     for name in (GENERATION, "config.json"):
         path = Path(folder) / name
         if path.is_file():
-            listed = _read_json(path).get("eos_token_id")
+            listed = weight_files.read_json(path).get("eos_token_id")
             listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
             if not all(type(number) is int for number in listed):
                 raise ValueError(f"{path}: eos_token_id must be token ids, not {listed}")
             stops |= set(listed)
             break
     return tuple(sorted(stops))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
 
 
 def as_dtype(name: str):

@@ -12,19 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from radonc_jax.models import quantize
 from radonc_jax.models.attention import matmul_precision
-from radonc_jax.models.decoder import Decoder, Linear, ModelConfig
+from radonc_jax.models.decoder import PROJECTIONS, Decoder, Linear, ModelConfig
 from radonc_jax.parallel import path_name
-
-PROJECTIONS = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
 
 
 class LoRAParam(nnx.Variable):
@@ -78,7 +69,7 @@ class LoRALinear(nnx.Module):
     """`base(x) + scale * B A x`, with A and B stacked over layers like the base's kernel."""
 
     def __init__(self, base: Linear, config: LoRAConfig):
-        layers, out_size, in_size = base.kernel.shape
+        layers, out_size, in_size = base.shape
         self.base = base
         self.a = LoRAParam(jnp.zeros((layers, config.rank, in_size)))
         self.b = LoRAParam(jnp.zeros((layers, out_size, config.rank)))
@@ -108,7 +99,7 @@ class LoRALinear(nnx.Module):
             return base_output + update
         # As in PEFT, dropout reaches the direction's base term too, and the norm is a constant
         # of the backward pass (section 4.3 of the DoRA paper).
-        merged = merge_kernel(self.base.kernel[...], self.a[...], self.b[...], self.scale)
+        merged = merge_kernel(self.base.weight(jnp.float32), self.a[...], self.b[...], self.scale)
         norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=-1))
         ratio = self.magnitude[...] / norm
         direction = self.base(adapter_input) if dropped else base_output
@@ -180,17 +171,25 @@ class Partition:
         return model
 
 
-def partition(config: ModelConfig, lora: LoRAConfig | None, dtype) -> Partition:
+def partition(
+    config: ModelConfig, lora: LoRAConfig | None, dtype, quantized: str | None = None
+) -> Partition:
     """The abstract model, split into trained and frozen arrays.
 
     Args:
       config: the architecture.
       lora: the adapter, which then is all that trains; None to train the whole model.
       dtype: of activations.
+      quantized: how the projections' kernels are kept, "int8" or "nf4"; None as they are.
+
+    Raises:
+      ValueError: a projection whose size does not suit `quantized`.
     """
 
     def build():
         model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+        if quantized is not None:
+            model = quantize.replace(model, quantized)
         return model if lora is None else inject(model, lora)
 
     trained = nnx.Param if lora is None else LoRAParam
@@ -208,7 +207,12 @@ def init(abstract: nnx.State, frozen: nnx.State, seed: int) -> nnx.State:
       frozen: the base, read for DoRA's magnitudes only.
       seed: of the draw; each array's values depend on the seed and its path alone.
     """
-    kernels = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)}
+    base = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)}
+
+    def kernel(place):
+        if f"{place}/kernel" in base:
+            return base[f"{place}/kernel"].astype(jnp.float32)
+        return quantize.decode(base[f"{place}/codes"], base[f"{place}/scales"])
 
     def draw(path, leaf):
         name = path_name(path)
@@ -218,8 +222,7 @@ def init(abstract: nnx.State, frozen: nnx.State, seed: int) -> nnx.State:
             bound = leaf.shape[-1] ** -0.5
             return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
         if kind == "magnitude":
-            kernel = kernels[name.removesuffix("magnitude") + "base/kernel"]
-            return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-1)
+            return jnp.linalg.norm(kernel(name.removesuffix("magnitude") + "base"), axis=-1)
         return jnp.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, abstract)
