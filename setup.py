@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.12.5",
         "pandas>=2.2",
         "pyarrow>=17",
+        "qwix>=0.1.8",
         "rouge-score>=0.1.2",
         "safetensors>=0.6",
         "scikit-learn>=1.5",

@@ -22,7 +22,8 @@ def load(
       model: Hugging Face folder or hub id; only a hub id that is not cached uses the network.
       adapter: PEFT adapter folder, or run folder of `train` (its best checkpoint).
       dtype: "bfloat16" or "float32", of the base weights and of the arithmetic.
-      quantize: only None is supported: weights are kept as `dtype` says.
+      quantize: "int8" or "nf4" for the weights of the layers' projections; None to keep them too as
+        `dtype` says.
 
     Returns:
       a `radonc_jax.notebook.LanguageModel`.

@@ -58,7 +58,7 @@ def load_base(folder: Path, config: ModelConfig, partition, stored: str, mesh: M
     Args:
       folder, config: the checkpoint and its architecture.
       partition: of the model they are read into.
-      stored: dtype of the weights.
+      stored: floating type of the weights that the partition does not want quantised.
       mesh: where they go.
     """
     parallel.check_heads(config.num_heads, config.num_kv_heads, mesh)
@@ -107,10 +107,10 @@ def load_run(workdir: str | Path, step: str | int = "best", mesh: Mesh | None = 
     folder = huggingface.resolve(config.model)
     architecture = huggingface.read_config(folder)
     compute = huggingface.as_dtype(config.precision.compute)
-    partition = lora.partition(architecture, config.adapter, compute)
+    partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
     frozen = partition.frozen
     if config.adapter is not None:
-        frozen = load_base(folder, architecture, partition, config.precision.base, mesh)
+        frozen = load_base(folder, architecture, partition, config.precision.stored, mesh)
         check_origin(workdir, {"base_fingerprint_before": step_module.fingerprint(frozen)})
     _, trainable = checkpoint.restore_trainable(
         workdir, partition.trainable, parallel.shardings(partition.trainable, mesh), number
@@ -124,8 +124,10 @@ def load_original(config: settings.Settings, mesh: Mesh) -> LoadedModel:
     """The untuned model of a run: its base, without an adapter."""
     folder = huggingface.resolve(config.model)
     architecture = huggingface.read_config(folder)
-    partition = lora.partition(architecture, None, huggingface.as_dtype(config.precision.compute))
-    weights = load_base(folder, architecture, partition, config.precision.base, mesh)
+    precision = config.precision
+    compute = huggingface.as_dtype(precision.compute)
+    partition = lora.partition(architecture, None, compute, precision.quantized)
+    weights = load_base(folder, architecture, partition, precision.stored, mesh)
     return assemble(folder, architecture, None, partition, weights, partition.frozen, mesh, None)
 
 
@@ -174,14 +176,18 @@ def load_model(
     adapter: str | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    quantized: str | None = None,
+    step: str | int = "best",
 ) -> LoadedModel:
     """A model of a Hugging Face folder or hub id, with or without an adapter.
 
     Args:
       model: folder or hub id.
-      adapter: a run folder (its best checkpoint) or a PEFT folder.
+      adapter: a run folder or a PEFT folder.
       dtype: "bfloat16" or "float32", of weights and activations.
       mesh: None for all devices along `data`.
+      quantized: "int8" or "nf4" for the projections' weights; None to keep them as `dtype` says.
+      step: checkpoint of a run folder: "best", "latest" or a number.
 
     Raises:
       FileNotFoundError, ValueError: what is missing or does not fit, named.
@@ -190,7 +196,7 @@ def load_model(
     folder = huggingface.resolve(model)
     architecture = huggingface.read_config(folder)
     if adapter is None:
-        partition = lora.partition(architecture, None, huggingface.as_dtype(dtype))
+        partition = lora.partition(architecture, None, huggingface.as_dtype(dtype), quantized)
         weights = load_base(folder, architecture, partition, dtype, mesh)
         return assemble(
             folder, architecture, None, partition, weights, partition.frozen, mesh, None
@@ -202,7 +208,7 @@ def load_model(
         adapter_config = read_settings(workdir).adapter
         if adapter_config is None:
             raise ValueError(f"{adapter} trained the whole model: export it as merged instead")
-    partition = lora.partition(architecture, adapter_config, huggingface.as_dtype(dtype))
+    partition = lora.partition(architecture, adapter_config, huggingface.as_dtype(dtype), quantized)
     frozen = load_base(folder, architecture, partition, dtype, mesh)
     placements = parallel.shardings(partition.trainable, mesh)
     if workdir is None:
@@ -212,6 +218,6 @@ def load_model(
         )
     else:
         step, trainable = checkpoint.restore_trainable(
-            workdir, partition.trainable, placements, "best"
+            workdir, partition.trainable, placements, step
         )
     return assemble(folder, architecture, adapter_config, partition, trainable, frozen, mesh, step)

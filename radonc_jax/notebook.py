@@ -29,12 +29,7 @@ class LanguageModel:
         dtype: str = "bfloat16",
         quantize: str | None = None,
     ):
-        if quantize is not None:
-            raise ValueError(
-                f"quantize={quantize!r} is not supported; leave it at None: the weights then are "
-                f"kept as dtype={dtype!r} says"
-            )
-        self._loaded = load_model(model, adapter=adapter, dtype=dtype)
+        self._loaded = load_model(model, adapter=adapter, dtype=dtype, quantized=quantize)
         self.config: ModelConfig = self._loaded.config
         self.tokenizer = self._loaded.tokenizer
         self._schedulers: dict[tuple, Scheduler] = {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from radonc_jax.data.batches import BatchConfig
 from radonc_jax.models.lora import LoRAConfig
+from radonc_jax.models.quantize import KINDS
 from radonc_jax.parallel import MeshConfig
 from radonc_jax.tasks import select
 from radonc_jax.training.optimizer import OptimizerConfig
@@ -16,19 +17,37 @@ from radonc_jax.training.optimizer import OptimizerConfig
 METRICS = {"loss": -1, "accuracy": 1, "rouge1": 1, "f1_macro": 1}  # sign: is more better?
 
 
+FLOATS = ("bfloat16", "float32")
+
+
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Floating types: `compute` of activations and products, `base` of the frozen weights."""
+    """Number types.
+
+    Attributes:
+      compute: of activations and products, "bfloat16" or "float32".
+      base: of the frozen weights: a floating type, or "int8" or "nf4" for the layers' projections;
+        then the embedding, the head and the norms are kept as `compute` says.
+    """
 
     compute: str
     base: str
 
     def __post_init__(self):
-        for name in ("compute", "base"):
-            if getattr(self, name) not in ("bfloat16", "float32"):
-                raise ValueError(
-                    f"precision.{name} must be bfloat16 or float32, not {getattr(self, name)!r}"
-                )
+        if self.compute not in FLOATS:
+            raise ValueError(f"precision.compute must be one of {FLOATS}, not {self.compute!r}")
+        if self.base not in (*FLOATS, *KINDS):
+            raise ValueError(f"precision.base must be one of {(*FLOATS, *KINDS)}: {self.base!r}")
+
+    @property
+    def quantized(self) -> str | None:
+        """ "int8" or "nf4"; None for a base in floating point."""
+        return self.base if self.base in KINDS else None
+
+    @property
+    def stored(self) -> str:
+        """Floating type of the weights that are not quantised."""
+        return self.base if self.base in FLOATS else self.compute
 
 
 @dataclass(frozen=True)

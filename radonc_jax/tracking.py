@@ -26,6 +26,8 @@ PACKAGES = (
     "orbax-checkpoint",
     "transformers",
     "tokenizers",
+    "qwix",
+    "safetensors",
     "scikit-learn",
     "scipy",
     "rouge-score",

@@ -104,7 +104,7 @@ def train(config: dict, workdir: Path) -> None:
     # ---- model without arrays: whatever can be refused is refused here -------------------------
     tracking.check_folder(workdir, config.as_dict())
     compute = huggingface.as_dtype(config.precision.compute)
-    partition = lora.partition(architecture, config.adapter, compute)
+    partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
@@ -129,7 +129,7 @@ def train(config: dict, workdir: Path) -> None:
             scheduler.check([batches.encode_prompt(tokenizer, prompt) for prompt in prompts])
 
     # ---- arrays: straight to their places ------------------------------------------------------
-    weights = loading.load_base(folder, architecture, partition, config.precision.base, mesh)
+    weights = loading.load_base(folder, architecture, partition, config.precision.stored, mesh)
     if config.adapter is None:
         base, original = partition.frozen, weights
     else:

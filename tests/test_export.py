@@ -60,7 +60,7 @@ def test_an_adapter_for_peft(tmp_path, dora):
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_merged_model_for_transformers(tmp_path, dora):
     expected, _ = write_run(tmp_path, dora=dora)
-    export.export(tmp_path / "run", "merged", tmp_path / "out", step="latest")
+    export.export(tmp_path / "run", "merged", tmp_path / "out", step="latest", check_cases=0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     logits = checkpoints.reference_logits(model.eval(), checkpoints.tokens())
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
@@ -69,11 +69,12 @@ def test_a_merged_model_for_transformers(tmp_path, dora):
 
 def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
     _, trained = write_run(tmp_path, dtype=torch.bfloat16)
-    export.export(tmp_path / "run", "merged", tmp_path / "out")
+    export.export(tmp_path / "run", "merged", tmp_path / "out", check_cases=0)
     base = load_file(tmp_path / "base" / hub.WEIGHTS)
     merged = load_file(tmp_path / "out" / hub.WEIGHTS)
     arrays = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(trained)}
     assert set(base) == set(merged)
+    lost = updates = 0.0
     for name, tensor in base.items():
         assert merged[name].dtype == tensor.dtype == jnp.bfloat16
         if "_proj" not in name:
@@ -86,8 +87,20 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
         error = np.abs(merged[name].astype(np.float64) - exact)
         # Half a unit in the last of bfloat16's 8 bits, and float32's own rounding.
         assert (error <= np.abs(exact) * (2**-9 * 2 + 1e-6) + 1e-6).all(), name
+        lost += np.sum(error**2)
+        updates += np.sum((5 / 3 * b @ a) ** 2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
+    rounding = json.loads((tmp_path / "out" / export.REPORT).read_text())["rounding"]
+    assert rounding["share_of_update"] == pytest.approx(np.sqrt(lost / updates), rel=1e-3)
+    assert set(rounding["by_projection"]) == set(lora.PROJECTIONS)
+
+
+def test_a_merged_export_without_its_cohort_says_what_to_do(tmp_path):
+    write_run(tmp_path)
+    with pytest.raises(ValueError, match="--check_cases=0 leaves the comparison out"):
+        export.export(tmp_path / "run", "merged", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_run_that_trained_everything(tmp_path):
@@ -107,4 +120,4 @@ def test_what_is_missing_is_named(tmp_path):
         export.export(tmp_path / "run", "peft", tmp_path / "out", step=8)
     with pytest.raises(FileExistsError, match="choose another output"):
         export.export(tmp_path / "run", "peft", tmp_path / "run")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))

@@ -180,9 +180,20 @@ def test_bad_arguments(lm, call, message):
         call(lm)
 
 
+def test_a_quantised_model_answers(folder, lm, peft_folder):
+    quantised = radonc_jax.load(
+        str(folder), adapter=str(peft_folder), dtype="float32", quantize="int8"
+    )
+    tokens = [[5, 6, 7, 8]]
+    close = radonc_jax.load(str(folder), adapter=str(peft_folder), dtype="float32").logits(tokens)
+    difference = np.abs(quantised.logits(tokens) - close).max()
+    assert 0 < difference < 0.1 * np.abs(close).max()
+    assert len(quantised.generate(PROMPTS, 4)) == len(PROMPTS)
+
+
 def test_load_refuses(folder, reference, tmp_path):
-    with pytest.raises(ValueError, match="quantize='int8' is not supported; leave it at None"):
-        radonc_jax.load(str(folder), quantize="int8")
+    with pytest.raises(ValueError, match="int8 or nf4, not 'fp4'"):
+        radonc_jax.load(str(folder), quantize="fp4")
     with pytest.raises(ValueError, match="bfloat16 or float32"):
         radonc_jax.load(str(folder), dtype="float16")
     with pytest.raises(FileNotFoundError, match="not a folder here"):

@@ -60,6 +60,24 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
 
 
 @pytest.mark.slow
+def test_a_merged_export_tells_what_merging_costs(quiet, tmp_path):
+    workdir, _ = quiet
+    output = tmp_path / "merged"
+    arguments = (f"--workdir={workdir}", "--format=merged", f"--output={output}")
+    result = run_command("export", *arguments, "--check_cases=7")
+    report = json.loads((output / "export.json").read_text())
+    validation = report["validation"]
+    assert (validation["cases"], validation["answers"]) == (7, 7)
+    assert validation["identical"] == 1.0
+    # In float32 nothing is rounded away, but the two sums are not taken in one order.
+    assert 0 < validation["largest_logit_difference"] < 1e-4
+    assert report["rounding"]["share_of_update"] == 0
+    assert "100.0% of 7 answers" in result.stdout
+    assert set(report["base"]["sha256"]) >= {"config.json", "model.safetensors"}
+    assert not list(tmp_path.glob("*unchecked*"))
+
+
+@pytest.mark.slow
 def test_evaluate_answers_as_the_run_itself_did(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(quiet[0], workdir)
@@ -365,8 +383,9 @@ def test_early_stopping_survives_a_restart(workspace, tmp_path):
     [
         ("--config.task=all", "--config.lora.dora=True", "--config.lora.dropout=0.1"),
         ("--config.trainable=full", "--config.train.metric=loss"),
+        ("--config.precision.base=nf4", "--config.precision.compute=bfloat16"),
     ],
-    ids=["all, dora, dropout", "full"],
+    ids=["all, dora, dropout", "full", "nf4"],
 )
 def test_other_ways_to_train_run_to_their_report(changes, workspace, tmp_path):
     workdir = tmp_path / "run"
