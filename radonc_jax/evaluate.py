@@ -67,7 +67,7 @@ def evaluate_run(workdir: Path, step: str, split: str, model: str) -> None:
     except ValueError:  # the run was trained on other hardware
         mesh = loading.default_mesh()
     if model == "original":
-        loaded = loading.load_original(config, mesh)
+        loaded = loading.load_original(config, mesh, workdir)
     else:
         loaded = loading.load_run(workdir, step, mesh)
     output = workdir / "evaluation" / split / model

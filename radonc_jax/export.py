@@ -73,8 +73,8 @@ def export(
             "use --format=merged"
         )
     number = checkpoint.find_step(workdir, step)
-    folder = huggingface.resolve(run.model)
-    base = {"folder": str(folder), "sha256": tracking.base_sha256(folder, True)}
+    folder = huggingface.resolve(run.model, workdir)
+    base = loading.base_origin(run.model, folder, True)
     loading.check_origin(workdir, {"base": base})
     config = huggingface.read_config(folder)
     records = []
@@ -212,7 +212,8 @@ def compare_answers(
       of the first model's answers was chosen. No text.
     """
     dtype = run.precision.stored
-    loaded = loading.load_model(run.model, str(workdir), dtype, step=step)
+    folder = huggingface.resolve(run.model, workdir)
+    loaded = loading.load_model(str(folder), str(workdir), dtype, step=step)
     prompts = [
         encode_prompt(loaded.tokenizer, task.prompt(record.diagnosis))
         for record in records

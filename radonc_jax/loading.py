@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from radonc_jax import parallel, settings
-from radonc_jax.models import huggingface, lora, peft, weight_files
+from radonc_jax import parallel, settings, tracking
+from radonc_jax.models import hub, huggingface, lora, peft, weight_files
 from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.training import checkpoint
 from radonc_jax.training import step as step_module
@@ -104,7 +104,7 @@ def load_run(workdir: str | Path, step: str | int = "best", mesh: Mesh | None = 
     config = read_settings(workdir)
     mesh = default_mesh() if mesh is None else mesh
     number = checkpoint.find_step(workdir, step)  # before the base is read: that takes long
-    folder = huggingface.resolve(config.model)
+    folder = huggingface.resolve(config.model, workdir)
     architecture = huggingface.read_config(folder)
     compute = huggingface.as_dtype(config.precision.compute)
     partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
@@ -120,15 +120,27 @@ def load_run(workdir: str | Path, step: str | int = "best", mesh: Mesh | None = 
     )
 
 
-def load_original(config: settings.Settings, mesh: Mesh) -> LoadedModel:
-    """The untuned model of a run: its base, without an adapter."""
-    folder = huggingface.resolve(config.model)
+def load_original(
+    config: settings.Settings, mesh: Mesh, workdir: str | Path | None = None
+) -> LoadedModel:
+    """The untuned model of a config, or of the run in `workdir`: its base, without an adapter."""
+    folder = huggingface.resolve(config.model, workdir)
     architecture = huggingface.read_config(folder)
     precision = config.precision
     compute = huggingface.as_dtype(precision.compute)
     partition = lora.partition(architecture, None, compute, precision.quantized)
     weights = load_base(folder, architecture, partition, precision.stored, mesh)
     return assemble(folder, architecture, None, partition, weights, partition.frozen, mesh, None)
+
+
+def base_origin(model: str, folder: Path, main: bool) -> dict:
+    """What a run's base is, for its manifest: its name, the folder and revision, hashes of it."""
+    return {
+        "model": model,
+        "folder": str(folder),
+        "revision": hub.revision(folder),
+        "sha256": tracking.base_sha256(folder, main),
+    }
 
 
 def check_origin(workdir: str | Path, now: dict) -> None:

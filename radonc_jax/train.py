@@ -27,7 +27,7 @@ def main(argv):
         sys.exit(f"error: unexpected arguments {argv[1:]}; overrides are --config.key=value")
     try:
         # Before jax is imported, which takes seconds: a missing model is the commonest mistake.
-        hub.resolve(_CONFIG.value.model)
+        hub.resolve(_CONFIG.value.model, Path(_WORKDIR.value))
         train(_CONFIG.value.to_dict(), Path(_WORKDIR.value))
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
@@ -62,7 +62,7 @@ def train(config: dict, workdir: Path) -> None:
     parallel.quiet_third_parties()
     main_process = parallel.is_main_process()
     mesh = parallel.make_mesh(config.mesh)
-    folder = huggingface.resolve(config.model)
+    folder = hub.resolve(config.model, workdir)
     architecture = huggingface.read_config(folder)
     parallel.check_heads(architecture.num_heads, architecture.num_kv_heads, mesh)
     tokenizer = huggingface.load_tokenizer(folder)
@@ -136,7 +136,7 @@ def train(config: dict, workdir: Path) -> None:
         base, original = weights, loading.new_adapter(partition, weights, config.seed, mesh)
     del weights
     origin = {
-        "base": {"folder": str(folder), "sha256": tracking.base_sha256(folder, main_process)},
+        "base": loading.base_origin(config.model, folder, main_process),
         "base_fingerprint_before": step.fingerprint(base),
         "cohort": tracking.cohort_sha256(config.cohort),
     }

@@ -223,17 +223,17 @@ if len(sys.argv) > 2:
     hub._is_reachable = lambda endpoint: sys.exit("asked the network")
 start = time.monotonic()
 try:
-    print(hub.resolve(sys.argv[1]))
+    print(hub.resolve(sys.argv[1], *sys.argv[3:]))
 except FileNotFoundError as error:
     print(error, f"[{time.monotonic() - start:.2f} s]", time.monotonic() - start < 1)
 """
 
 
-def resolve_apart(tmp_path, *arguments, **environment) -> str:
+def resolve_apart(tmp_path, *arguments, model="mistralai/Mistral-7B-v0.1", **environment) -> str:
     """Another process, because the hub's client reads its environment once."""
     clean = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "mistralai/Mistral-7B-v0.1", *arguments],
+        [sys.executable, "-c", SCRIPT, model, *map(str, arguments)],
         env={**clean, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", **environment},
         capture_output=True,
         text=True,
@@ -272,6 +272,17 @@ def test_offline_is_respected_and_a_cached_snapshot_is_not_asked_for_again(tmp_p
     shutil.copytree(written / "one", cached / "snapshots" / ("0" * 40))
     said = resolve_apart(tmp_path, "no network")
     assert said.strip() == str(cached / "snapshots" / ("0" * 40))
+    assert hub.revision(said.strip()) == "0" * 40
+
+    # Another revision has come since: a run goes on with its own, and any can be asked for.
+    shutil.copytree(written / "many", cached / "snapshots" / ("1" * 40))
+    (cached / "refs" / "main").write_text("1" * 40)
+    assert resolve_apart(tmp_path, "no network").strip().endswith("1" * 40)
+    base = {"model": "mistralai/Mistral-7B-v0.1", "revision": "0" * 40}
+    (tmp_path / "manifest.json").write_text(json.dumps({"base": base}))
+    assert resolve_apart(tmp_path, "no network", tmp_path).strip().endswith("0" * 40)
+    pinned = base["model"] + "@" + "0" * 40
+    assert resolve_apart(tmp_path, "no network", model=pinned).strip().endswith("0" * 40)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------

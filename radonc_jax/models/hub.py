@@ -23,11 +23,15 @@ DOWNLOADED = ("config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER
 REACH_SECONDS = 0.7  # how long a hub may take to accept a connection
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, workdir: Path | None = None) -> Path:
     """The folder of a model: `model` itself, or the snapshot of a hub id.
 
     A hub id is asked for once: a snapshot in the local cache is used without a look at the network,
-    and its folder is named by the revision. A folder never touches the network.
+    and a run goes on with the revision it began with. A folder never touches the network.
+
+    Args:
+      model: folder; or hub id, which may be pinned as `owner/name@revision`.
+      workdir: run folder whose manifest may name the revision that the run began with.
 
     Raises:
       FileNotFoundError: neither a folder nor a hub id that is cached or can be downloaded.
@@ -41,11 +45,16 @@ def resolve(model: str) -> Path:
     )
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise FileNotFoundError(advice)
+    name, _, wanted = model.partition("@")
+    wanted = wanted or (recorded_revision(workdir, model) if workdir else None)
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     def download(**options) -> Path:
-        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), **options))
+        patterns = list(DOWNLOADED)
+        return Path(
+            snapshot_download(name, revision=wanted or None, allow_patterns=patterns, **options)
+        )
 
     try:
         folder = download(local_files_only=True)
@@ -66,6 +75,21 @@ def resolve(model: str) -> Path:
     raise FileNotFoundError(
         f"{advice}, or download {model!r} on a machine with access to the hub ({reason})"
     )
+
+
+def revision(folder: Path) -> str | None:
+    """The revision of a hub snapshot, which its folder is named by; None for other folders."""
+    folder = Path(folder)
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def recorded_revision(workdir: Path, model: str) -> str | None:
+    """The revision of `model` that the run in `workdir` began with; None where none is told."""
+    path = Path(workdir) / "manifest.json"
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
+    return base.get("revision") if base.get("model") == model else None
 
 
 def _is_reachable(endpoint: str) -> bool:
