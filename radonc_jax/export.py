@@ -92,7 +92,7 @@ def merged_tensors(
                 raise ValueError(f"{folder} has no tensor {name}, which the adapter changes")
             base = tensors[name]
             row = [None if part is None else part[layer] for part in parts]
-            read = partial(_merge, base, row, config)
+            read = partial(_merge, base, row, config.of(place.rsplit("/", 1)[1]))
             tensors[name] = huggingface.Tensor(base.shape, base.dtype, read)
     return tensors
 
