@@ -48,7 +48,9 @@ def random_adapter(abstract, frozen, seed=1):
     """An adapter whose arrays are all away from their start."""
     start = lora.init(abstract, frozen, seed)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), start)
+    return jax.tree.map(
+        lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32), start
+    )
 
 
 def by_name(tree) -> dict[str, jax.Array]:
@@ -72,7 +74,7 @@ def with_peft(model, config: lora.LoRAConfig, adapter):
     )
     tensors = {
         name: torch.from_numpy(np.array(layer))
-        for path, leaf in by_name(adapter).items()
+        for path, leaf in by_name(jax.device_get(adapter)).items()
         for name, layer in zip(tensor_names(path, len(leaf)), leaf, strict=True)
     }
     result = peft.set_peft_model_state_dict(model, tensors)
@@ -212,7 +214,7 @@ def test_forward_and_gradients_equal_peft(tmp_path, kind, targets, patterns):
     (expected * torch.from_numpy(target)).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     compared = 0
-    for path, ours in by_name(gradient).items():
+    for path, ours in by_name(jax.device_get(gradient)).items():
         for name, layer in zip(tensor_names(path, len(ours)), ours, strict=True):
             name = name.removesuffix(".weight")
             ending = ".default.weight"
@@ -286,7 +288,7 @@ def test_lora_plus_trains_as_peft_does(tmp_path):
     config = settings(("q_proj", "down_proj"), "dora")
     _, partition, frozen = checkpoints.load(tmp_path, config)
     adapter = random_adapter(partition.trainable, frozen)
-    start = by_name(adapter)
+    start = by_name(jax.device_get(adapter))
     tokens = checkpoints.tokens()
     theirs = with_peft(reference, config, adapter)
     torch_optimizer = create_loraplus_optimizer(
@@ -313,16 +315,18 @@ def test_lora_plus_trains_as_peft_does(tmp_path):
 
     optimizer = make_optimizer(plus, steps)
 
-    @partial(jax.jit, compiler_options=checkpoints.FAST_COMPILE)
-    def step(adapter, state):
+    def step(carry, _):
+        adapter, state = carry
         updates, state = optimizer.update(jax.grad(loss)(adapter), state, adapter)
-        return optax.apply_updates(adapter, updates), state
+        return (optax.apply_updates(adapter, updates), state), None
 
-    trained, state = adapter, optimizer.init(adapter)
-    for _ in range(steps):
-        trained, state = step(trained, state)
+    @partial(jax.jit, compiler_options=checkpoints.FAST_COMPILE)
+    def train(adapter):
+        return jax.lax.scan(step, (adapter, optimizer.init(adapter)), length=steps)[0][0]
+
+    trained = train(adapter)
     expected = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
-    for path, ours in by_name(trained).items():
+    for path, ours in by_name(jax.device_get(trained)).items():
         for layer, name in enumerate(tensor_names(path, 3)):
             want = expected[name.removesuffix(".weight") + ".default.weight"]
             moved = np.linalg.norm(want - start[path][layer])
