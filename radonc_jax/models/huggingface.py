@@ -58,6 +58,7 @@ REQUIRED = {
     "is_causal": True,
     "mlp_bias": False,
     "partial_rotary_factor": 1,
+    "return_dict": True,
 }
 # Settings that change nothing in a forward pass of these families: names, ids, dtypes, how the
 # weights were drawn, what a call returns, defaults of generation. Written by transformers 4 and 5.
@@ -89,7 +90,6 @@ INERT = {
     # what a call returns
     "output_attentions",
     "output_hidden_states",
-    "return_dict",
     "return_dict_in_generate",
     "use_cache",
     # heads other than the language model's, and the tokenizer
@@ -157,7 +157,7 @@ def read_config(folder: Path) -> ModelConfig:
             f"{path}: model_type {family!r} is not supported; this code runs {list(FAMILIES)}"
         )
     architectures = raw.get("architectures")
-    if architectures is not None and FAMILIES[family] not in architectures:
+    if architectures is not None and architectures != [FAMILIES[family]]:
         raise ValueError(
             f"{path}: architectures {architectures} is not supported (only {FAMILIES[family]})"
         )
@@ -232,22 +232,23 @@ def _rope(path: Path, raw: dict, context: int) -> tuple[float, Llama3RopeScaling
             raise ValueError(f"{path}: {key} must be a mapping, not {rope!r}")
         if not rope:
             continue
-        thetas = {source.get("rope_theta") for source in (rope, raw)} - {None}
-        if len(thetas) > 1:
+        thetas = [source.get("rope_theta") for source in (rope, raw)]
+        if None not in thetas and thetas[0] != thetas[1]:
             raise ValueError(
                 f"{path}: rope_theta is {raw['rope_theta']!r}, but {rope['rope_theta']!r} in {key}"
             )
-        said.append((_rope_theta(path, thetas), _rope_scaling(path, key, rope, context)))
+        theta = _rope_theta(path, rope if rope.get("rope_theta") is not None else raw)
+        said.append((theta, _rope_scaling(path, key, rope, context)))
     if not said:
-        return _rope_theta(path, {raw.get("rope_theta")} - {None}), None
+        said.append((_rope_theta(path, raw), None))
     if said[0] != said[-1]:
         raise ValueError(f"{path}: rope_parameters and rope_scaling contradict each other")
     return said[0]
 
 
-def _rope_theta(path: Path, given: set) -> float:
-    theta = given.pop() if given else 10000.0
-    return _positive(path, "rope_theta", theta)
+def _rope_theta(path: Path, settings: dict) -> float:
+    theta = settings.get("rope_theta")
+    return _positive(path, "rope_theta", 10000.0 if theta is None else theta)
 
 
 def _positive(path: Path, key: str, value) -> float:
@@ -258,10 +259,10 @@ def _positive(path: Path, key: str, value) -> float:
 
 
 def _rope_scaling(path: Path, place: str, rope: dict, context: int) -> Llama3RopeScaling | None:
-    kinds = {rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
-    if len(kinds) > 1:
-        raise ValueError(f"{path}: {place} has two types, {sorted(map(str, kinds))}")
-    kind = kinds.pop() if kinds else "default"
+    kinds = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
+    if kinds and kinds[0] != kinds[-1]:
+        raise ValueError(f"{path}: {place} has two types, {kinds[0]!r} and {kinds[1]!r}")
+    kind = kinds[0] if kinds else "default"
     if kind not in ("default", "llama3"):
         raise ValueError(f"{path}: rope type {kind!r} is not supported (only default and llama3)")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
