@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
     )
     config.lora.rslora = False
     config.lora.dora = False
+    config.lora.rank_pattern = ConfigDict()
+    config.lora.alpha_pattern = ConfigDict()
+    config.lora.init_from = ""
 
     config.precision = ConfigDict()
     config.precision.compute = "bfloat16"
@@ -52,6 +55,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
+    config.optimizer.loraplus_ratio = 1.0
 
     config.train = ConfigDict()
     config.train.epochs = 3

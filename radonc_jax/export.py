@@ -171,7 +171,8 @@ def merged_tensors(
                 raise ValueError(f"{folder} has no tensor {name}, which the adapter changes")
             base = tensors[name]
             row = [None if part is None else part[layer] for part in parts]
-            read = partial(_merge, name, base, row, config, rounding)
+            own = config.of(place.rsplit("/", 1)[1])
+            read = partial(_merge, name, base, row, own, rounding)
             tensors[name] = weight_files.Tensor(base.shape, base.dtype, read)
     return tensors
 

@@ -82,6 +82,98 @@ def new_adapter(partition: lora.Partition, frozen, seed: int, mesh: Mesh):
     return draw(frozen)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that lies in a folder, not yet read.
+
+    Attributes:
+      folder: a PEFT folder or a run folder.
+      config: of the adapter.
+      num_layers: of the model it is for.
+      step: of the run's checkpoint; None for a PEFT folder.
+    """
+
+    folder: Path
+    config: lora.LoRAConfig
+    num_layers: int
+    step: int | None
+
+    def load(self, partition: lora.Partition, mesh: Mesh):
+        """Its arrays on the mesh, float32; errors as `peft.load_weights`."""
+        placements = parallel.shardings(partition.trainable, mesh)
+        if self.step is None:
+            return peft.load_weights(self.folder, partition.trainable, placements, self.num_layers)
+        return checkpoint.restore_trainable(
+            self.folder, partition.trainable, placements, self.step
+        )[1]
+
+    def origin(self) -> dict:
+        """Where it lies and the hash of every file that is read, for a run's manifest."""
+        if self.step is None:
+            files = [self.folder / name for name in (peft.CONFIG, peft.WEIGHTS)]
+        else:
+            arrays = self.folder / "checkpoints" / str(self.step) / "trainable"
+            files = sorted(path for path in arrays.rglob("*") if path.is_file())
+        return {
+            "folder": str(self.folder),
+            "step": self.step,
+            "sha256": {
+                path.relative_to(self.folder).as_posix(): tracking.file_sha256(path)
+                for path in files
+            },
+        }
+
+
+def find_adapter(folder: str | Path, num_layers: int, step: str | int = "best") -> Adapter:
+    """The adapter of a run folder (its checkpoint `step`) or of a PEFT folder.
+
+    Raises:
+      FileNotFoundError: neither is there.
+      ValueError: the run trained the whole model, or the adapter is of a kind not supported.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        return Adapter(folder, peft.read_config(folder, num_layers), num_layers, None)
+    config = read_settings(folder).adapter
+    if config is None:
+        raise ValueError(f"{folder} trained the whole model: export it as merged instead")
+    return Adapter(folder, config, num_layers, checkpoint.find_step(folder, step))
+
+
+def starting_adapter(config: lora.LoRAConfig, num_layers: int) -> Adapter | None:
+    """The adapter that `lora.init_from` names; None for a fresh one.
+
+    Raises:
+      FileNotFoundError, ValueError: as `find_adapter`; or it is another adapter than the
+        configuration's, with each difference.
+    """
+    if not config.init_from:
+        return None
+    try:
+        given = find_adapter(config.init_from, num_layers)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"lora.init_from: {error}") from None
+    differences = []
+    for name in ("rslora", "dora"):
+        theirs, ours = getattr(given.config, name), getattr(config, name)
+        if theirs != ours:
+            differences.append(f"{name} is {theirs} there and {ours} here")
+    theirs, ours = set(given.config.targets), set(config.targets)
+    if theirs != ours:
+        differences.append(f"targets are {sorted(theirs)} there and {sorted(ours)} here")
+    for target in sorted(theirs & ours):
+        for name in ("rank", "alpha"):
+            pair = [getattr(side.of(target), name) for side in (given.config, config)]
+            if pair[0] != pair[1]:
+                differences.append(f"the {name} of {target} is {pair[0]} there and {pair[1]} here")
+    if differences:
+        raise ValueError(
+            f"lora.init_from: {given.folder} holds another adapter than the config asks: "
+            f"{'; '.join(differences)}. Set lora.* to the adapter's values"
+        )
+    return given
+
+
 def read_settings(workdir: str | Path) -> settings.Settings:
     """The settings of a run folder; FileNotFoundError if it is none."""
     path = Path(workdir) / "config.json"
@@ -151,17 +243,17 @@ def check_origin(workdir: str | Path, now: dict) -> None:
       now: some keys of the manifest, as they are now; None values are not compared.
 
     Raises:
-      ValueError: a base or cohort has been replaced since; which one is named.
+      ValueError: a base, cohort or starting adapter has been replaced since; which is named.
     """
     path = Path(workdir) / "manifest.json"
     if not path.is_file():
         return
     then = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key, value in now.items() if value is not None and then[key] != value]
+    changed = [key for key, value in now.items() if value is not None and then.get(key) != value]
     if changed:
         raise ValueError(
             f"{workdir} was made from other files than those there now ({', '.join(changed)} "
-            "differ from its manifest.json): put the old base and cohort back, or train anew in "
+            "differ from its manifest.json): put the old files back, or train anew in "
             "another --workdir"
         )
 
@@ -213,23 +305,11 @@ def load_model(
         return assemble(
             folder, architecture, None, partition, weights, partition.frozen, mesh, None
         )
-    workdir = Path(adapter) if (Path(adapter) / "config.json").is_file() else None
-    if workdir is None:
-        adapter_config = peft.read_config(Path(adapter))
-    else:
-        adapter_config = read_settings(workdir).adapter
-        if adapter_config is None:
-            raise ValueError(f"{adapter} trained the whole model: export it as merged instead")
+    given = find_adapter(adapter, architecture.num_layers, step)
+    adapter_config = given.config
     partition = lora.partition(architecture, adapter_config, huggingface.as_dtype(dtype), quantized)
     frozen = load_base(folder, architecture, partition, dtype, mesh)
-    placements = parallel.shardings(partition.trainable, mesh)
-    if workdir is None:
-        step = None
-        trainable = peft.load_weights(
-            Path(adapter), partition.trainable, placements, architecture.num_layers
-        )
-    else:
-        step, trainable = checkpoint.restore_trainable(
-            workdir, partition.trainable, placements, step
-        )
-    return assemble(folder, architecture, adapter_config, partition, trainable, frozen, mesh, step)
+    trainable = given.load(partition, mesh)
+    return assemble(
+        folder, architecture, adapter_config, partition, trainable, frozen, mesh, given.step
+    )

@@ -118,6 +118,11 @@ class Settings:
             raise ValueError(
                 'trainable="full" trains float32 weights: set precision.base="float32"'
             )
+        if self.trainable == "full" and (self.lora.init_from or self.optimizer.loraplus_ratio != 1):
+            raise ValueError(
+                'trainable="full" has no adapter: leave lora.init_from empty and '
+                "optimizer.loraplus_ratio at 1"
+            )
         if self.task == "regimen" and self.train.metric == "f1_macro":
             raise ValueError(
                 'free-text regimens have no F1: set train.metric to "accuracy", "rouge1" or "loss"'
@@ -135,7 +140,11 @@ class Settings:
         return self.lora if self.trainable == "lora" else None
 
     def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """As `from_mapping` reads it; patterns are mappings again."""
+        values = dataclasses.asdict(self)
+        for name in ("rank_pattern", "alpha_pattern"):
+            values["lora"][name] = dict(values["lora"][name])
+        return values
 
 
 def from_mapping(mapping: Mapping) -> Settings:

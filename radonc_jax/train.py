@@ -105,6 +105,7 @@ def train(config: dict, workdir: Path) -> None:
     tracking.check_folder(workdir, config.as_dict())
     compute = huggingface.as_dtype(config.precision.compute)
     partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
+    given = loading.starting_adapter(config.lora, architecture.num_layers)
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
@@ -129,6 +130,8 @@ def train(config: dict, workdir: Path) -> None:
             scheduler.check([batches.encode_prompt(tokenizer, prompt) for prompt in prompts])
 
     # ---- arrays: straight to their places ------------------------------------------------------
+    # A given adapter before the base: it is small, and may turn out not to fit.
+    beginning = None if given is None else given.load(partition, mesh)
     weights = loading.load_base(folder, architecture, partition, config.precision.stored, mesh)
     if config.adapter is None:
         base, original = partition.frozen, weights
@@ -140,6 +143,8 @@ def train(config: dict, workdir: Path) -> None:
         "base_fingerprint_before": step.fingerprint(base),
         "cohort": tracking.cohort_sha256(config.cohort),
     }
+    if given is not None:
+        origin["init_from"] = given.origin()
 
     # ---- the run folder; resume: 1) its newest checkpoint  2) the model as it was loaded ---------
     if (workdir / "checkpoints").is_dir():
@@ -158,7 +163,8 @@ def train(config: dict, workdir: Path) -> None:
             ),
             out_shardings=placements,
         )
-        state = begin(original)
+        state = begin(original if beginning is None else beginning)
+    del beginning
     if config.adapter is None:
         del original
     manifest = origin | {

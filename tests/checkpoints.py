@@ -35,6 +35,8 @@ VARIANTS = {
     "llama2": (LlamaConfig, {}),
     "llama2_grouped": (LlamaConfig, {"rope_parameters": {"rope_theta": 777.0}}),
     "llama2_multi_query": (LlamaConfig, {"num_key_value_heads": 1}),
+    "llama3": (LlamaConfig, {"rope_parameters": {"rope_theta": 5e5}, "vocab_size": 101}),
+    "llama3_scaled": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "llama3_scaled_tied": (
         LlamaConfig,
         {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 16},

@@ -1,5 +1,6 @@
 """Every config file is whole, and a wrong key or value stops at once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def mapping(**sections):
         ({"lora": {"rnak": 3}}, "config.lora.*rnak"),
         ({"lora": {"rank": 0}}, "rank"),
         ({"lora": {"dropout": 1.0}}, "dropout"),
+        ({"lora": {"rank_pattern": {"w_proj": 3}}}, "rank_pattern.*w_proj"),
+        ({"optimizer": {"loraplus_ratio": 0.0}}, "loraplus_ratio"),
+        (
+            {"trainable": "full", "precision": {"base": "float32"}}
+            | {"optimizer": {"loraplus_ratio": 2.0}},
+            "no adapter.*loraplus_ratio",
+        ),
+        (
+            {"trainable": "full", "precision": {"base": "float32"}}
+            | {"lora": {"init_from": "runs/icd"}},
+            "no adapter.*init_from",
+        ),
         ({"optimizer": {"schedule": "step"}}, "schedule"),
         ({"train": {"metric": "bleu"}}, "bleu"),
         ({"precision": {"base": "float8"}}, "float8"),
@@ -68,6 +81,23 @@ def mapping(**sections):
 def test_a_wrong_key_or_value_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         settings.from_mapping(mapping(**change))
+
+
+def test_patterns_of_targets_from_a_file_or_the_command_line(monkeypatch):
+    path = ROOT / "configs/tiny_icd.py"
+    arguments = (
+        f"--config={path}",
+        "--config.lora.rank_pattern={'q_proj': 4}",
+        "--config.lora.alpha_pattern={'q_proj': 2.5}",
+    )
+    monkeypatch.setattr("sys.argv", ["test", *arguments])  # where overrides are looked for
+    config = settings.from_mapping(load(path, *arguments[1:]))
+    assert config.lora.rank_pattern == (("q_proj", 4),)
+    assert config.lora.of("q_proj").alpha == 2.5
+    assert hash(config.lora) and json.loads(json.dumps(config.as_dict()))["lora"] == (
+        config.as_dict()["lora"] | {"targets": list(config.lora.targets)}
+    )
+    assert settings.from_mapping(json.loads(json.dumps(config.as_dict()))) == config
 
 
 def test_a_misspelt_override_fails_at_once():

@@ -128,58 +128,6 @@ def test_each_field_of_the_rope_scaling_is_read(field):
     assert np.abs(before - after).max() > 1e-3
 
 
-# Keys of config.json that say nothing of the arithmetic of a forward pass.
-INERT = {
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "pad_token_id",
-    "pretraining_tp",
-    "transformers_version",
-    "use_cache",
-}
-PERTURBED = {
-    "architectures": ["OtherForSequenceClassification"],
-    "attention_bias": True,
-    "attention_dropout": 0.1,
-    "head_dim": 10,
-    "hidden_act": "gelu",
-    "hidden_size": 36,
-    "intermediate_size": 50,
-    "max_position_embeddings": 16,
-    "mlp_bias": True,
-    "model_type": "qwen2",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
-    "sliding_window": 7,
-    "tie_word_embeddings": True,
-    "vocab_size": 98,
-}
-
-
-@pytest.mark.parametrize("variant", ["llama2_grouped", "mistral_window"])
-def test_each_key_of_config_json_changes_the_logits_or_is_an_error(tmp_path, variant):
-    checkpoints.write(tmp_path, variant)
-    path = tmp_path / "config.json"
-    raw = json.loads(path.read_text())
-    tokens = checkpoints.tokens(1, 20)
-    before = checkpoints.logits(checkpoints.model(tmp_path), tokens)
-    assert set(raw) - INERT <= set(PERTURBED)  # a key unknown here must be thought about
-    for key in sorted(set(raw) - INERT):
-        path.write_text(json.dumps({**raw, key: PERTURBED[key]}))
-        try:
-            decoder = checkpoints.model(tmp_path)
-            decoder.init_cache(1, tokens.shape[1])
-            after = checkpoints.logits(decoder, tokens)
-        except ValueError:
-            continue
-        assert np.abs(before - after).max() > 1e-3, f"{key} is not read"
-
-
 @pytest.mark.parametrize("variant", ["llama2_grouped", "mistral_window"])
 def test_packed_segments_are_isolated(tmp_path, variant):
     checkpoints.write(tmp_path, variant)
@@ -263,15 +211,29 @@ def test_out_again_bit_for_bit(tmp_path, variant, dtype):
     assert str(again.dtype) == f"torch.{dtype}"
 
 
-@pytest.mark.parametrize("variant", ["llama3_scaled_tied", "mistral_window"])
+@pytest.mark.parametrize("variant", ["llama2", "llama3_scaled_tied", "mistral_window"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path, variant):
-    """The bound is how far transformers' own bfloat16 lies from its float32 on this input."""
+    """The bounds are transformers' own distances from its float32, without a factor set by hand.
+
+    A distance is the root mean square over the logits of one input. Rounding makes it vary from
+    input to input, by more than the two programs differ, so over all inputs of several models
+    together ours must not be larger than theirs. For each input alone, the triangle inequality
+    bounds how far the two bfloat16 results may lie apart: by theirs here plus ours, which as just
+    said is of the size of theirs; the largest of those stands for it.
+    """
     import torch
 
-    exact = checkpoints.write(tmp_path, variant, dtype=torch.bfloat16).float()
-    tokens = checkpoints.tokens(4, 19)
-    float32 = checkpoints.reference_logits(exact, tokens)
-    theirs = np.abs(checkpoints.reference_logits(exact.bfloat16(), tokens) - float32)
-    ours = np.abs(checkpoints.logits(checkpoints.model(tmp_path, "bfloat16"), tokens) - float32)
-    assert ours.mean() <= 1.25 * theirs.mean()
-    assert ours.max() <= 1.5 * theirs.max()
+    ours, theirs, apart = [], [], []
+    for seed in range(8):
+        folder = tmp_path / str(seed)
+        exact = checkpoints.write(folder, variant, seed=seed, dtype=torch.bfloat16).float()
+        tokens = checkpoints.tokens(16, 19, seed=seed)
+        float32 = checkpoints.reference_logits(exact, tokens)
+        reference = checkpoints.reference_logits(exact.bfloat16(), tokens)
+        logits = checkpoints.logits(checkpoints.model(folder, "bfloat16"), tokens)
+        pairs = ((ours, logits, float32), (theirs, reference, float32), (apart, logits, reference))
+        for distances, one, other in pairs:
+            distances.append(np.sqrt(np.mean((one - other) ** 2, axis=(1, 2))))
+    ours, theirs, apart = (np.concatenate(distances) for distances in (ours, theirs, apart))
+    assert np.mean(ours**2) <= np.mean(theirs**2)
+    assert (apart <= theirs + theirs.max()).all()

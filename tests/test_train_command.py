@@ -243,6 +243,44 @@ def test_a_run_is_not_resumed_on_another_cohort(quiet, workspace, tmp_path):
     assert json.loads((workdir / "manifest.json").read_text()) == manifest
 
 
+@pytest.mark.slow
+def test_a_run_starts_from_a_given_adapter(quiet, workspace, tmp_path):
+    """At a rate that rounds away, the run ends where the given adapter is."""
+    given, workdir = tmp_path / "given", tmp_path / "run"
+    shutil.copytree(quiet[0], given)
+    arguments = (
+        *workspace.arguments,
+        "--config.train.steps=1",
+        "--config.optimizer.learning_rate=1e-30",
+        f"--config.lora.init_from={given}",
+        f"--workdir={workdir}",
+    )
+    run_command("train", *arguments)
+    best = json.loads((given / "best.json").read_text())["step"]
+    expected = losses(given)[best, "validation"]
+    assert losses(workdir)[1, "validation"] == pytest.approx(expected, rel=1e-6)
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    fingerprint = json.loads((given / "manifest.json").read_text())["trained_fingerprint"]
+    assert manifest["trained_fingerprint"] == fingerprint
+    # The original is the base, not the given adapter; the tuned answers as that one did.
+    for model in ("original", "tuned"):
+        ours, theirs = (
+            (folder / "evaluation/test" / model / "predictions.jsonl").read_bytes()
+            for folder in (workdir, given)
+        )
+        assert ours == theirs
+    hashes = manifest["init_from"]["sha256"]
+    assert manifest["init_from"]["step"] == best and hashes
+    assert all(len(value) == 64 and (given / name).is_file() for name, value in hashes.items())
+
+    # Resumed with the adapter changed since, it stops.
+    with open(given / next(iter(hashes)), "ab") as file:
+        file.write(b" ")
+    shutil.rmtree(workdir / "evaluation")
+    result = run_command("train", *arguments, check=False)
+    assert result.returncode == 1 and "init_from" in last_line(result)
+
+
 def test_a_finished_run_answers_nothing_again(quiet, workspace):
     files = sorted((quiet[0] / "evaluation").rglob("*.json*"))
     before = [(p, p.stat().st_mtime_ns) for p in files]
@@ -321,6 +359,7 @@ def empty_split(workspace, tmp_path):
         (empty_split, "validation"),
         (lambda *_: "--config.task=prognosis", "prognosis"),
         (lambda *_: "--config.lora.targets=('q_proj','x_proj')", "x_proj"),
+        (lambda *_: "--config.lora.init_from=/nowhere/adapter", "init_from.*/nowhere/adapter"),
         (lambda *_: "--config.mesh.data=3", "3 devices"),
         (lambda *_: "--config.model=/nowhere/model", "/nowhere/model"),
         (lambda *_: "--config.cohort=/nowhere/cohort", "/nowhere/cohort"),

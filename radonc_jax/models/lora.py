@@ -6,7 +6,7 @@ without a transposition. Adapters are float32 whatever the base is.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ class LoRAConfig:
       targets: projections that get an adapter, of `PROJECTIONS`.
       rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
       dora: weight-decomposed adaptation (Liu et al. 2024, arXiv 2402.09353).
+      rank_pattern: ranks of single targets that differ from `rank`, as a mapping or as pairs;
+        kept as sorted pairs, without those that equal `rank`.
+      alpha_pattern: the same for `alpha`.
+      init_from: adapter that training starts from, a PEFT folder or a run folder; "" for a fresh
+        one. It is no part of what the adapter is: configurations are equal without it.
     """
 
     rank: int
@@ -45,6 +50,9 @@ class LoRAConfig:
     targets: tuple[str, ...]
     rslora: bool
     dora: bool
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    init_from: str = field(default="", compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -55,13 +63,60 @@ class LoRAConfig:
             )
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError(f"lora.targets must name each projection once: {self.targets}")
-        if self.rank < 1:
-            raise ValueError(f"lora.rank must be at least 1, not {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.init_from is None:
+            object.__setattr__(self, "init_from", "")
+        if not isinstance(self.init_from, str):
+            raise ValueError(f"lora.init_from must name a folder, not {self.init_from!r}")
+        self._check_rank("rank", self.rank)
+        self._check_alpha("alpha", self.alpha)
+        for name, check in (("rank", self._check_rank), ("alpha", self._check_alpha)):
+            given = getattr(self, f"{name}_pattern") or ()
+            try:
+                pattern = dict(given)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"lora.{name}_pattern must map projections to values, not {given!r}"
+                ) from None
+            unknown = sorted(map(str, set(pattern) - set(self.targets)))
+            if unknown:
+                raise ValueError(
+                    f"lora.{name}_pattern names {unknown}, which lora.targets does not: "
+                    f"{self.targets}"
+                )
+            for projection, value in pattern.items():
+                check(f"{name}_pattern[{projection!r}]", value)
+            default = getattr(self, name)
+            kept = sorted((key, value) for key, value in pattern.items() if value != default)
+            object.__setattr__(self, f"{name}_pattern", tuple(kept))
+
+    @staticmethod
+    def _check_rank(name: str, value) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"lora.{name} must be a whole number of at least 1, not {value!r}")
+
+    @staticmethod
+    def _check_alpha(name: str, value) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"lora.{name} must be a positive number, not {value!r}")
+
+    def of(self, projection: str) -> "LoRAConfig":
+        """The configuration of one target alone, with its own rank and alpha."""
+        return replace(
+            self,
+            targets=(projection,),
+            rank=dict(self.rank_pattern).get(projection, self.rank),
+            alpha=dict(self.alpha_pattern).get(projection, self.alpha),
+            rank_pattern=(),
+            alpha_pattern=(),
+        )
 
     @property
     def scale(self) -> float:
+        """Of the update; with a pattern there are several, and `of` must be asked first."""
+        if self.rank_pattern or self.alpha_pattern:
+            raise ValueError("ranks or alphas differ between targets: ask `of(projection).scale`")
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
@@ -129,7 +184,7 @@ def inject(model: Decoder, config: LoRAConfig) -> Decoder:
     for name in config.targets:
         parent = getattr(model.layers, PROJECTIONS[name])
         if isinstance(getattr(parent, name), Linear):
-            setattr(parent, name, LoRALinear(getattr(parent, name), config))
+            setattr(parent, name, LoRALinear(getattr(parent, name), config.of(name)))
             count += 1
     if count != len(config.targets):
         raise ValueError(
@@ -242,13 +297,20 @@ def merge_weights(frozen: nnx.State, adapter: nnx.State, config: LoRAConfig) -> 
             merged[name] = kernel
             continue
         merged[place + "kernel"] = adapted_kernel(
-            kernel, parts[place + "a"], parts[place + "b"], parts.get(place + "magnitude"), config
+            kernel,
+            parts[place + "a"],
+            parts[place + "b"],
+            parts.get(place + "magnitude"),
+            config.of(place.split("/")[-2]),
         )
     return merged
 
 
 def adapted_kernel(kernel, a, b, magnitude, config: LoRAConfig) -> jax.Array:
-    """One kernel with its adapter added, float32 [..., out, in]; `magnitude` None without DoRA."""
+    """One kernel with its adapter added, float32 [..., out, in]; `magnitude` None without DoRA.
+
+    `config` is that of the kernel's own projection, from `LoRAConfig.of`.
+    """
     weight = merge_kernel(kernel, a, b, config.scale)
     if not config.dora:
         return weight

@@ -1,8 +1,11 @@
-"""AdamW with warm-up, decay and clipping, from Optax."""
+"""AdamW with warm-up, decay and clipping, from Optax; LoRA+ on top."""
 
 from dataclasses import dataclass
 
+import jax
 import optax
+
+from radonc_jax.parallel import path_name
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -18,6 +21,8 @@ class OptimizerConfig:
       weight_decay: decoupled (Loshchilov and Hutter 2019, arXiv 1711.05101).
       clip_norm: gradients are scaled down to this global norm; 0 turns clipping off.
       b1, b2: decay of Adam's moments.
+      loraplus_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the adapter's B, and with DoRA
+        its magnitudes, learn at this many times the rate of A, as in PEFT; 1 turns it off.
     """
 
     learning_rate: float
@@ -27,6 +32,7 @@ class OptimizerConfig:
     clip_norm: float
     b1: float
     b2: float
+    loraplus_ratio: float = 1.0
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -37,6 +43,8 @@ class OptimizerConfig:
             )
         if self.learning_rate <= 0:
             raise ValueError(f"optimizer.learning_rate must be positive: {self.learning_rate}")
+        if self.loraplus_ratio <= 0:
+            raise ValueError(f"optimizer.loraplus_ratio must be positive: {self.loraplus_ratio}")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -59,9 +67,26 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The update rule for a run of `steps` optimiser steps."""
-    adam = optax.adamw(
-        make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
-    )
-    if not config.clip_norm:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+    parts = [
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+        )
+    ]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.loraplus_ratio != 1:
+        parts.append(_loraplus(config.loraplus_ratio))
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]
+
+
+def _loraplus(ratio: float) -> optax.GradientTransformation:
+    """Multiplies the updates of B and of magnitudes, weight decay included: a rate of their own."""
+
+    def scale(path, update):
+        faster = path_name(path).rsplit("/", 1)[-1] in ("b", "magnitude")
+        return ratio * update if faster else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
