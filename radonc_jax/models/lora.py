@@ -283,29 +283,6 @@ def init(abstract: nnx.State, frozen: nnx.State, seed: int) -> nnx.State:
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def merge_weights(frozen: nnx.State, adapter: nnx.State, config: LoRAConfig) -> dict:
-    """The base with the adapter added, as {path of the unadapted model: array}.
-
-    Adapted kernels come out float32, to be rounded once by whoever writes them; others unchanged.
-    """
-    kernels = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(frozen)}
-    parts = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(adapter)}
-    merged = {}
-    for name, kernel in kernels.items():
-        place = name.removesuffix("base/kernel")
-        if place == name:
-            merged[name] = kernel
-            continue
-        merged[place + "kernel"] = adapted_kernel(
-            kernel,
-            parts[place + "a"],
-            parts[place + "b"],
-            parts.get(place + "magnitude"),
-            config.of(place.split("/")[-2]),
-        )
-    return merged
-
-
 def adapted_kernel(kernel, a, b, magnitude, config: LoRAConfig) -> jax.Array:
     """One kernel with its adapter added, float32 [..., out, in]; `magnitude` None without DoRA.
 
