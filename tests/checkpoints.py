@@ -33,9 +33,9 @@ LLAMA3_ROPE = {
 }
 VARIANTS = {
     "llama2": (LlamaConfig, {}),
+    # LLaMA 2 70B; with its theta, which is not the default, Llama 3 too.
     "llama2_grouped": (LlamaConfig, {"rope_parameters": {"rope_theta": 777.0}}),
     "llama2_multi_query": (LlamaConfig, {"num_key_value_heads": 1}),
-    "llama3": (LlamaConfig, {"rope_parameters": {"rope_theta": 5e5}, "vocab_size": 101}),
     "llama3_scaled": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "llama3_scaled_tied": (
         LlamaConfig,

@@ -30,6 +30,7 @@ def write_run(path, dtype=torch.float32, trainable="lora", dora=False):
     mapping.model = str(path / "base")
     mapping.trainable = trainable
     mapping.lora.rank, mapping.lora.alpha, mapping.lora.dora = 3, 5.0, dora
+    mapping.lora.rank_pattern, mapping.lora.alpha_pattern = {"v_proj": 2}, {"down_proj": 9.0}
     run = settings.from_mapping(mapping.to_dict())
     (path / "run").mkdir()
     (path / "run" / "config.json").write_text(json.dumps(run.as_dict()))
@@ -83,7 +84,8 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
         _, _, layer, parent, projection, _ = name.split(".")
         place = f"layers/{parent}/{projection}"
         a, b = (arrays[f"{place}/{kind}"][int(layer)].astype(np.float64) for kind in "ab")
-        exact = tensor.astype(np.float64) + 5 / 3 * b @ a
+        scale = {"v_proj": 5 / 2, "down_proj": 9 / 3}.get(projection, 5 / 3)
+        exact = tensor.astype(np.float64) + scale * b @ a
         error = np.abs(merged[name].astype(np.float64) - exact)
         # Half a unit in the last of bfloat16's 8 bits, and float32's own rounding.
         assert (error <= np.abs(exact) * (2**-9 * 2 + 1e-6) + 1e-6).all(), name

@@ -181,13 +181,11 @@ def test_each_target_has_its_own_rank_and_alpha(folder):
 @pytest.mark.parametrize(
     ("kind", "targets", "patterns"),
     [
-        ("plain", ALL, False),
         ("plain", ("q_proj", "v_proj"), False),
         ("plain", ALL, True),
         ("rslora", ALL, False),
         ("dora", ALL, False),
         ("dora", ("o_proj", "up_proj"), False),
-        ("rslora_dora", ("k_proj", "gate_proj", "down_proj"), False),
         ("rslora_dora", ALL, True),
     ],
 )
