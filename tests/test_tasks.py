@@ -178,6 +178,37 @@ def test_leaf_and_nearest():
     assert nearest_valid("no code") == []
 
 
+@pytest.mark.parametrize(
+    ("code", "nearest"),
+    [
+        ("C61.0", ["C61"]),  # siblings of another category are not near
+        ("C50.4", ["C50.411", "C50.412", "C50.419", "C50.421"]),
+        ("c341", ["C34.10", "C34.11", "C34.12"]),
+        ("C50.413", ["C50.411", "C50.412", "C50.419"]),
+        ("C4A.11", ["C4A.111", "C4A.112"]),
+        ("C88.4", ["C88.40", "C88.41"]),
+        ("C50.411", ["C50.411"]),
+        ("C98.1", []),
+    ],
+)
+def test_nearest_leaves_of_a_near_miss(code, nearest):
+    assert nearest_valid(code, 4) == nearest
+
+
+def test_every_header_is_answered_by_its_own_first_leaves():
+    import simple_icd_10_cm as table
+
+    headers = [
+        code
+        for code in table.get_all_codes(with_dots=True)
+        if code[:1] in "CD" and "-" not in code and not is_leaf(code)
+    ]
+    assert len(headers) > 300
+    for header in headers:
+        own = [code for code in table.get_descendants(header) if table.is_leaf(code)]
+        assert nearest_valid(header, len(own) + 1) == sorted(own), header
+
+
 def test_a_code_that_does_not_exist_is_wrong_and_not_unparseable():
     task = TASKS["icd"]
     assert task.parse("C61.0") == "C61.0"
