@@ -3,9 +3,12 @@
     python -m radonc_jax.prepare --input=extract.csv --output=cohort
     python -m radonc_jax.prepare --input=export.xlsx --output=cohort \\
         --columns=diagnosis=Dx,icd10=Code
+    python -m radonc_jax.prepare --input=export.csv --output=cohort \\
+        --columns=columns.json --encoding=cp1252 --rows=course --rules=my_rules.py
 
-Reads .csv, .tsv, .xlsx, .parquet and .jsonl. Writes train, validation and test .parquet,
-excluded.csv (row of the extract, reason) and manifest.json (counts, hashes, rules).
+Reads .csv, .tsv, .xlsx, .parquet, .jsonl and folders of datasets.save_to_disk. Writes train,
+validation and test .parquet, excluded.csv (row of the extract, reason), flow.svg (the same as a
+diagram) and manifest.json (counts, hashes, rules).
 """
 
 import sys
@@ -14,13 +17,27 @@ from pathlib import Path
 import pandas as pd
 from absl import app, flags
 
-from radonc_jax.data import cohort
-from radonc_jax.data.extract import parse_columns, read_extract
+from radonc_jax.data import cohort, flow, rules, splits
+from radonc_jax.data.extract import UNITS, check_unit, parse_columns, read_extract
+from radonc_jax.data.rows import find_layout
 from radonc_jax.data.synthetic import ceiling_paths, mean_ceiling
 
 _INPUT = flags.DEFINE_string("input", None, "The extract to read.")
 _OUTPUT = flags.DEFINE_string("output", None, "The cohort folder to write.")
-_COLUMNS = flags.DEFINE_list("columns", [], "Names of columns in the file: diagnosis=Dx,...")
+_COLUMNS = flags.DEFINE_list(
+    "columns", [], "Names of columns in the file: diagnosis=Dx,..., or a .json file of them."
+)
+_ROWS = flags.DEFINE_enum("rows", "plan", UNITS, "What a row of the extract is.")
+_ENCODING = flags.DEFINE_string("encoding", "", "Of a csv or tsv; found out if not given.")
+_DELIMITER = flags.DEFINE_string(
+    "delimiter", "", "comma, semicolon, tab, pipe or one character; found out if not given."
+)
+_SHEET = flags.DEFINE_string("sheet", "", "Of a workbook with several.")
+_SKIP = flags.DEFINE_list("skip_rules", [], "Names of inclusion rules to turn off.")
+_RULES = flags.DEFINE_string("rules", None, "Python file with inclusion rules of your own.")
+_SOURCE_PATIENTS = flags.DEFINE_integer(
+    "source_patients", None, "Patients in the system that the extract was drawn from, if known."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same splits.")
 _TEST = flags.DEFINE_float("test_fraction", 0.15, "Share of the patients to test on.")
 _VALIDATION = flags.DEFINE_float("validation_fraction", 0.10, "Share of the patients to select on.")
@@ -29,41 +46,76 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a finished cohort.")
 
 def prepare() -> dict:
     source, folder = Path(_INPUT.value), Path(_OUTPUT.value)
-    cohort.check_output(folder, _OVERWRITE.value)  # before the work, not after it
+    # Before the work, not after it.
+    cohort.check_output(folder, _OVERWRITE.value)
+    columns = parse_columns(_COLUMNS.value)
+    skipped = rules.check_skipped(_SKIP.value)
+    own = rules.load_rules(_RULES.value) if _RULES.value else []
 
-    # --- Read and select ---------------------------------------------------------------------
-    extract = read_extract(source, parse_columns(_COLUMNS.value))
-    kept, excluded, case_reasons = cohort.apply_rules(extract)
-    if kept.empty:
-        counts = ", ".join(f"{k} {v}" for k, v in case_reasons.value_counts().items())
-        raise ValueError(f"{source}: no case is left; excluded: {counts}. Check --columns")
-    assessed = len(kept) + len(case_reasons)
+    # --- Read --------------------------------------------------------------------------------
+    layout = find_layout(source, _ENCODING.value, _DELIMITER.value, _SHEET.value)
+    extract = read_extract(source, columns, layout)
+    check_unit(source, extract, _ROWS.value)
 
-    # --- Clean and split ---------------------------------------------------------------------
-    cases, stripped = cohort.build_cases(kept)
-    cases = cohort.split_cases(cases, _SEED.value, _TEST.value, _VALIDATION.value)
+    # --- Select ------------------------------------------------------------------------------
+    selection = rules.select(extract, skipped, own)
+    rows_read = len(extract)
+    del extract  # a gigabyte, at a million rows
+    excluded = selection.cases.value_counts().to_dict()
+    if selection.kept.empty:
+        counts = ", ".join(f"{reason} {count}" for reason, count in excluded.items())
+        raise ValueError(
+            f"{source}: no case is left of {selection.assessed}; excluded: {counts}. Check "
+            "--columns and --rows"
+        )
+
+    # --- Split -------------------------------------------------------------------------------
+    cases, stripped = cohort.build_cases(selection)
+    cases, split_facts = splits.split_cases(cases, _SEED.value, _TEST.value, _VALIDATION.value)
 
     # --- Write -------------------------------------------------------------------------------
+    counts = flow.count_flow(selection, cases, _SOURCE_PATIENTS.value)
     facts = {
-        "assessed": assessed,
-        "kept": len(cases),
-        "excluded": case_reasons.value_counts().to_dict(),
+        "assessed": selection.assessed,
+        "kept": counts["kept"],
+        "excluded": excluded,
         "rows": {
-            "read": len(extract),
-            "kept": len(kept),
-            "excluded": excluded["reason"].value_counts().to_dict(),
+            "unit": _ROWS.value,
+            "read": rows_read,
+            "kept": len(selection.kept),
+            "excluded": selection.excluded["reason"].value_counts().to_dict(),
         },
-        "rules": [rule.__name__ for rule in cohort.RULES],
-        "near_misses": cohort.near_misses(extract, excluded),
+        "rules": [step.rule for step in selection.steps if step.cases is not None],
+        "rules_turned_off": list(skipped),
+        "rules_added": _hashed(_RULES.value) | {"names": [rule.__name__ for rule in own]},
+        "flow": counts,
+        "near_misses": cohort.near_misses(selection),
         "stripped": stripped,
+        "left_in_text": splits.answers_left(cases),
+        **split_facts,
         "seed": _SEED.value,
         "test_fraction": _TEST.value,
         "validation_fraction": _VALIDATION.value,
-        "source": {"name": source.name, "sha256": cohort.sha256(source)},
-        "columns": dict(parse_columns(_COLUMNS.value)),
+        "source": {
+            **_hashed(source),
+            "encoding": layout.encoding,
+            "encoding_guessed": layout.guessed,
+            "delimiter": layout.delimiter,
+            "sheet": layout.sheet,
+            "notes": list(layout.notes),
+        },
+        "columns": columns,
         "ceiling": ceiling_of_test(source, cases),
     }
-    return cohort.write_cohort(folder, cases, excluded, facts, _OVERWRITE.value)
+    files = {"flow.svg": flow.flow_svg(counts)}
+    return cohort.write_cohort(folder, cases, selection.excluded, facts, _OVERWRITE.value, files)
+
+
+def _hashed(path: str | Path | None) -> dict[str, str | None]:
+    """Name and sha256 of an input, so that its use can be proven."""
+    if path is None:
+        return {"name": None, "sha256": None}
+    return {"name": Path(path).name, "sha256": cohort.sha256(Path(path))}
 
 
 def ceiling_of_test(source: Path, cases: pd.DataFrame) -> dict[str, float] | None:
@@ -87,6 +139,8 @@ def ceiling_of_test(source: Path, cases: pd.DataFrame) -> dict[str, float] | Non
 
 
 def print_counts(manifest: dict) -> None:
+    for note in manifest["source"]["notes"]:
+        print(f"note: {note}")
     width = max(len(reason) for reason in [*manifest["excluded"], "validation"]) + 2
     lines = [("assessed", manifest["assessed"])]
     lines += [(f"  {reason}", count) for reason, count in manifest["excluded"].items()]
@@ -96,7 +150,10 @@ def print_counts(manifest: dict) -> None:
         print(f"{name:<{width + 2}}{count:>8,}")
     found = ", ".join(f"{task} {count}" for task, count in manifest["stripped"].items())
     print(f"answers taken out of diagnosis texts: {found}")
-    repeats = ", ".join(f"{name} {count}" for name, count in manifest["near_duplicates"].items())
+    repeats = ", ".join(
+        f"{name} {found['same']} (and {found['near']} nearly)"
+        for name, found in manifest["near_duplicates"]["in_train"].items()
+    )
     print(f"texts that also stand in train: {repeats}")
     if manifest["ceiling"]:
         best = ", ".join(f"{task} {value:.3f}" for task, value in manifest["ceiling"].items())

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from radonc_jax.data import cohort, synthetic
+from radonc_jax.data import cohort, rules, synthetic
 from radonc_jax.data.extract import parse_columns, read_extract
-from radonc_jax.data.splits import SPLITS
+from radonc_jax.data.splits import SPLITS, split_cases
 from radonc_jax.tasks.icd import is_leaf, normalise_code
 from radonc_jax.tasks.regimen import Regimen, parse_regimen, render_regimen, same_regimen
 
@@ -151,11 +151,10 @@ def test_printed_table_holds_counts_and_no_text(folder, manifest):
 
 
 def test_about_half_is_kept_at_the_size_of_the_paper():
-    kept, _, cases = cohort.apply_rules(
-        synthetic.make_extract(15_724, 0).table.rename(index=lambda i: i + 2).rename_axis("row")
-    )
-    assert len(kept) + len(cases) == 15_724
-    assert abs(len(kept) - 7_903) < 250
+    extract = synthetic.make_extract(15_724, 0).table
+    done = rules.select(extract.rename(index=lambda i: i + 2).rename_axis("row"))
+    assert len(done.kept) + len(done.cases) == done.assessed == 15_724
+    assert abs(len(done.kept) - 7_903) < 250
 
 
 def test_records_are_what_the_tasks_read(folder):
@@ -214,11 +213,11 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
 )
 def test_each_reason(columns, reason):
     table = minimal(**columns)
-    kept, rows, cases = cohort.apply_rules(table)
-    assert kept.empty
-    assert set(rows["reason"]) == {reason}
-    assert list(rows["row"]) == list(table.index)
-    assert set(cases) == {reason}
+    done = rules.select(table)
+    assert done.kept.empty
+    assert set(done.excluded["reason"]) == {reason}
+    assert list(done.excluded["row"]) == list(table.index)
+    assert set(done.cases) == {reason}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +241,7 @@ def test_each_reason(columns, reason):
     ],
 )  # fmt: skip
 def test_regimen_from_wherever_it_stands(columns, regimen):
-    kept, _, _ = cohort.apply_rules(minimal(**columns))
+    kept = rules.select(minimal(**columns)).kept
     assert kept["regimen"].iloc[0] == regimen
     assert render_regimen(parse_regimen(regimen)) == regimen
 
@@ -253,9 +252,9 @@ def test_primary_plan_is_told_from_the_others():
         plan_status=["Superseded", "Completed", "Completed", "Cancelled"],
         plan_name=["R BREAST", "R BREAST", "R BREAST BST", "R BREAST"],
     )
-    kept, rows, cases = cohort.apply_rules(table)
-    assert list(kept.index) == [3] and len(cases) == 0
-    assert dict(rows.itertuples(index=False)) == {
+    done = rules.select(table)
+    assert list(done.kept.index) == [3] and len(done.cases) == 0
+    assert dict(zip(done.excluded["row"], done.excluded["reason"], strict=True)) == {
         2: "plan_superseded",
         4: "boost_plan",
         5: "plan_cancelled",
@@ -276,7 +275,8 @@ def test_assessed_is_kept_plus_excluded_whatever_is_corrupted(data):
         table.loc[row, column] = data.draw(_JUNK)
     table = table.iloc[rng.permutation(len(table))][list(rng.permutation(table.columns))]
     table = table.set_axis(pd.RangeIndex(2, len(table) + 2, name="row"))
-    kept, rows, cases = cohort.apply_rules(table)
+    done = rules.select(table)
+    kept, rows, cases = done.kept, done.excluded, done.cases
     nameless = (table["patient_id"].str.strip() == "").sum()
     units = table["patient_id"][table["patient_id"].str.strip() != ""].nunique() + nameless
     assert units == len(kept) + len(cases)
@@ -409,7 +409,7 @@ def _write(folder, seed=0, overwrite=False, n=40):
             "icd10": "C50.411",
         }
     )
-    cases = cohort.split_cases(cases, seed, 0.2, 0.2)
+    cases, _ = split_cases(cases, seed, 0.2, 0.2)
     excluded = pd.DataFrame({"row": [99], "reason": ["no_code"]})
     return cohort.write_cohort(folder, cases, excluded, {"kept": n}, overwrite)
 
@@ -434,7 +434,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cohort, "near_duplicates", fail)
+    monkeypatch.setattr(cohort, "sha256", fail)
     for target, overwrite in (("c", True), ("new", False)):
         with pytest.raises(OSError, match="disk full"):
             _write(tmp_path / target, seed=5, overwrite=overwrite)
