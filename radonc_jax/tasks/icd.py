@@ -45,6 +45,11 @@ def is_leaf(code: str) -> bool:
     return bool(_CODE.fullmatch(code)) and _table().is_valid_item(code) and _table().is_leaf(code)
 
 
+def description(code: str) -> str:
+    """The official words of a code of the table, e.g. "Malignant neoplasm of prostate"; else ""."""
+    return _table().get_description(code) if is_leaf(code) else ""
+
+
 @functools.cache
 def _leaves() -> list[str]:
     """Every leaf, sorted: what begins alike lies together."""
