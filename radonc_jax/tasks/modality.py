@@ -80,7 +80,12 @@ class Identified:
 
 
 def _matches(pattern: re.Pattern, text: str):
-    return (m for m in pattern.finditer(text) if not _NOT_THIS.search(text, 0, m.start()))
+    # The words before a match, not the whole text again: notes may be long.
+    return (
+        match
+        for match in pattern.finditer(text)
+        if not _NOT_THIS.search(text, max(0, match.start() - 60), match.start())
+    )
 
 
 def _without_boost(text: str) -> str:
