@@ -69,7 +69,7 @@ def test_the_sheet_holds_the_uncertain_rows_with_a_proposal_for_each_field(sheet
     }
     assert (sheet[list(ENTRIES)] == "").all(axis=None)
     assert (sheet["proposed_regimen"].drop("4") == REGIMEN).all()
-    assert sheet.loc["4", "proposed_regimen"] == "Right breast, 40.05 Gy in 15 fractions"
+    assert sheet.loc["4", "proposed_regimen"] == "Right breast, 40.05 Gy in 15 fractions, photons"
     assert (sheet["proposed_modality"] == "photon").all()
     assert sheet.loc["3", "proposed_icd10"] == "C50.411"
     assert sheet.loc["3", "other_codes"].split()[:2] == ["C50.412", "C50.419"]
@@ -147,8 +147,8 @@ def test_two_annotators_agree_or_an_adjudicator_settles(extract, sheet, tmp_path
 
     sheet = settled.disagreements.set_index("row", drop=False)
     assert list(sheet.loc["7", ["first_regimen", "second_regimen"]]) == [
-        "Right breast, 42.5 Gy in 16 fractions",
-        "Right breast, 40 Gy in 16 fractions",
+        "Right breast, 42.5 Gy in 16 fractions, photons",
+        "Right breast, 40 Gy in 16 fractions, photons",
     ]
     assert (
         sheet.loc["7", "proposed_regimen"] == "" and sheet.loc["7", "proposed_icd10"] == "C50.411"
