@@ -41,6 +41,14 @@ _SOURCE_PATIENTS = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same splits.")
 _TEST = flags.DEFINE_float("test_fraction", 0.15, "Share of the patients to test on.")
 _VALIDATION = flags.DEFINE_float("validation_fraction", 0.10, "Share of the patients to select on.")
+_SPLIT_BY = flags.DEFINE_string(
+    "split_by",
+    "patient",
+    "patient, date:COLUMN, date:COLUMN=FIRST_DATE_OF_TEST or site:COLUMN=NAME,NAME.",
+)
+_GROUP = flags.DEFINE_bool(
+    "group_near_duplicates", False, "Keep texts that nearly repeat each other in one split."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a finished cohort.")
 
 
@@ -51,6 +59,7 @@ def prepare() -> dict:
     columns = parse_columns(_COLUMNS.value)
     skipped = rules.check_skipped(_SKIP.value)
     own = rules.load_rules(_RULES.value) if _RULES.value else []
+    by = splits.parse_split_by(_SPLIT_BY.value)
 
     # --- Read --------------------------------------------------------------------------------
     layout = find_layout(source, _ENCODING.value, _DELIMITER.value, _SHEET.value)
@@ -70,8 +79,12 @@ def prepare() -> dict:
         )
 
     # --- Split -------------------------------------------------------------------------------
-    cases, stripped = cohort.build_cases(selection)
-    cases, split_facts = splits.split_cases(cases, _SEED.value, _TEST.value, _VALIDATION.value)
+    cases, stripped = cohort.build_cases(selection, [by.column] if by.column else [])
+    cases, split_facts = splits.split_cases(
+        cases, _SEED.value, _TEST.value, _VALIDATION.value, by=by, group=_GROUP.value
+    )
+    if by.column and by.column not in cohort.CARRIED:
+        cases = cases.drop(columns=by.column)  # a date or a place: nothing that tasks need
 
     # --- Write -------------------------------------------------------------------------------
     counts = flow.count_flow(selection, cases, _SOURCE_PATIENTS.value)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -15,20 +15,30 @@ from radonc_jax.tasks.base import Record
 
 FIELDS = ("case_id", "patient_id", "diagnosis", "regimen", "modality", "icd10")
 # Of the extract's further columns, where it has them.
-CARRIED = ("site", "stage", "sex", "age", "institution", "start_date")
+CARRIED = ("site", "stage", "sex", "age")
 TASK_FIELDS = ("regimen", "modality", "icd10")
 
 
-def build_cases(selection: Selection) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Cohort rows (FIELDS and CARRIED), and how many texts held their own answer, by task.
+def build_cases(
+    selection: Selection, also: Iterable[str] = ()
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Cohort rows (FIELDS, CARRIED and the columns `also`), and how many texts held their own
+    answer, by task.
 
     The case id tells the row of the extract.
+
+    Raises:
+      ValueError: the extract has no column that `also` names.
     """
     kept = selection.kept
     cases = kept.assign(case_id=[f"row-{row}" for row in kept.index])
     found = kept["stripped"].explode().value_counts()
     counts = {task: int(found.get(task, 0)) for task in ("icd", "regimen", "modality")}
+    for name in also:
+        if name not in cases.columns:
+            raise ValueError(f"no column {name!r}; there are {', '.join(kept.columns)}")
     columns = [*FIELDS, *(name for name in CARRIED if name in cases.columns)]
+    columns += [name for name in also if name not in columns]
     return cases[columns].reset_index(drop=True), counts
 
 

@@ -171,7 +171,20 @@ def _plain(name: str) -> str:
     return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())
 
 
+def _looks_like_a_record(header: Sequence[str]) -> bool:
+    """Whether row 1 is no header, so that an error must not quote it."""
+    known = {_plain(name) for name in (*COLUMNS, *"|".join(_USUAL_HEADERS.values()).split("|"))}
+    return not known & {_plain(name) for name in header} and any(
+        len(name) > 40 or any(sign.isdigit() for sign in name) for name in header
+    )
+
+
 def _name_columns(path: Path, header: list[str], columns: dict[str, str]) -> list[str]:
+    if _looks_like_a_record(header) and not set(columns.values()) & set(header):
+        raise ValueError(
+            f"{path}: row 1 has {len(header)} cells and no known column name; it looks like a "
+            "record. Put the names of the columns into row 1, or give another --delimiter"
+        )
     there = ", ".join(header) or "none"
     repeated = next((name for name in header if header.count(name) > 1), None)
     if repeated is not None:
@@ -250,29 +263,22 @@ def check_unit(path: str | Path, extract: pd.DataFrame, unit: str) -> None:
     keys = {
         "patient": ["patient_id"],
         "course": ["patient_id", "course_id"],
-        "plan": ["patient_id", "course_id", "plan_id", "diagnosis_id"],
+        # A patient's plans stand once for each of the diagnoses in some exports.
+        "plan": ["patient_id", "course_id", "plan_id", "diagnosis_id", "diagnosis", "icd10"],
     }[unit]
-    # A row that repeats another in full is left to the rules.
     ids = pd.DataFrame({key: extract[key].str.strip() for key in keys if key in extract.columns})
-    known = ids["patient_id"] != ""
-    for key in ids.columns:
-        if unit == "plan" and key == "plan_id":
-            known &= ids[key] != ""
-    if unit == "course" and "course_id" not in ids.columns:
-        ids["course_id"] = ""
     if unit == "plan" and "plan_id" not in ids.columns:
-        return  # nothing tells plans apart; rules count the rows
-    repeated = known & ids.duplicated(keep=False)
-    if not repeated.any():
-        return
-    repeated &= ~extract.loc[repeated].duplicated().reindex(extract.index, fill_value=False)
-    repeated &= ids.loc[repeated].duplicated(keep=False).reindex(extract.index, fill_value=False)
-    count = int(repeated.sum())
+        return  # nothing tells plans apart; the rules count rows
+    known = (ids[["patient_id", *(["plan_id"] if unit == "plan" else [])]] != "").all(axis=1)
+    repeated = ids[known].duplicated(keep=False)
+    rows = extract.loc[repeated.index[repeated]].drop_duplicates()  # whole repeats: see the rules
+    repeated = ids.loc[rows.index].duplicated(keep=False)
+    repeated = ids.loc[repeated.index[repeated]]
+    count = len(repeated)
     # Single plans that stand twice are the rules' business; many say that rows are no plans.
     if count == 0 or (unit == "plan" and count <= 0.1 * len(extract)):
         return
-    first = ids[repeated].iloc[0]
-    same = ids.index[repeated & (ids == first).all(axis=1)]
+    same = repeated.index[(repeated == repeated.iloc[0]).all(axis=1)]
     lesser = "field, beam or fraction" if unit == "plan" else "plan"
     column = {"patient": "patient_id", "course": "course_id", "plan": "plan_id"}[unit]
     raise ValueError(

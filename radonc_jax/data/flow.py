@@ -102,14 +102,13 @@ def flow_svg(flow: dict) -> bytes:
 
 
 def _exclusions(flow: dict) -> list[str]:
-    lines = []
+    counts: dict[str, int | None] = {}  # two rules may give one reason
     for step in flow["excluded_by_rule"]:
         if step["reasons"] is None:
-            lines.append(f"{_said(step['rule'])}: rule turned off (n unknown)")
-        lines += [
-            f"{_said(reason)} (n {_count(n)})" for reason, n in (step["reasons"] or {}).items()
-        ]
-    return lines
+            counts[f"{step['rule']}: rule turned off"] = None
+        for reason, n in (step["reasons"] or {}).items():
+            counts[reason] = (counts.get(reason) or 0) + n
+    return [f"{_said(reason)} (n {_count(n)})" for reason, n in counts.items()]
 
 
 def _said(name: str) -> str:

@@ -23,10 +23,16 @@ import pandas as pd
 from radonc_jax.data.extract import COLUMNS
 from radonc_jax.data.splits import strip_answers
 from radonc_jax.tasks.icd import is_leaf, nearest_valid, normalise_code
-from radonc_jax.tasks.modality import normalise_modality
+from radonc_jax.tasks.modality import identify_modality
 from radonc_jax.tasks.regimen import DOSE_TOLERANCE_GY, Regimen, parse_regimen, render_regimen
 
-ANNOTATED = ("annotated_modality", "annotated_regimen", "annotated_icd10", "annotated_decision")
+ANNOTATED = (
+    "annotated_decision",
+    "annotated_reason",
+    "annotated_modality",
+    "annotated_regimen",
+    "annotated_icd10",
+)
 # Patient cases by number: rows with one number are of one patient. Nameless rows are a case each.
 CASE = "case_number"
 
@@ -101,17 +107,6 @@ def patient_known(rows: pd.DataFrame) -> pd.Series:
     return _reasons(rows, (_is_blank(rows["patient_id"]), "no_patient_id"))
 
 
-def annotators_decision(rows: pd.DataFrame) -> pd.Series:
-    """What annotators settled: a row is the primary plan, or the case is to be left out."""
-    decision = _column(rows, "annotated_decision").str.lower()
-    primary = decision == "primary"
-    return _reasons(
-        rows,
-        (_of_case(rows, decision == "exclude"), "excluded_by_annotators"),
-        (_of_case(rows, primary) & ~primary, "not_the_annotated_plan"),
-    )
-
-
 def row_not_repeated(rows: pd.DataFrame) -> pd.Series:
     """The same row again, in every column, is no second plan."""
     names = [name for name in rows.columns if name != CASE]
@@ -132,6 +127,21 @@ def single_diagnosis(rows: pd.DataFrame) -> pd.Series:
         counts = values.groupby(some.loc[values.index, CASE]).nunique()
         several |= rows[CASE].isin(counts.index[counts > 1])
     return _reasons(rows, (several, "several_diagnoses"))
+
+
+def annotators_decision(rows: pd.DataFrame) -> pd.Series:
+    """What annotators settled: which row is the primary plan, which is none and why. Rules that
+    tell plans apart leave a settled primary plan alone."""
+    primary = _settled(rows)
+    excluded = _column(rows, "annotated_decision") == "exclude"
+    reasons = _reasons(rows, (_of_case(rows, primary) & ~primary, "not_the_annotated_plan"))
+    given = _column(rows, "annotated_reason")[excluded]
+    reasons[excluded] = given.where(given != "", "excluded_by_annotators")
+    return reasons
+
+
+def _settled(rows: pd.DataFrame) -> pd.Series:
+    return _column(rows, "annotated_decision") == "primary"
 
 
 def plan_delivered(rows: pd.DataFrame) -> pd.Series:
@@ -208,15 +218,17 @@ def modality_identifiable(rows: pd.DataFrame) -> pd.Series:
 
 
 def _read_modality(settled: str, *parts: str) -> tuple[str, str]:
-    """(label, reason)."""
-    if settled:
-        label = normalise_modality(settled)
-        return (label, "") if label else ("", "modality_unknown")
-    label = normalise_modality(" ; ".join(parts))
-    if label:
-        return label, ""
-    stated = any(normalise_modality(part) for part in parts)
-    return "", "modality_contradiction" if stated else "modality_unknown"
+    """(label or "", reason or "")."""
+    found = identify_modality(settled) if settled else identify_modality(*parts)
+    if found.label:
+        return found.label, ""
+    reason = {
+        "unidentifiable": "modality_unknown",
+        "contradiction": "modality_contradiction",
+        "outside": "modality_outside",
+    }[found.reason]
+    explained = found.explain()
+    return "", f"{reason}: {explained}" if explained else reason
 
 
 def regimen_complete(rows: pd.DataFrame) -> pd.Series:
@@ -250,6 +262,8 @@ def _read_regimen(
         prescription = settled
         treatment_site = technique = fraction_field = gray = centigray = ""
     written = parse_regimen(prescription) if prescription else None
+    if written is not None and written.conflict:
+        return "", f"regimen_contradiction: {written.conflict}"
     dose = _number(gray)
     if dose is None and (hundredths := _number(centigray)) is not None:
         dose = hundredths / 100
@@ -334,9 +348,9 @@ def text_without_answers(rows: pd.DataFrame) -> pd.Series:
 
 RULES: tuple[Rule, ...] = (
     patient_known,
-    annotators_decision,
     row_not_repeated,
     single_diagnosis,
+    annotators_decision,
     plan_delivered,
     plan_not_boost,
     plan_not_replan,
@@ -348,6 +362,27 @@ RULES: tuple[Rule, ...] = (
     code_present,
     code_valid,
     text_without_answers,
+)
+# They tell plans apart; what annotators settled goes before them.
+ABOUT_PLANS = (
+    plan_delivered,
+    plan_not_boost,
+    plan_not_replan,
+    plan_not_palliative_of_several,
+    one_primary_plan,
+)
+# Reasons that someone who reads the record may resolve.
+UNCERTAIN = (
+    "several_primary_plans",
+    "several_palliative_plans",
+    "modality_unknown",
+    "modality_contradiction",
+    "no_fractions",
+    "no_target",
+    "regimen_contradiction",
+    "regimen_unreadable",
+    "no_code",
+    "code_not_valid",
 )
 # Without what these see to there is no case: a patient, a question and three answers.
 INDISPENSABLE = (
@@ -480,7 +515,7 @@ class Selection:
     Attributes:
       kept: rows that are left, one per patient unless `one_primary_plan` is turned off; `modality`,
         `regimen`, `icd10` and `diagnosis` as the cohort has them.
-      excluded: columns row, reason, detail.
+      excluded: columns row, reason, detail, patient_id (as it stands in the extract).
       cases: the reason of each excluded patient case, that of the rule that took its last row.
       steps: one for each rule, in order.
       assessed: number of patient cases.
@@ -507,54 +542,53 @@ def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] 
     """
     skip = check_skipped(skip)
     left = _tidy(extract)
-    case = left[CASE].to_numpy()
-    assessed = int(case.max()) + 1 if len(case) else 0
-    in_file_order = pd.Series(np.arange(len(left)), index=left.index)
-    parts: list[pd.Series] = []
-    case_parts: list[pd.Series] = []
+    case_of_row = left[CASE].to_numpy()
+    assessed = int(case_of_row.max(initial=-1)) + 1
+    row_reasons = np.full(len(left), "", dtype=object)
+    case_reasons = np.full(assessed, "", dtype=object)
+    places = np.arange(len(left))  # of the rows that are left
     steps = []
     for rule in (*RULES, *own):
         if rule.__name__ in skip:
             steps.append(Step(rule.__name__, None, None))
             continue
-        if left.empty:
-            steps.append(Step(rule.__name__))
-            continue
-        reasons = _apply_own(rule, left) if rule in own else rule(left)
+        reasons = np.array([], dtype=object)
+        if len(left):
+            given = _apply_own(rule, left) if rule in own else rule(left)
+            if rule in ABOUT_PLANS:
+                given = given.where(~_settled(left), "")
+            reasons = given.to_numpy(dtype=object)
         gone = reasons != ""
-        if not gone.any():
-            steps.append(Step(rule.__name__))
-            continue
-        taken = reasons[gone]
-        short = taken.str.partition(": ")[0]
+        row_reasons[places[gone]] = reasons[gone]
+        short = np.array([reason.partition(": ")[0] for reason in reasons[gone]], dtype=object)
         survives = np.zeros(assessed, dtype=bool)
-        survives[left.loc[~gone, CASE].to_numpy()] = True
-        lost = pd.DataFrame({"case": left.loc[gone, CASE], "reason": short})
-        lost = lost[~survives[lost["case"].to_numpy()]].drop_duplicates("case")
-        parts.append(taken)
-        case_parts.append(lost.set_index("case")["reason"])
-        steps.append(Step(rule.__name__, _counts(lost["reason"]), _counts(short)))
-        left = left[~gone].copy()
-    taken = pd.concat(parts) if parts else pd.Series(dtype=object)
-    taken = taken.loc[in_file_order[taken.index].sort_values().index]
-    pieces = taken.str.partition(": ") if len(taken) else pd.DataFrame({0: [], 1: [], 2: []})
+        survives[case_of_row[places[~gone]]] = True
+        taken = case_of_row[places[gone]]
+        last, first_row = np.unique(taken, return_index=True)
+        fallen = ~survives[last]
+        last, first_row = last[fallen], first_row[fallen]
+        case_reasons[last] = short[first_row]
+        steps.append(Step(rule.__name__, _counts(short[first_row]), _counts(short)))
+        if gone.any():
+            left, places = left[~gone], places[~gone]
+    gone = row_reasons != ""
+    pieces = [reason.partition(": ") for reason in row_reasons[gone]]
     excluded = pd.DataFrame(
         {
-            "row": taken.index.to_numpy(),
-            "reason": pieces[0].to_numpy(),
-            "detail": pieces[2].to_numpy(),
+            "row": extract.index[gone].to_numpy(),
+            "reason": np.array([piece[0] for piece in pieces], dtype=object),
+            "detail": np.array([piece[2] for piece in pieces], dtype=object),
+            "patient_id": extract["patient_id"].to_numpy()[gone],
         }
     )
-    cases = pd.concat(case_parts) if case_parts else pd.Series(dtype=object)
-    cases = cases.rename("reason").reset_index(drop=True)
+    cases = pd.Series(case_reasons[case_reasons != ""], dtype=object, name="reason")
     assert len(extract) == len(left) + len(excluded), "rows were lost"
-    assert not excluded["row"].duplicated().any(), "a row was counted twice"
     assert assessed == left[CASE].nunique() + len(cases), "cases were lost"
     return Selection(left.drop(columns=CASE), excluded, cases, tuple(steps), assessed)
 
 
-def _counts(reasons: pd.Series) -> dict[str, int]:
-    return {str(reason): int(count) for reason, count in reasons.value_counts().items()}
+def _counts(reasons: np.ndarray) -> dict[str, int]:
+    return {str(reason): int(n) for reason, n in pd.Series(reasons).value_counts().items()}
 
 
 def _tidy(extract: pd.DataFrame) -> pd.DataFrame:
