@@ -8,7 +8,8 @@
 
 Reads .csv, .tsv, .xlsx, .parquet, .jsonl and folders of datasets.save_to_disk. Writes train,
 validation and test .parquet, excluded.csv (row of the extract, reason), flow.svg (the same as a
-diagram) and manifest.json (counts, hashes, rules).
+diagram), annotation.csv (uncertain rows, to be filled in and given back with --annotations) and
+manifest.json (counts, hashes, rules).
 """
 
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 from absl import app, flags
 
-from radonc_jax.data import cohort, flow, rules, splits
+from radonc_jax.data import annotation, cohort, flow, rules, splits
 from radonc_jax.data.extract import UNITS, check_unit, parse_columns, read_extract
 from radonc_jax.data.rows import find_layout
 from radonc_jax.data.synthetic import ceiling_paths, mean_ceiling
@@ -38,6 +39,15 @@ _RULES = flags.DEFINE_string("rules", None, "Python file with inclusion rules of
 _SOURCE_PATIENTS = flags.DEFINE_integer(
     "source_patients", None, "Patients in the system that the extract was drawn from, if known."
 )
+_ANNOTATIONS = flags.DEFINE_list(
+    "annotations", [], "Filled-in annotation sheets, of one or two annotators."
+)
+_ADJUDICATION = flags.DEFINE_string(
+    "adjudication", None, "The filled-in sheet of what two annotators disagreed on."
+)
+_ANNOTATION_FORMAT = flags.DEFINE_enum(
+    "annotation_format", "csv", ("csv", "xlsx"), "Of the sheet that is written."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same splits.")
 _TEST = flags.DEFINE_float("test_fraction", 0.15, "Share of the patients to test on.")
 _VALIDATION = flags.DEFINE_float("validation_fraction", 0.10, "Share of the patients to select on.")
@@ -56,6 +66,8 @@ def prepare() -> dict:
     source, folder = Path(_INPUT.value), Path(_OUTPUT.value)
     # Before the work, not after it.
     cohort.check_output(folder, _OVERWRITE.value)
+    if folder.exists():
+        annotation.check_sheets_are_safe(folder, cohort.load_manifest(folder)["sha256"])
     columns = parse_columns(_COLUMNS.value)
     skipped = rules.check_skipped(_SKIP.value)
     own = rules.load_rules(_RULES.value) if _RULES.value else []
@@ -65,11 +77,28 @@ def prepare() -> dict:
     layout = find_layout(source, _ENCODING.value, _DELIMITER.value, _SHEET.value)
     extract = read_extract(source, columns, layout)
     check_unit(source, extract, _ROWS.value)
+    rows_read = len(extract)
 
     # --- Select ------------------------------------------------------------------------------
+    settled = None
+    if _ANNOTATIONS.value:
+        settled = annotation.settle(
+            extract,
+            _ANNOTATIONS.value,
+            _ADJUDICATION.value,
+            one_per_patient=rules.one_primary_plan.__name__ not in skipped,
+        )
+        extract = extract.join(settled.columns)
+        extract[settled.columns.columns] = extract[settled.columns.columns].fillna("")
     selection = rules.select(extract, skipped, own)
-    rows_read = len(extract)
+    files = {}
+    sheet = annotation.propose(extract, selection)
     del extract  # a gigabyte, at a million rows
+    files[f"annotation.{_ANNOTATION_FORMAT.value}"] = annotation.to_bytes(
+        sheet, _ANNOTATION_FORMAT.value
+    )
+    if settled is not None and len(settled.disagreements):
+        files["disagreements.csv"] = annotation.to_bytes(settled.disagreements, "csv")
     excluded = selection.cases.value_counts().to_dict()
     if selection.kept.empty:
         counts = ", ".join(f"{reason} {count}" for reason, count in excluded.items())
@@ -87,7 +116,11 @@ def prepare() -> dict:
         cases = cases.drop(columns=by.column)  # a date or a place: nothing that tasks need
 
     # --- Write -------------------------------------------------------------------------------
-    counts = flow.count_flow(selection, cases, _SOURCE_PATIENTS.value)
+    annotated = None
+    if settled is not None:
+        decided = selection.kept["annotated_decision"] == "primary"
+        annotated = selection.kept.loc[decided, "patient_id"].nunique()
+    counts = flow.count_flow(selection, cases, _SOURCE_PATIENTS.value, annotated)
     facts = {
         "assessed": selection.assessed,
         "kept": counts["kept"],
@@ -102,6 +135,7 @@ def prepare() -> dict:
         "rules_turned_off": list(skipped),
         "rules_added": _hashed(_RULES.value) | {"names": [rule.__name__ for rule in own]},
         "flow": counts,
+        "annotation": (settled.facts if settled else {}) | {"rows_offered": len(sheet)},
         "near_misses": cohort.near_misses(selection),
         "stripped": stripped,
         "left_in_text": splits.answers_left(cases),
@@ -120,7 +154,7 @@ def prepare() -> dict:
         "columns": columns,
         "ceiling": ceiling_of_test(source, cases),
     }
-    files = {"flow.svg": flow.flow_svg(counts)}
+    files["flow.svg"] = flow.flow_svg(counts)
     return cohort.write_cohort(folder, cases, selection.excluded, facts, _OVERWRITE.value, files)
 
 

@@ -190,10 +190,10 @@ def load_split(folder: str | Path, split: str) -> pd.DataFrame:
     folder = Path(folder)
     manifest = load_manifest(folder)
     path = folder / f"{split}.parquet"
-    # The other splits are held to it when they are loaded; annotation files are there to be edited.
+    # The other splits are held to it when they are loaded; sheets are there to be filled in.
     others = {f"{name}.parquet" for name in SPLITS} - {path.name}
     for name in sorted({path.name, *manifest["sha256"]} - others):
-        if name.startswith("annotation."):
+        if name.startswith(("annotation.", "disagreements.")):
             continue
         file = folder / name
         if not file.is_file():
