@@ -1,0 +1,1167 @@
+"""Finds identifiers in clinical text and takes them out: support for HIPAA Safe Harbor, no proof.
+
+The classes are those of 45 CFR 164.514(b)(2)(i) that occur in text. Each has rules, each rule a
+name; what a rule finds is a span with class and rule, and the audit tells counts, rows and offsets
+and never the text. Numbers and names of the field (3/15 fractions, T2N0, 40.05 Gy in 15, Gleason
+3+4, Child-Pugh, Ann Arbor) are no identifiers.
+
+Limits. Rules find what has a shape or a cue: numbers with their labels, dates, addresses, names
+behind a title, a label, a relation, before a degree, or made of common given names and surnames.
+They miss a bare surname ("Okonkwo tolerated it well"), rare names without a cue, names in other
+scripts, small places and employers without a cue, misspelt cues, and what identifies by meaning
+alone ("the mayor's wife", a rare disease in a small town). Pictures and biometrics (classes P and
+Q) are not text. `benchmarks/deidentification.py` measures recall and precision on identifiers
+planted in synthetic notes, which are easier than a clinic's. Nothing here certifies a data set:
+somebody has to read a sample, attest that there is no actual knowledge of who is in it, or obtain
+an expert's determination (164.514(b)(1)).
+"""
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from radonc_jax.data.lexicon import (
+    AMBIGUOUS_GIVEN,
+    AMBIGUOUS_STATE_CODES,
+    CITIES,
+    EPONYMS,
+    GIVEN,
+    STATE_CODES,
+    STATES,
+    SURNAMES,
+    VOCABULARY,
+)
+
+POLICIES = ("stop", "redact", "off")
+ACTIONS = ("tag", "generalise", "remove")
+CLASSES = {  # the letter of 164.514(b)(2)(i)
+    "name": "A",
+    "place": "B",
+    "date": "C",
+    "age": "C",
+    "phone": "D",
+    "fax": "E",
+    "email": "F",
+    "ssn": "G",
+    "mrn": "H",
+    "health_plan": "I",
+    "account": "J",
+    "licence": "K",
+    "vehicle": "L",
+    "device": "M",
+    "url": "N",
+    "ip": "O",
+    "other_id": "R",
+}
+# To generalise is to keep what Safe Harbor lets be kept: a date's year, "90+", three digits of a
+# ZIP code. Where nothing may be kept it is the same as a tag.
+DEFAULT_ACTIONS = {name: "tag" for name in CLASSES} | {
+    "date": "generalise",
+    "age": "generalise",
+    "place": "generalise",
+}
+# Three-digit ZIP areas of fewer than 20,001 people: those of the 2000 census that HHS lists and
+# those of the 2010 census. To be checked against the current census before data are published.
+SMALL_ZIP3 = frozenset(
+    "036 059 063 102 203 205 369 556 692 790 821 823 830 831 878 879 884 890 893".split()
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a text, what they are, and the rule that says so."""
+
+    start: int
+    end: int
+    kind: str
+    rule: str
+
+
+# ---------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’.-][^\W\d_]+)*")
+_PARTICLES = frozenset(
+    "de la las los van von der den del di da dos al bin el ter st. le du".split()
+)
+_SUFFIXES = frozenset("jr sr ii iii iv".split())
+
+
+@functools.cache
+def _known_words() -> frozenset[str]:
+    """Lower-case words that are no names: a list, and the words of the code table's sites."""
+    source = resources.files("radonc_jax.data").joinpath("sites.json")
+    described = json.loads(source.read_text(encoding="utf-8"))["icd_description"].values()
+    return VOCABULARY | {word for text in described for word in re.findall(r"[a-z]+", text.lower())}
+
+
+def _bare(word: str) -> str:
+    return word.casefold().replace("’", "'").removesuffix("'s").replace("'", "").rstrip(".")
+
+
+def _is_known(word: str) -> bool:
+    """Whether a word is one of the field or the language, a hyphenated one by its parts."""
+    word = _bare(word)
+    known = _known_words()
+    return word in known or all(part in known or not part for part in re.split(r"[-.]", word))
+
+
+def _is_eponym(word: str) -> bool:
+    return _bare(word) in EPONYMS
+
+
+def _on_lists(word: str) -> bool:
+    return _bare(word) in GIVEN or _bare(word) in SURNAMES
+
+
+def _caseless(text: str) -> bool:
+    return text.isupper() or text.islower()
+
+
+def _could_be_name(word: str, caseless: bool, trusted: bool) -> bool:
+    """Whether a word may be part of a name: capitalised and no word of the field.
+
+    `trusted`: a title or a label stands before it, so that an eponym is a name as well.
+    """
+    if len(word) < 2 or (_is_known(word) and not (trusted and _bare(word) in SURNAMES)):
+        return False
+    if not trusted and _is_eponym(word):
+        return False
+    if caseless:
+        return trusted or _on_lists(word)
+    if word.isupper() and len(word) > 1:
+        # Capitals in a mixed text are abbreviations more often than names.
+        return _on_lists(word) or (trusted and len(word) > 3)
+    return word[0].isupper() or (trusted and _on_lists(word))
+
+
+def _name_end(text: str, start: int, trusted: bool) -> int | None:
+    """Where the name that begins at `start` ends, or None if none does.
+
+    Up to four words; initials, particles ("de la", "van") and suffixes ("Jr") belong to it, and
+    one comma does where a given name follows it ("Doe, Jane").
+    """
+    caseless = _caseless(text)
+    end, names, comma = None, 0, False
+    position = start
+    while names < 4:
+        word = _WORD.match(text, position)
+        if word is None:
+            break
+        said = word[0]
+        low = said.casefold()
+        initial = len(said) == 1 and (said.isupper() or caseless)
+        if names and low in _SUFFIXES:
+            end = word.end()
+            break
+        if initial and low not in ("a", "i"):
+            after = word.end() + (text[word.end() : word.end() + 1] == ".")
+            if names:
+                end = after
+            position = after
+        elif names == 0 and low in _PARTICLES or (names and low in _PARTICLES):
+            position = word.end()
+        elif _could_be_name(said, caseless, trusted if names == 0 or caseless else False) or (
+            names and trusted and not caseless and _bare(said) in SURNAMES and said[0].isupper()
+        ):
+            # In a text without capitals what follows a name is one only if it is listed.
+            if names and caseless and not _on_lists(said):
+                break
+            if comma and _bare(said) not in GIVEN:
+                break
+            names += 1
+            end = position = word.end()
+        else:
+            break
+        gap = re.compile(r"[ \t]{1,2}|[ \t]*\n?[ \t]*(?=[A-Z]\.)|,[ \t]?").match(text, position)
+        if gap is None or not gap[0]:
+            break
+        if "," in gap[0]:
+            if comma or names != 1:
+                break
+            comma = True
+        position = gap.end()
+    return end if names else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one shape of identifier is found.
+
+    `pattern` finds it; its group "id", or the whole, is the span, which `ends` may move or refuse.
+    `trigger` is a cheap condition, in RE2's syntax and without regard to case, that every text
+    with a match fulfils: a million texts are sifted by it before Python sees one.
+    """
+
+    name: str
+    kind: str
+    trigger: str
+    pattern: re.Pattern
+    ends: Callable[[re.Match], tuple[int, int] | None] | None = None
+
+
+def _compile(pattern: str) -> re.Pattern:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+def _label(words: str, code: str, *, digits: int, tail: str = "") -> re.Pattern:
+    """A label, what may stand between, and a code with at least so many digits."""
+    return _compile(
+        rf"(?<![\w-])(?:{words})(?:\s?(?:id|numbers?|num|no|nr|#)\b\.?|\s?#)?"
+        rf"(?:\s(?:is|was|of|ending in|on file))?\s?[:#=-]{{0,2}}\s?"
+        rf"(?P<id>(?=(?:[^\d\s]{{0,6}}\d){{{digits}}}|(?:[A-Z]{{1,3}}[ -])?(?:[ -]?\d){{{digits}}})"
+        rf"{code}){tail}"
+    )
+
+
+_CODE = r"(?:[A-Z]{1,3} ?-? ?)?[A-Z0-9](?:[A-Z0-9]|[-/](?=[A-Z0-9])){2,24}(?![\w])"
+_DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+_MONTH_NUMBER = r"(?:0?[1-9]|1[0-2])"
+_YEAR = r"(?:19|20)\d\d"
+_MONTHS = (
+    "January|February|March|April|May|June|July|August|September|October|November|December"
+    "|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept|Sep|Oct|Nov|Dec"
+)
+# What makes three numbers with slashes dose levels or energies, and two a count of something.
+_NOT_DATE = (
+    r"(?!\s?-?\s?(?:c?gy|mv|mev|kv|cm|mm|cc|ml|fx|fractions?|fields?|%|mg|ng|cge))"
+    r"(?![\d/.-]*\d)"
+)
+_NOT_COUNTED = (
+    r"(?!\s?(?:of\b|fx|fractions?|nodes?|lns?\b|lymph|cores?|biops|sites?|slices|images|visits?"
+    r"|cycles?|doses?|treatments?|tx\b|positive|pos\b|neg|involved|c?gy|mm|cm|strength|power|sln"
+    r"|axillary|pelvic|sentinel|cervical|motor|in\b|points?))"
+)
+
+
+def _date_numbers(match: re.Match) -> tuple[int, int] | None:
+    """A date of three numbers, unless they are levels of dose or energy by what stands around."""
+    before = match.string[max(0, match.start() - 12) : match.start()]
+    if re.search(
+        r"(?:\b(?:sib|levels?|doses?|t|n|stage|v|version)|\d\s?/)\s?$", before, re.IGNORECASE
+    ):
+        return None
+    return match.span("id")
+
+
+def _month_name(match: re.Match) -> tuple[int, int] | None:
+    """A month by name. "may", "mar", "dec" and "sep" in small letters are words unless a year or
+    an ordinal says otherwise."""
+    month, said = match["month"], match["id"]
+    if month[0].islower() and not re.search(rf"{_YEAR}|\d(?:st|nd|rd|th)", said, re.IGNORECASE):
+        if month.casefold() in ("may", "mar", "march", "dec", "sep", "oct"):
+            return None
+    if month.isupper() and month in ("MAY", "MAR", "MARCH", "DEC", "SEP"):
+        return match.span("id") if re.search(rf"{_YEAR}|\d(?:ST|ND|RD|TH)", said) else None
+    return match.span("id")
+
+
+def _old_age(match: re.Match) -> tuple[int, int] | None:
+    after = match.string[match.end("id") : match.end("id") + 12]
+    if re.match(r"\s?(?:%|c?gy|pack|mg|mm|cm|cc|ml|\d)", after, re.IGNORECASE):
+        return None
+    return match.span("id")
+
+
+def _after_cue(trusted: bool) -> Callable[[re.Match], tuple[int, int] | None]:
+    def ends(match: re.Match) -> tuple[int, int] | None:
+        end = _name_end(match.string, match.end(), trusted)
+        return None if end is None else (match.end(), end)
+
+    return ends
+
+
+def _titled(match: re.Match) -> tuple[int, int] | None:
+    """What stands behind a title. MR is magnetic resonance and MS multiple sclerosis as well, so
+    that in capitals, or without capitals or a dot, they need a name of the lists."""
+    title, text = match["title"].rstrip("."), match.string
+    doubtful = title in ("MR", "MS") or (title in ("mr", "ms") and "." not in match[0])
+    word = _WORD.match(text, match.end())
+    if doubtful and (word is None or not _on_lists(word[0])):
+        return None
+    end = _name_end(text, match.end(), True)
+    return None if end is None else (match.end(), end)
+
+
+def _relative(match: re.Match) -> tuple[int, int] | None:
+    """A relation's name. Family history ("Mother Breast cancer") has no word that is a name."""
+    end = _name_end(match.string, match.end(), False)
+    if end is None:
+        return None
+    words = _WORD.findall(match.string[match.end() : end])
+    listed = any(map(_on_lists, words))
+    direct = not match[0].rstrip().endswith((":", ","))
+    return (match.end(), end) if listed or direct else None
+
+
+def _before_degree(match: re.Match) -> tuple[int, int] | None:
+    """The words before a degree that can be names, from the last one back."""
+    text, first = match.string, None
+    words = list(_WORD.finditer(text, match.start("id"), match.end("id")))
+    caseless = _caseless(text)
+    for index in range(len(words) - 1, -1, -1):
+        word = words[index][0]
+        name = _could_be_name(word, caseless, index == len(words) - 1)
+        if not name and not (len(word) == 1 and word.isupper() and index < len(words) - 1):
+            break
+        if len(word) > 1:
+            first = words[index].start()
+    return None if first is None else (first, match.end("id"))
+
+
+def _given_and_surname(match: re.Match) -> tuple[int, int] | None:
+    """A common given name and what stands behind it, if that can be a surname."""
+    text, given, surname = match.string, match["given"], match["surname"]
+    caseless = _caseless(text)
+    both = f"{given} {surname}".casefold()
+    if both in ("ann arbor", "ivor lewis", "mary joseph", "van nuys"):
+        return None
+    sure = _bare(surname) in SURNAMES and not (_is_known(surname) or _is_eponym(surname))
+    if _bare(given) in AMBIGUOUS_GIVEN and not sure:
+        return None
+    if caseless:
+        return match.span("id") if sure else None
+    if not (given[0].isupper() and surname[0].isupper()) or _is_known(surname):
+        return None
+    if surname.isupper() and not given.isupper() and not sure:
+        return None
+    end = _name_end(text, match.start("surname"), True) or match.end("id")
+    return match.start("id"), max(end, match.end("id"))
+
+
+def _surname_first(match: re.Match) -> tuple[int, int] | None:
+    """ "DOE, JANE Q" and "Gonzalez, Maria": the second word is a common given name."""
+    surname, given = match["surname"], match["given"]
+    if _bare(given) not in GIVEN or _is_known(surname) or _is_eponym(surname):
+        return None
+    listed = _bare(surname) in SURNAMES
+    if (_caseless(match.string) or _bare(given) in AMBIGUOUS_GIVEN) and not listed:
+        return None
+    if not (surname[0].isupper() and given[0].isupper()) and not listed:
+        return None
+    return match.span("id")
+
+
+def _street(match: re.Match) -> tuple[int, int] | None:
+    """A number and a street, unless its words are those of a note ("2 Left Chest Ct")."""
+    kind = match["kind"]
+    words = _WORD.findall(match["street"])
+    if all(_is_known(word) and _bare(word) not in _STREET_WORDS for word in words):
+        return None
+    if kind in ("CT", "PL") or (kind in ("DR", "ST") and not match.string.isupper()):
+        return None  # computed tomography, plan, doctor ...
+    if match.string.islower() or not any(word[0].isupper() for word in words):
+        if any(_is_known(word) and _bare(word) not in _STREET_WORDS for word in words):
+            return None
+    return match.span("id")
+
+
+_STREET_WORDS = frozenset(
+    "main north south east west first second third fourth fifth park oak".split()
+)
+
+
+def _city_state(match: re.Match) -> tuple[int, int] | None:
+    """A city before its state. The state itself may stay."""
+    city, state = match["city"], match["state"]
+    words = city.split()
+    while words and (_is_known(words[0]) or not words[0][0].isupper()) and len(words) > 1:
+        words.pop(0)
+    listed = any(_bare(word) in CITIES for word in words)
+    if any(_is_known(word) for word in words) and not listed:
+        return None
+    if _caseless(match.string) and not listed:
+        return None
+    if len(state) == 2 and not listed:
+        # "Smith, MD", "Ga-68, CT": two letters say little.
+        if state in AMBIGUOUS_STATE_CODES or not state.isupper():
+            return None
+    if not words[0][0].isupper() and not listed:
+        return None
+    return match.end("city") - len(" ".join(words)), match.end("city")
+
+
+def _residence(match: re.Match) -> tuple[int, int] | None:
+    """The place where somebody lives, comes from or travels from."""
+    text, start = match.string, match.end()
+    end = None
+    for count in range(3):
+        word = _WORD.match(text, start if end is None else end + 1)
+        if word is None or (end is not None and text[end] != " "):
+            break
+        said = word[0]
+        city = _bare(said) in CITIES
+        if not city and (not said[0].isupper() or _is_known(said) or _caseless(text)):
+            break
+        if count == 0 and said in STATES:
+            return None
+        end = word.end()
+    if end is None or text[start:end] in STATES or text[start:end] in _COUNTRIES:
+        return None
+    return start, end
+
+
+_COUNTRIES = frozenset("Mexico Canada Germany India China Japan Brazil Spain France Italy".split())
+
+
+def _ip(match: re.Match) -> tuple[int, int] | None:
+    return match.span("id") if all(int(part) < 256 for part in match["id"].split(".")) else None
+
+
+def _vin(match: re.Match) -> tuple[int, int] | None:
+    said = match["id"]
+    mixed = any(c.isdigit() for c in said) and any(c.isalpha() for c in said)
+    return match.span("id") if mixed else None
+
+
+_NAME_TAIL = r"[ \t]*"
+_STATE = "|".join([*STATES, *STATE_CODES])
+_GIVEN_WORDS = "|".join(sorted(GIVEN))
+_DEGREES = (
+    r"M\.?D\.?|D\.?O\.|Ph\.?\s?D\.?|R\.?N\.?|N\.?P\.?|P\.?A\.?-C|FACR|FASTRO|MBBS|FRCR|DMD|DDS|CNP|FNP"
+    r"|APRN|CRNP|LCSW|PharmD|CMD"
+)
+
+# In order of precedence: where two overlap, the one that comes first stands.
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "email_address",
+        "email",
+        r"\S@\S|\sat\s\S+\sdot\s",
+        _compile(
+            r"(?<![\w.+-])(?P<id>[\w.+'-]{1,64}@[\w-]+(?:\.[\w-]+)+"
+            r"|[\w.+-]{1,64}\s(?:\[at\]|at)\s[\w-]+\s(?:\[dot\]|dot)\s(?:com|org|net|edu))(?!\w)"
+        ),
+    ),
+    Rule(
+        "url_address",
+        "url",
+        r"://|www\.|\.(?:com|org|net|edu|gov|io|info|health|us|co)\b",
+        _compile(
+            r"(?<![\w@.])(?P<id>(?:https?|ftp)://[^\s,;<>()]+|www\.[^\s,;<>()]+"
+            r"|(?:[\w-]+\.){1,4}(?:com|org|net|edu|gov|io|info|health)(?:/[^\s,;<>()]*)?)(?<![.])"
+        ),
+    ),
+    Rule(
+        "ssn_shape",
+        "ssn",
+        r"\d{3}[- ]\d{2}[- ]\d{4}",
+        _compile(r"(?<![\d-])(?P<id>\d{3}-\d{2}-\d{4})(?![\d-])"),
+    ),
+    Rule(
+        "ssn_label",
+        "ssn",
+        r"ssn|social sec|soc\.? sec",
+        _compile(
+            r"\b(?:ssn|soc(?:ial|\.)?\s?sec(?:urity|\.)?(?:\s?(?:number|no\.?|num|#))?)"
+            r"(?:\s(?:is|ending in|ends in|last (?:4|four)))?(?:\s?\(?last (?:4|four)\)?)?\s?[:#]?\s?"
+            r"(?P<id>(?:[\dxX*]{3}[- ]?[\dxX*]{2}[- ]?)?\d{4})(?!\d)"
+        ),
+    ),
+    Rule(
+        "mrn_label",
+        "mrn",
+        r"mrn|m\.r\.n|mr\s?#|medical rec|med rec|chart|patient|pt\.? ?(?:id|no|num|#)|unit|hospital"
+        r"|empi|record",
+        _label(
+            r"mrn|m\.r\.n\.?|mr\s?(?=#)|med(?:ical|\.)?\s?rec(?:ord|\.)?s?|chart(?=\s?(?:#|no|num|id|:))"
+            r"|(?:patient|pt\.?|hospital|unit|record)(?=\s?(?:#|no\b|num|id\b))|empi",
+            _CODE,
+            digits=4,
+        ),
+    ),
+    Rule(
+        "health_plan_label",
+        "health_plan",
+        r"member|subscriber|policy|group|beneficiary|insur|medicare|medicaid|hic|mbi|plan|payer|bcbs"
+        r"|aetna|cigna|uhc|united|humana|blue|ahcccs|tricare",
+        _label(
+            r"(?:(?:insurance|health plan|bcbs|aetna|cigna|uhc|unitedhealthcare|humana|blue cross"
+            r"(?: blue shield)?|ahcccs|tricare|medicare|medicaid)\s?)?(?:member(?:ship)?|subscriber"
+            r"|policy|beneficiary|group(?=\s?(?:#|no\b|num|id\b)))"
+            r"|medicare|medicaid|hicn?|mbi|ahcccs|tricare|bcbs|aetna|cigna|uhc|humana"
+            r"|(?:insurance|health plan|payer)(?=\s?(?:#|no\b|num|id\b|:))",
+            _CODE,
+            digits=4,
+        ),
+    ),
+    Rule(
+        "health_plan_mbi",
+        "health_plan",
+        r"[1-9][a-z][a-z0-9]\d-?[a-z][a-z0-9]\d-?[a-z]{2}\d\d",
+        _compile(r"(?<![\w-])(?P<id>[1-9][A-Z][A-Z0-9]\d-?[A-Z][A-Z0-9]\d-?[A-Z]{2}\d\d)(?![\w-])"),
+    ),
+    Rule(
+        "account_label",
+        "account",
+        r"acc(?:oun)?t|a/c|billing|invoice|guarantor|har\b|fin\b|csn|iban|card|claim",
+        _label(
+            r"(?:billing |hospital |patient |bank |checking )?(?:account|acct\.?|a/c)|billing|invoice"
+            r"|guarantor|har|fin|csn|iban|(?:credit|debit) card|claim",
+            _CODE.replace("{2,24}", "{2,32}"),
+            digits=4,
+        ),
+    ),
+    Rule(
+        "licence_label",
+        "licence",
+        r"licen[cs]e|\blic\b|\bdl\b|d\.l\.|npi|dea\b|certificate|\bcert\b|passport",
+        _label(
+            r"(?:driver'?s?'? |medical |state |nursing |professional )?licen[cs]e|lic\.?|dl|d\.l\."
+            r"|npi|dea|(?:birth |board )?certificate|cert\.?|passport",
+            _CODE,
+            digits=3,
+        ),
+    ),
+    Rule(
+        "vehicle_vin",
+        "vehicle",
+        r"[a-hj-npr-z0-9]{17}",
+        _compile(r"(?<!\w)(?P<id>[A-HJ-NPR-Z0-9]{17})(?!\w)"),
+        _vin,
+    ),
+    Rule(
+        "vehicle_plate",
+        "vehicle",
+        r"plate|\btag\b|vehicle|\bvin\b|registration",
+        _compile(
+            r"\b(?:licen[cs]e plates?|plates? (?=number|no\b|#)|number plate|vehicle (?:tag|plate|reg\w*)"
+            r"|(?:car |vehicle )?registration|vin|plates?(?=\s?[:#]))"
+            r"(?:\s?(?:number|no\.?|#))?(?:\s(?:is|of))?\s?[:#]?\s?"
+            r"(?P<id>(?=[A-Z -]{0,5}\d|\d{1,4}[ -]?[A-Z])[A-Z0-9]{1,4}[ -]?[A-Z0-9]{2,5}"
+            r"(?:[ -][A-Z0-9]{1,4})?)(?!\w)"
+        ),
+    ),
+    Rule(
+        "device_label",
+        "device",
+        r"serial|s/n|\bsn\b|\blot\b|udi|device|pacemaker|implant|\bicd\b|defib|pump",
+        _label(
+            r"(?:(?:device|pacemaker|defibrillator|implant|port|pump|linac|icd|generator|seed|source)"
+            r"\s)?(?:serial|s/n|sn(?=\s?[:#])|lot(?=\s?(?:#|no\b|num|:)))|udi"
+            r"|(?:device|pacemaker|defibrillator|implant|pump|generator)(?=\s?(?:#|no\b|num|id\b))",
+            _CODE,
+            digits=3,
+        ),
+    ),
+    Rule(
+        "device_udi",
+        "device",
+        r"\(01\)\s?\d{14}",
+        _compile(r"(?P<id>\(01\)\s?\d{14}(?:\s?\(\d\d\)\s?[A-Z0-9-]+)*)"),
+    ),
+    Rule(
+        "other_label",
+        "other_id",
+        r"accession|specimen|case|order|encounter|visit|requisition|study|subject|participant|badge"
+        r"|employee|student|\bid\b|confirmation|reference|barcode|block|slide|trial|research",
+        _label(
+            r"accession|specimen(?=\s?(?:#|no\b|num|id\b|:))|(?:case|order|encounter|visit|requisition"
+            r"|study|subject|participant|badge|employee|student|confirmation|reference|barcode|block"
+            r"|slide|trial participant|research)(?=\s?(?:#|no\b|num|id\b))|id(?=\s?[:#])",
+            _CODE,
+            digits=3,
+        ),
+    ),
+    Rule(
+        "other_accession",
+        "other_id",
+        r"[a-z]{1,3}-?\d\d-\d{3,7}",
+        re.compile(r"(?<![\w-])(?P<id>(?!TG-)[A-Z]{1,3}-?\d\d-\d{3,7})(?![\w-])"),
+    ),
+    Rule(
+        "other_uuid",
+        "other_id",
+        r"[0-9a-f]{8}-[0-9a-f]{4}-",
+        _compile(r"\b(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\b"),
+    ),
+    Rule(
+        "ip_v4",
+        "ip",
+        r"\d\.\d{1,3}\.\d{1,3}\.\d",
+        _compile(r"(?<![\d.])(?P<id>\d{1,3}(?:\.\d{1,3}){3})(?![\d]|\.\d)"),
+        _ip,
+    ),
+    Rule(
+        "ip_v6",
+        "ip",
+        r"[0-9a-f]{1,4}:[0-9a-f]{0,4}:[0-9a-f:]*[0-9a-f]",
+        _compile(
+            r"(?<![\w:])(?P<id>(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}"
+            r"|(?:[0-9a-f]{1,4}:){1,6}(?::[0-9a-f]{1,4}){1,6})(?![\w:])"
+        ),
+    ),
+    Rule(
+        "fax_number",
+        "fax",
+        r"fax|\bfx?:",
+        _compile(
+            r"\bfax(?:ed)?(?:\s(?:to|at|is|number|no\.?|#))*\s?[:#]?\s?"
+            r"(?P<id>(?:\+?\d{1,2}[\s.-]?)?(?:\(\d{3}\)\s?|\d{3}[\s./-]?)\d{3}[\s.-]?\d{4}"
+            r"|\d{3}[.-]\d{4})(?!\d)"
+        ),
+    ),
+    Rule(
+        "phone_shape",
+        "phone",
+        r"\d{3}\)?[\s./-]{1,2}\d{3}[\s.-]\d{4}",
+        _compile(
+            r"(?<![\d.+-])(?P<id>(?:\+?1[\s.-]?)?(?:\(\d{3}\)[\s-]?|\d{3}[\s./-])\d{3}[\s.-]\d{4}"
+            r"(?:\s?(?:x|ext\.?|extension)\s?\d{1,6})?)(?![\d-])"
+        ),
+    ),
+    Rule(
+        "phone_international",
+        "phone",
+        r"\+\d",
+        _compile(r"(?<![\w+])(?P<id>\+\d{1,3}(?:[\s.-]?\(?\d{1,4}\)?){2,5})(?!\d)"),
+        lambda m: m.span("id") if sum(c.isdigit() for c in m["id"]) >= 9 else None,
+    ),
+    Rule(
+        "phone_label",
+        "phone",
+        r"phone|tel|call|cell|mobile|pager|beeper|contact|\bph\b|\bext\b|\(h\)|\(c\)|\(w\)",
+        _compile(
+            r"(?:\b(?:tele)?phone|\btel|\bcall(?:ed|back)?|\bcell|\bmobile|\bpager|\bbeeper|\bcontact"
+            r"|\bph|\([hcw]\))(?:\s(?:number|no\.?|#|at|is|him at|her at|back at|on))*\.?\s?[:#]?"
+            r"\s?(?P<id>\d{3}[.-]\d{4}|\d{10}|1\d{10})(?!\d)"
+        ),
+    ),
+    Rule(
+        "date_iso",
+        "date",
+        r"(?:19|20)\d\d[-/.]\d{1,2}[-/.]\d{1,2}",
+        _compile(
+            rf"(?<![\d./-])(?P<id>{_YEAR}(?P<s>[-/.]){_MONTH_NUMBER}(?P=s){_DAY}"
+            r"(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?)(?!\d)"
+        ),
+    ),
+    Rule(
+        "date_numbers",
+        "date",
+        r"\d[/.-]\d{1,2}[/.-](?:\d\d|'\d)",
+        _compile(
+            rf"(?<![\d./-])(?P<id>(?:{_MONTH_NUMBER}(?P<s>[/-]){_DAY}(?P=s)(?:{_YEAR}|'?\d\d)"
+            rf"|{_DAY}(?P<t>[/-]){_MONTH_NUMBER}(?P=t)(?:{_YEAR}|\d\d)"
+            rf"|(?:{_MONTH_NUMBER}\.{_DAY}|{_DAY}\.{_MONTH_NUMBER})\.{_YEAR}))(?!\d){_NOT_DATE}"
+        ),
+        _date_numbers,
+    ),
+    Rule(
+        "date_compact",
+        "date",
+        r"(?:19|20)\d{6}",
+        _compile(rf"(?<![\w.-])(?P<id>{_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))(?![\w.-])"),
+    ),
+    Rule(
+        "date_day_month",
+        "date",
+        r"\d(?:st|nd|rd|th)?[\s-]{1,2}(?:of\s)?(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)",
+        _compile(
+            rf"(?<![\w/-])(?P<id>{_DAY}(?:st|nd|rd|th)?[\s-](?:of\s)?(?P<month>{_MONTHS})\b\.?"
+            rf"(?:,?[\s-](?:{_YEAR}|'\d\d)|-\d\d)?(?!\w))"
+        ),
+        _month_name,
+    ),
+    Rule(
+        "date_month_day",
+        "date",
+        r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*[.,]{0,2}[\s-]{0,2}(?:of\s)?'?\d",
+        _compile(
+            rf"(?<![\w-])(?P<id>(?P<month>{_MONTHS})\b\.?[\s-](?:of\s)?(?:{_DAY}(?:st|nd|rd|th)?"
+            rf"(?![\w.]|/\d|\s?(?:fx|fractions?|c?gy|of\s\d))(?:,?\s?-?(?:{_YEAR}|'\d\d))?"
+            rf"|,?\s?{_YEAR}|'\d\d)(?!\w))"
+        ),
+        _month_name,
+    ),
+    Rule(
+        "date_month_year",
+        "date",
+        r"\d/(?:19|20)\d\d",
+        _compile(rf"(?<![\d./-])(?P<id>{_MONTH_NUMBER}[/-]{_YEAR})(?!\d){_NOT_DATE}"),
+    ),
+    Rule(
+        "date_month_cue",
+        "date",
+        r"(?:in|since|last|this|until|by|early|late|mid)[\s-](?:jan|feb|mar|apr|may|jun|jul|aug|sep"
+        r"|oct|nov|dec)",
+        re.compile(
+            r"\b(?i:in|since|last|this|until|by|early|late|mid)[\s-]"
+            r"(?P<id>January|February|March|April|May|June|July|August|September|October|November"
+            r"|December|JANUARY|FEBRUARY|APRIL|JUNE|JULY|AUGUST|SEPTEMBER|OCTOBER|NOVEMBER|DECEMBER"
+            r"|january|february|april|june|july|august|september|october|november|december)\b"
+        ),
+    ),
+    Rule(
+        "date_day_cue",
+        "date",
+        r"(?:on|dated?|seen|since|dob|until|through|start\w*|began|due|admi\w+|disch\w+|collected"
+        r"|performed|drawn|surgery|biopsy|bx|d/c)[\s:]{0,2}\d{1,2}/\d",
+        _compile(
+            r"\b(?:on|dated?|seen|since|dob|until|through|start(?:ed|s|ing)?|began|due|admi(?:tted|t|"
+            r"ssion)|discharged?|collected|performed|drawn|surgery|biopsy|bx|d/c)(?:\s|:\s?)"
+            rf"(?P<id>{_MONTH_NUMBER}/{_DAY})(?![\d/]){_NOT_COUNTED}"
+        ),
+    ),
+    Rule(
+        "age_years",
+        "age",
+        r"(?:9\d|1[0-2]\d)[\s-]{0,2}(?:y|f\b|m\b|male|female|man|woman|gentleman|lady|w[mf]\b)",
+        _compile(
+            r"(?<![\d./-])(?P<id>9\d|1[0-2]\d)(?:[\s-]{0,2}(?:y(?:ea)?rs?\.?[\s-]?(?:old\b|of\sage\b)"
+            r"|y\.?/?o\b\.?|yo[fm]\b|y\b|year\b|yrs?\b)|\s?[fm]\b|\s?w[mf]\b"
+            r"|[\s-](?:male|female|man|woman|gentleman|lady)\b)"
+        ),
+        _old_age,
+    ),
+    Rule(
+        "age_label",
+        "age",
+        r"age[ds]?[\s:]{1,2}(?:of\s|is\s)?(?:9\d|1[0-2]\d)",
+        _compile(r"\bage[ds]?[\s:]{1,2}(?:of\s|is\s)?(?P<id>9\d|1[0-2]\d)(?![\d.%])"),
+    ),
+    Rule(
+        "age_decade",
+        "age",
+        r"90'?s|nineties",
+        _compile(r"\bin (?:his|her|their) (?:mid|early|late)?[\s-]?(?P<id>90'?s|nineties)\b"),
+    ),
+    Rule(
+        "age_word",
+        "age",
+        r"nonagenarian|centenarian",
+        _compile(r"\b(?P<id>nonagenarian|centenarian)\b"),
+    ),
+    Rule(
+        "place_street",
+        "place",
+        r"\d\s\S.{0,40}?(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place"
+        r"|pl|terrace|ter|circle|cir|highway|hwy|parkway|pkwy|trail|trl|square)\b",
+        _compile(
+            r"(?<![\w./-])(?P<id>\d{1,6}\s(?:[NSEW]\.?[EW]?\.?\s)?(?P<street>(?:(?:St\.|[A-Z0-9][\w'’-]*)\s){1,4}?)"
+            r"(?P<kind>street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl"
+            r"|terrace|ter|circle|cir|highway|hwy|parkway|pkwy|trail|trl|square)\b\.?"
+            r"(?:,?\s?(?:apt|apartment|suite|ste|unit|#)\.?\s?#?\w{1,6})?)"
+        ),
+        _street,
+    ),
+    Rule(
+        "place_po_box",
+        "place",
+        r"p\.?\s?o\.?\s?box",
+        _compile(r"\b(?P<id>p\.?\s?o\.?\s?box\s#?\d{1,8})\b"),
+    ),
+    Rule(
+        "place_zip",
+        "place",
+        r"\d{5}",
+        _compile(
+            rf"(?:\b(?:zip(?:\s?code)?|postal code)\s?(?:is\s)?[:#]?\s?|\b(?:{_STATE})\.?,?\s{{1,2}})"
+            r"(?P<id>\d{5}(?:-\d{4})?)(?![\d-])"
+        ),
+    ),
+    Rule(
+        "place_city_state",
+        "place",
+        r"[a-z],\s?(?:" + "|".join(STATES + STATE_CODES).lower() + r")\b",
+        re.compile(
+            rf"(?P<city>[A-Za-z][\w'’.-]+(?: [A-Za-z][\w'’.-]+){{0,3}}),\s?(?P<state>{_STATE}"
+            rf"|{_STATE.lower()})(?![\w-])"
+        ),
+        _city_state,
+    ),
+    Rule(
+        "place_county",
+        "place",
+        r"\scount(?:y|ies)\b|\bborough\b",
+        re.compile(r"\b(?P<id>[A-Z][a-z]+(?: [A-Z][a-z]+)?) (?:County|Borough|Parish)\b"),
+        lambda m: None if _is_known(m["id"].split()[0]) else m.span("id"),
+    ),
+    Rule(
+        "place_residence",
+        "place",
+        r"live[sd]?\s|living\s|resid|from\s|moved|born in|native of|hometown|home in|visiting|travel",
+        re.compile(
+            r"(?i:\b(?:live[sd]?|living|resid(?:es|ing|ent)|home)(?: alone| independently)?(?: in| at| near"
+            r"| of| outside)"
+            r"|\b(?:originally|comes|travels|traveling|drives|driving|flew|flies|commutes|transferred|moved"
+            r"|relocated|is|retired)(?: in)? (?:here )?(?:from|to)"
+            r"|\bborn in|\bnative of|\bhometown(?: is|:)|\bvisiting from)\s"
+        ),
+        _residence,
+    ),
+    Rule(
+        "name_title",
+        "name",
+        r"\b(?:dr|doctor|drs|mr|mrs|ms|miss|mx|prof|professor|rev|reverend|nurse)\b",
+        _compile(
+            r"\b(?P<title>(?:dr|drs|mr|mrs|ms|mx|prof|rev)\b\.?|(?:doctor|professor|reverend|nurse"
+            r"|miss)\b)[ \t]{1,2}"
+        ),
+        _titled,
+    ),
+    Rule(
+        "name_label",
+        "name",
+        r"name|patient|pt|physician|attending|provider|surgeon|pcp|author|by|cc|spouse|kin|contact"
+        r"|poa|oncologist|md|resident|fellow|interpreter|proxy",
+        _compile(
+            r"\b(?:(?:patient|pt|full|legal|first|last|maiden|preferred|family|mother's|father's)'?s?\s)?"
+            r"(?:name|surname)(?:\s(?:is|was)|\s?:)[ \t]{0,2}"
+            r"|\b(?:patient|pt|physician|attending|provider|surgeon|pcp|author|cc|spouse|next of kin"
+            r"|(?:emergency )?contact(?: person)?|(?:dpoa|poa|mpoa)|oncologist|resident|fellow|interpreter"
+            r"|proxy|informant|witness|therapist|dosimetrist|physicist|ref(?:erring)? (?:md|physician))"
+            r"\s?:[ \t]{0,2}"
+            r"|\b(?:named|nickname|also known as|a\.?k\.?a\.?|(?:electronically )?(?:signed|dictated"
+            r"|authored|transcribed|cosigned|attested|entered) by:?)[ \t]{1,2}"
+        ),
+        _after_cue(True),
+    ),
+    Rule(
+        "name_degree",
+        "name",
+        r"\b(?:m\.?d|d\.?o\.|ph\.?\s?d|r\.?n|n\.?p|p\.?a\.?-c|facr|fastro|mbbs|frcr|dmd|dds|cnp|fnp"
+        r"|aprn|crnp|lcsw|pharmd|cmd)\b",
+        re.compile(
+            r"(?P<id>(?:[^\W\d_][\w'’-]*\.?[ \t]){0,3}[^\W\d_][\w'’-]+),?[ \t]"
+            rf"(?:{_DEGREES})(?![\w-])"
+        ),
+        _before_degree,
+    ),
+    Rule(
+        "name_relation",
+        "name",
+        r"wife|husband|daughter|son\b|mother|father|sister|brother|spouse|partner|caregiver|friend"
+        r"|niece|nephew|aunt|uncle|neighbor|guardian|cousin",
+        _compile(
+            r"\b(?:wife|husband|daughter|son|mother|father|sister|brother|spouse|partner|caregiver|friend"
+            r"|niece|nephew|aunt|uncle|neighbor|guardian|cousin|grand(?:son|daughter|mother|father))"
+            r"(?:-in-law)?(?:,\s?|\s?:\s?|\s?\(|\s(?:is\s)?)(?:named\s)?"
+        ),
+        _relative,
+    ),
+    Rule(
+        "name_verb",
+        "name",
+        r"(?:seen|evaluated|referred|reviewed|discussed|examined|followed|operated|treated|accompanied"
+        r"|performed|interpreted|read|done|ordered|resected|biopsied|consented|met|spoke|recommended"
+        r"|staged)\s\S+\s",
+        _compile(
+            r"\b(?:seen|evaluated|referred|reviewed|discussed|examined|followed|operated|treated"
+            r"|accompanied|performed|interpreted|read|done|ordered|resected|biopsied|consented|met|spoke"
+            r"|recommended|staged)(?:\stoday)?\s(?:by|with)(?:\s(?:his|her|their|the))?[ \t]"
+        ),
+        _after_cue(False),
+    ),
+    Rule(
+        "name_surname_first",
+        "name",
+        rf"[a-z],\s?(?:{_GIVEN_WORDS})\b",
+        _compile(
+            r"(?<![\w-])(?P<id>(?P<surname>[^\W\d_][\w'’-]+),\s?(?P<given>[^\W\d_]+)"
+            r"(?:\s(?-i:[A-Z])\b\.?)?)(?![\w-])"
+        ),
+        _surname_first,
+    ),
+    Rule(
+        "name_given_surname",
+        "name",
+        rf"\b(?:{_GIVEN_WORDS})\s[a-z]",
+        _compile(
+            rf"(?<![\w'’-])(?P<id>(?P<given>{_GIVEN_WORDS})\s(?:[A-Z]\.?\s)?"
+            r"(?P<surname>[^\W\d_][\w'’-]+))(?![\w-])"
+        ),
+        _given_and_surname,
+    ),
+    Rule(
+        "other_hash_number",
+        "other_id",
+        r"#\s?\d{6}",
+        _compile(r"#\s?(?P<id>\d{6,20})(?![\w-])"),
+    ),
+    Rule(
+        "other_long_number",
+        "other_id",
+        r"\d{8}",
+        _compile(r"(?<![\w.,+-])(?P<id>\d{8,20})(?![\w-]|[.,]\d|\s?(?:copies|cells|iu|units|/))"),
+    ),
+)
+
+
+def _spans_of(rule: Rule, text: str) -> Iterable[tuple[int, int]]:
+    for match in rule.pattern.finditer(text):
+        span = match.span("id") if rule.ends is None else rule.ends(match)
+        if span is not None and span[0] < span[1]:
+            yield span
+
+
+def find_spans(text: str, rules: Sequence[Rule] = RULES) -> tuple[Span, ...]:
+    """The identifiers of one text, in order, none overlapping another."""
+    taken: list[Span] = []
+    for rule in rules:
+        for start, end in _spans_of(rule, text):
+            if all(end <= other.start or other.end <= start for other in taken):
+                taken.append(Span(start, end, rule.kind, rule.name))
+    return tuple(sorted(taken, key=lambda span: span.start))
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+
+def _sift(texts: pa.Array, rule: Rule) -> np.ndarray:
+    """Positions of the texts that `rule` has to look at."""
+    mask = pc.match_substring_regex(texts, rule.trigger, ignore_case=True)
+    return np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+
+
+def find_spans_of(texts: Sequence[str]) -> dict[int, tuple[Span, ...]]:
+    """Position -> spans, for those of many texts that have any; as `find_spans` of each."""
+    array = pa.array(texts, pa.large_string())
+    candidates: dict[int, list[Rule]] = {}
+    # Arrow matches outside the interpreter's lock, so two cores share the rules.
+    with ThreadPoolExecutor() as pool:
+        sifted = pool.map(functools.partial(_sift, array), RULES)
+        for rule, positions in zip(RULES, sifted, strict=True):
+            for position in positions.tolist():
+                candidates.setdefault(position, []).append(rule)
+    found = {position: find_spans(texts[position], rules) for position, rules in candidates.items()}
+    return {position: spans for position, spans in sorted(found.items()) if spans}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The identifiers of a table's columns.
+
+    `spans`: column -> text -> its spans. `rows`: column -> text -> index labels of the rows that
+    hold it. Both hold only texts with identifiers, and they hold clinical text: what is written or
+    shown are `summary`, `stop_message` and the audit.
+    """
+
+    spans: dict[str, dict[str, tuple[Span, ...]]]
+    rows: dict[str, dict[str, list]] = field(repr=False)
+
+    def _each(self):
+        for column, texts in self.spans.items():
+            for text, spans in texts.items():
+                for span in spans:
+                    yield column, span, self.rows[column][text]
+
+    @property
+    def empty(self) -> bool:
+        return not any(self.spans.values())
+
+    def _count(self, key: Callable[[Span], str]) -> dict[str, int]:
+        counts: Counter = Counter()
+        for _, span, rows in self._each():
+            counts[key(span)] += len(rows)
+        return dict(counts.most_common())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class -> how often it was found, commonest first."""
+        return self._count(lambda span: span.kind)
+
+    def rows_with(self, kind: str) -> list:
+        """Index labels of the rows that hold an identifier of a class, in order."""
+        return sorted({row for _, span, rows in self._each() if span.kind == kind for row in rows})
+
+    def summary(self) -> dict:
+        """Counts per class and rule and the number of rows, for a manifest."""
+        rows = {row for _, _, rows in self._each() for row in rows}
+        return {
+            "rows": len(rows),
+            "classes": self.counts,
+            "rules": self._count(lambda span: span.rule),
+        }
+
+    def stop_message(self) -> str:
+        """One line: what was found where, and what to choose. No text."""
+        parts = []
+        for kind, count in self.counts.items():
+            rows = self.rows_with(kind)
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            parts.append(f"{kind} {count} (row{'s' if len(rows) > 1 else ''} {shown})")
+        columns = ", ".join(column for column, texts in self.spans.items() if texts)
+        return (
+            f"identifiers found in {columns}: {'; '.join(parts)}; choose --deidentify=redact to "
+            "take them out, or --deidentify=off to keep them"
+        )
+
+
+def find(table: pd.DataFrame, columns: Iterable[str]) -> Findings:
+    """The identifiers in some columns of a table of text.
+
+    A column "age" counts as a number of years. Columns that the table lacks are passed over.
+    """
+    spans: dict[str, dict[str, tuple[Span, ...]]] = {}
+    rows: dict[str, dict[str, list]] = {}
+    for column in columns:
+        if column not in table.columns:
+            continue
+        codes, texts = pd.factorize(table[column].fillna("").astype(str))
+        texts = list(texts)
+        if column == "age":
+            found = {i: whole for i, text in enumerate(texts) if (whole := _whole_age(text))}
+        else:
+            found = find_spans_of(texts)
+        spans[column] = {texts[i]: found[i] for i in found}
+        rows[column] = {texts[i]: [] for i in found}
+        wanted = np.flatnonzero(np.isin(codes, np.fromiter(found, int, len(found))))
+        for position in wanted.tolist():
+            rows[column][texts[codes[position]]].append(table.index[position])
+    return Findings(spans, rows)
+
+
+def _whole_age(text: str) -> tuple[Span, ...]:
+    number = re.fullmatch(r"\s*(\d{2,3})(?:\.\d*)?\s*(?:y\w*)?\s*", text)
+    if number is None or int(number[1]) < 90:
+        return ()
+    return (Span(0, len(text), "age", "age_column"),)
+
+
+def parse_actions(pairs: Iterable[str]) -> dict[str, str]:
+    """["date=remove", ...] -> an action for every class.
+
+    Raises:
+      ValueError: an entry is no pair, or names an unknown class or action.
+    """
+    actions = dict(DEFAULT_ACTIONS)
+    for pair in pairs:
+        kind, separator, action = (part.strip() for part in pair.partition("="))
+        if not separator or kind not in CLASSES or action not in ACTIONS:
+            raise ValueError(
+                f"--deidentify_actions entry {pair!r} is not CLASS=ACTION; classes are "
+                f"{', '.join(CLASSES)}, actions {', '.join(ACTIONS)}"
+            )
+        actions[kind] = action
+    return actions
+
+
+def _generalised(span: Span, said: str) -> str | None:
+    """What Safe Harbor lets be kept of an identifier, or None."""
+    if span.kind == "age":
+        return "90+"
+    if span.kind == "date":
+        year = re.search(r"(?<!\d)(?:19|20)\d\d", said)
+        return year[0] if year else None
+    if span.rule == "place_zip":
+        return "000" if said[:3] in SMALL_ZIP3 else said[:3]
+    return None
+
+
+def redact_text(text: str, spans: Sequence[Span], actions: dict[str, str]) -> str:
+    """`text` with each span gone, replaced by its class's tag ("[NAME]"), or generalised."""
+    parts, position = [], 0
+    for span in spans:
+        said, action = text[span.start : span.end], actions[span.kind]
+        kept = _generalised(span, said) if action == "generalise" else None
+        tag = "" if action == "remove" else f"[{span.kind.upper()}]"
+        parts += [text[position : span.start], tag if kept is None else kept]
+        position = span.end
+    return "".join([*parts, text[position:]])
+
+
+def redact(
+    table: pd.DataFrame, findings: Findings, actions: dict[str, str] | None = None
+) -> pd.DataFrame:
+    """A copy of `table` without what was found in it; `actions` as `parse_actions` gives them."""
+    actions = DEFAULT_ACTIONS if actions is None else actions
+    table = table.copy()
+    for column, texts in findings.spans.items():
+        clean = {text: redact_text(text, spans, actions) for text, spans in texts.items()}
+        if clean:
+            values = table[column]
+            table[column] = values.map(clean).where(values.isin(clean), values)
+    return table
+
+
+def audit_lines(
+    findings: Findings, policy: str, actions: dict[str, str] | None = None
+) -> Iterable[str]:
+    """The audit as JSON lines: the counts, then every finding by row, column and offsets in the
+    original text, never the text."""
+    actions = DEFAULT_ACTIONS if actions is None else actions
+    yield json.dumps({"policy": policy, "actions": actions, **findings.summary()})
+    for column, span, rows in findings._each():
+        for row in rows:
+            line = {
+                "row": int(row) if isinstance(row, int | np.integer) else str(row),
+                "column": column,
+                "class": span.kind,
+                "rule": span.rule,
+                "start": span.start,
+                "end": span.end,
+                "action": actions[span.kind] if policy == "redact" else "none",
+            }
+            yield json.dumps(line)
+
+
+def write_audit(
+    path: Path, findings: Findings, policy: str, actions: dict[str, str] | None = None
+) -> None:
+    """Writes `audit_lines` to `path`, aside and then renamed."""
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in audit_lines(findings, policy, actions))
+    draft.replace(path)
+
+
+_HEADERS = (
+    ("name", r"(?:first|last|middle|full|maiden|patient|pt|given|family|physician|provider|doctor)"
+             r"_?names?|surname|name|attending|physician|provider|oncologist|guarantor|next_of_kin"),
+    ("date", r"dob|.*birth.*|.*date.*|.*_dt|.*_time|admit\w*|discharge\w*"),
+    ("place", r".*address.*|street.*|city|county|zip.*|post(?:al)?_?code"),
+    ("phone", r".*phone.*|mobile|cell|pager"),
+    ("fax", r".*fax.*"),
+    ("email", r".*e_?mail.*"),
+    ("ssn", r"ssn|social_security.*"),
+    ("mrn", r"mrn|.*medical_record.*|chart_(?:no|number|id)"),
+    ("health_plan", r"(?:member|subscriber|policy|medicare|medicaid|insurance|payer).*"),
+    ("account", r"(?:account|acct|billing|encounter|csn|har|fin)\w*"),
+    ("other_id", r"accession.*|.*_uid|.*uuid.*"),
+)  # fmt: skip
+
+
+def identifying_columns(headers: Iterable[str]) -> dict[str, str]:
+    """Header -> class, for headers that announce identifiers ("Patient Name", "DOB", "MRN")."""
+    found = {}
+    for header in headers:
+        plain = "_".join(re.findall(r"[a-z0-9]+", header.casefold()))
+        for kind, pattern in _HEADERS:
+            if re.fullmatch(pattern, plain):
+                found[header] = kind
+                break
+    return found
+
+
+def pseudonyms(patient_ids: pd.Series, seed: int) -> pd.Series:
+    """Each patient's id replaced by a number of a random order: "P000001" ...
+
+    A record number is an identifier itself. The new one is not derived from it (164.514(c)) and
+    nobody keeps the key: the order depends on `seed` and on the order of the rows alone.
+    """
+    codes, patients = pd.factorize(patient_ids)
+    order = np.random.Generator(np.random.PCG64([seed, len(patients)])).permutation(len(patients))
+    width = max(6, len(str(len(patients))))
+    return pd.Series(
+        [f"P{order[code] + 1:0{width}d}" for code in codes], patient_ids.index, dtype=object
+    )
