@@ -46,8 +46,10 @@ def is_leaf(code: str) -> bool:
 
 
 def description(code: str) -> str:
-    """The official words of a code of the table, e.g. "Malignant neoplasm of prostate"; else ""."""
-    return _table().get_description(code) if is_leaf(code) else ""
+    """The official words of a code or category of the table ("Malignant neoplasm of prostate"),
+    "" for anything else."""
+    known = _CODE.fullmatch(code) and _table().is_valid_item(code)
+    return _table().get_description(code) if known else ""
 
 
 @functools.cache
