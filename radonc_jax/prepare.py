@@ -8,8 +8,9 @@
 
 Reads .csv, .tsv, .xlsx, .parquet, .jsonl and folders of datasets.save_to_disk. Writes train,
 validation and test .parquet, excluded.csv (row of the extract, reason), flow.svg (the same as a
-diagram), annotation.csv (uncertain rows, to be filled in and given back with --annotations) and
-manifest.json (counts, hashes, rules).
+diagram), annotation.csv (uncertain rows, to be filled in and given back with --annotations),
+deid_audit.jsonl (identifiers by class and place), table1.csv and .html, and manifest.json (counts,
+hashes, rules).
 """
 
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 from absl import app, flags
 
-from radonc_jax.data import annotation, cohort, flow, rules, splits
+from radonc_jax.data import annotation, cohort, deidentify, flow, rules, splits, table1
 from radonc_jax.data.extract import UNITS, check_unit, parse_columns, read_extract
 from radonc_jax.data.rows import find_layout
 from radonc_jax.data.synthetic import ceiling_paths, mean_ceiling
@@ -39,6 +40,15 @@ _RULES = flags.DEFINE_string("rules", None, "Python file with inclusion rules of
 _SOURCE_PATIENTS = flags.DEFINE_integer(
     "source_patients", None, "Patients in the system that the extract was drawn from, if known."
 )
+_DEIDENTIFY = flags.DEFINE_enum(
+    "deidentify",
+    "stop",
+    deidentify.POLICIES,
+    "What to do about identifiers: stop where some are found, redact them, or keep them (off).",
+)
+_ACTIONS = flags.DEFINE_list(
+    "deidentify_actions", [], "For redact: CLASS=tag, generalise or remove, e.g. date=remove."
+)
 _ANNOTATIONS = flags.DEFINE_list(
     "annotations", [], "Filled-in annotation sheets, of one or two annotators."
 )
@@ -47,6 +57,9 @@ _ADJUDICATION = flags.DEFINE_string(
 )
 _ANNOTATION_FORMAT = flags.DEFINE_enum(
     "annotation_format", "csv", ("csv", "xlsx"), "Of the sheet that is written."
+)
+_PUBLISHED = flags.DEFINE_bool(
+    "published", False, "Leave counts below 11 out of table 1, so that it can be shown."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same splits.")
 _TEST = flags.DEFINE_float("test_fraction", 0.15, "Share of the patients to test on.")
@@ -61,6 +74,12 @@ _GROUP = flags.DEFINE_bool(
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a finished cohort.")
 
+# Everything of the extract that may come to stand in a file of the cohort.
+SCANNED = (
+    "diagnosis", "prescription", "treatment_site", "technique", "energy", "modality", "plan_name",
+    "plan_status", "plan_intent", *cohort.CARRIED,
+)  # fmt: skip
+
 
 def prepare() -> dict:
     source, folder = Path(_INPUT.value), Path(_OUTPUT.value)
@@ -71,13 +90,21 @@ def prepare() -> dict:
     columns = parse_columns(_COLUMNS.value)
     skipped = rules.check_skipped(_SKIP.value)
     own = rules.load_rules(_RULES.value) if _RULES.value else []
+    actions = deidentify.parse_actions(_ACTIONS.value)
     by = splits.parse_split_by(_SPLIT_BY.value)
 
     # --- Read --------------------------------------------------------------------------------
     layout = find_layout(source, _ENCODING.value, _DELIMITER.value, _SHEET.value)
     extract = read_extract(source, columns, layout)
     check_unit(source, extract, _ROWS.value)
-    rows_read = len(extract)
+    rows_read, columns_read = len(extract), list(extract.columns)
+
+    # --- De-identify: before anything that could be written is made of it ----------------------
+    findings = deidentify.find(extract, SCANNED)
+    if not findings.empty and _DEIDENTIFY.value == "stop":
+        raise ValueError(f"{source}: {findings.stop_message()}")
+    if _DEIDENTIFY.value == "redact":
+        extract = deidentify.redact(extract, findings, actions)
 
     # --- Select ------------------------------------------------------------------------------
     settled = None
@@ -112,8 +139,12 @@ def prepare() -> dict:
     cases, split_facts = splits.split_cases(
         cases, _SEED.value, _TEST.value, _VALIDATION.value, by=by, group=_GROUP.value
     )
+    ceiling = ceiling_of_test(source, cases)
+    characteristics = table1.table1(cases, _PUBLISHED.value)
     if by.column and by.column not in cohort.CARRIED:
         cases = cases.drop(columns=by.column)  # a date or a place: nothing that tasks need
+    if _DEIDENTIFY.value == "redact":
+        cases["patient_id"] = deidentify.pseudonyms(cases["patient_id"], _SEED.value)
 
     # --- Write -------------------------------------------------------------------------------
     annotated = None
@@ -135,6 +166,13 @@ def prepare() -> dict:
         "rules_turned_off": list(skipped),
         "rules_added": _hashed(_RULES.value) | {"names": [rule.__name__ for rule in own]},
         "flow": counts,
+        "deidentification": {
+            "policy": _DEIDENTIFY.value,
+            "actions": actions,
+            "columns": [name for name in SCANNED if name in columns_read],
+            **findings.summary(),
+        },
+        "table1": characteristics.facts,
         "annotation": (settled.facts if settled else {}) | {"rows_offered": len(sheet)},
         "near_misses": cohort.near_misses(selection),
         "stripped": stripped,
@@ -152,9 +190,15 @@ def prepare() -> dict:
             "notes": list(layout.notes),
         },
         "columns": columns,
-        "ceiling": ceiling_of_test(source, cases),
+        "ceiling": ceiling,
     }
-    files["flow.svg"] = flow.flow_svg(counts)
+    audit = deidentify.audit_lines(findings, _DEIDENTIFY.value, actions)
+    files |= {
+        "flow.svg": flow.flow_svg(counts),
+        "table1.csv": characteristics.csv.encode(),
+        "table1.html": characteristics.html.encode(),
+        "deid_audit.jsonl": "".join(f"{line}\n" for line in audit).encode(),
+    }
     return cohort.write_cohort(folder, cases, selection.excluded, facts, _OVERWRITE.value, files)
 
 
@@ -202,6 +246,10 @@ def print_counts(manifest: dict) -> None:
         for name, found in manifest["near_duplicates"]["in_train"].items()
     )
     print(f"texts that also stand in train: {repeats}")
+    found = manifest["deidentification"]
+    classes = ", ".join(f"{kind} {count}" for kind, count in found["classes"].items()) or "none"
+    print(f"identifiers found: {classes} (--deidentify={found['policy']})")
+    print(f"uncertain rows offered to annotators: {manifest['annotation']['rows_offered']}")
     if manifest["ceiling"]:
         best = ", ".join(f"{task} {value:.3f}" for task, value in manifest["ceiling"].items())
         print(f"best reachable on test: {best}")
@@ -212,7 +260,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}; every option is a --flag")
     try:
         manifest = prepare()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print_counts(manifest)
 
