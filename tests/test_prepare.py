@@ -1,6 +1,7 @@
 """From extract to cohort folder: every row explained, every bad input a clear error."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from preparing import run_prepare
 
 from radonc_jax.data import cohort, rules, synthetic
 from radonc_jax.data.extract import parse_columns, read_extract
@@ -513,3 +515,115 @@ def test_ceilings_of_another_extract_are_refused(tmp_path):
     done = run("prepare", f"--input={tmp_path / 'e.csv'}", f"--output={tmp_path / 'c'}")
     assert done.returncode == 0
     assert json.loads((tmp_path / "c" / "manifest.json").read_text())["ceiling"] is None
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole way, with every part
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    return synthetic.make_extract(160, 3).table
+
+
+def files_text(folder):
+    """All that stands in a cohort's files."""
+    texts = {path.name: path.read_bytes().decode("utf-8", "replace") for path in folder.iterdir()}
+    for path in folder.glob("*.parquet"):
+        texts[path.name] = pd.read_parquet(path).to_csv()
+    return texts
+
+
+def test_identifiers_stop_prepare_until_a_policy_is_chosen(tmp_path, small):
+    planted = ["Dr. Jane Whitfield", "MRN 4482913", "jane@example.org", "03/14/2021"]
+    note = f" Referred by {planted[0]}, {planted[1]}, {planted[2]}, seen {planted[3]}."
+    table = small.copy()
+    table["diagnosis"] = table["diagnosis"] + note
+    table.to_csv(tmp_path / "e.csv", index=False)
+    for options in ((), ("--deidentify=stop",)):
+        _, message = run_prepare(tmp_path, tmp_path / "e.csv", *options)
+        assert "identifiers found in diagnosis" in message and "--deidentify=redact" in message
+        assert "Whitfield" not in message and "4482913" not in message
+        assert [path.name for path in tmp_path.iterdir()] == ["e.csv"]
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv", "--deidentify=redact")
+    for name, text in files_text(tmp_path / "cohort").items():
+        for words in ("Whitfield", "4482913", "example.org", "03/14"):
+            assert words not in text, name
+        assert "SYN0" not in text, name
+    assert manifest["deidentification"]["policy"] == "redact"
+    assert manifest["deidentification"]["classes"]["email"] == len(table)
+    kept = pd.concat(cohort.load_cohort(tmp_path / "cohort").values())
+    assert kept["diagnosis"].str.contains("[EMAIL]", regex=False).all()
+    assert manifest["assessed"] == 160 == manifest["kept"] + sum(manifest["excluded"].values())
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv", "--deidentify=off", "--overwrite")
+    assert manifest["deidentification"]["classes"]["email"] == len(table)
+    assert "Whitfield" in files_text(tmp_path / "cohort")["train.parquet"]
+
+
+def test_a_filled_in_sheet_brings_its_case_into_the_cohort(tmp_path, small):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    first, _ = run_prepare(tmp_path, tmp_path / "e.csv")
+    assert first["flow"]["annotated"] is None
+    sheet = pd.read_csv(tmp_path / "cohort" / "annotation.csv", dtype=str, keep_default_na=False)
+    place = sheet.index[sheet["reason"] == "modality_contradiction"][0]
+    sheet.loc[place, ["keep", "modality"]] = ["yes", "photon"]
+    sheet.loc[place, "regimen"] = "Left breast, 40 Gy in 15 fractions"
+    sheet.to_csv(tmp_path / "filled.csv", index=False)
+    # Filled in where prepare wrote it: the cohort is still good, but not overwritten.
+    sheet.to_csv(tmp_path / "cohort" / "annotation.csv", index=False)
+    cohort.load_cohort(tmp_path / "cohort")
+    _, message = run_prepare(tmp_path, tmp_path / "e.csv", "--overwrite")
+    assert "has been changed since prepare wrote it" in message
+    shutil.rmtree(tmp_path / "cohort")
+    second, _ = run_prepare(
+        tmp_path, tmp_path / "e.csv", f"--annotations={tmp_path / 'filled.csv'}"
+    )
+    assert second["assessed"] == first["assessed"] and second["kept"] == first["kept"] + 1
+    assert second["flow"]["annotated"] == 1
+    assert second["annotation"]["files"][0]["sha256"] == cohort.sha256(tmp_path / "filled.csv")
+    kept = pd.concat(cohort.load_cohort(tmp_path / "cohort").values()).set_index("case_id")
+    case = kept.loc[f"row-{sheet.loc[place, 'row']}"]
+    assert (case["modality"], case["regimen"][:11]) == ("photon", "Left breast")
+
+
+def test_the_latest_patients_are_the_test_and_their_dates_stay_out(tmp_path, small):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv", "--split_by=date:start_day")
+    assert manifest["split"]["by"] == "date"
+    tables = cohort.load_cohort(tmp_path / "cohort")
+    day = small.assign(day=small["start_day"].astype(int)).groupby("patient_id")["day"].max()
+    earliest = day[tables["test"]["patient_id"]].min()
+    assert earliest >= day[tables["train"]["patient_id"]].quantile(0.9)
+    assert all("start_day" not in table.columns for table in tables.values())
+    _, message = run_prepare(tmp_path, tmp_path / "e.csv", "--split_by=date:dose", "--overwrite")
+    assert "no column 'dose'" in message
+
+
+@pytest.mark.parametrize("name", ["excluded.csv", "flow.svg", "table1.csv"])
+def test_any_changed_file_is_refused(tmp_path, small, name):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv")
+    assert set(manifest["sha256"]) | {"manifest.json"} == {
+        path.name for path in (tmp_path / "cohort").iterdir()
+    }
+    with (tmp_path / "cohort" / name).open("a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=f"{name}: changed since prepare"):
+        cohort.load_records(tmp_path / "cohort", "train")
+
+
+def test_the_manifest_tells_which_rules_ran(tmp_path, small):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    own = tmp_path / "mine.py"
+    own.write_text("def not_too_old(rows):\n    return rows['age'].astype(int) > 80\n")
+    manifest, _ = run_prepare(
+        tmp_path, tmp_path / "e.csv", f"--rules={own}", "--skip_rules=code_valid"
+    )
+    assert manifest["rules"][-1] == "not_too_old" and "code_valid" not in manifest["rules"]
+    assert manifest["rules_turned_off"] == ["code_valid"]
+    assert manifest["rules_added"]["sha256"] == cohort.sha256(own)
+    assert manifest["excluded"]["not_too_old"] > 0
+    assert manifest["assessed"] == manifest["kept"] + sum(manifest["excluded"].values())
+    kept = pd.concat(cohort.load_cohort(tmp_path / "cohort").values())
+    assert kept["age"].astype(int).max() <= 80

@@ -2,17 +2,15 @@
 
 import csv
 import io
-import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from absl import flags
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from preparing import run_prepare
 
-from radonc_jax import prepare
 from radonc_jax.data import cohort, synthetic
 
 CANARY = "Xanthoquark"  # stands in every diagnosis and must not stand in any error
@@ -25,20 +23,6 @@ def export():
     table["diagnosis"] = CANARY + ' "é–ü", ' + table["diagnosis"].where(table["diagnosis"] != "")
     table["diagnosis"] = table["diagnosis"].fillna("")
     return table.to_csv(index=False).encode("utf-8")
-
-
-def run_prepare(folder, source, *options):
-    """(manifest, None) or (None, message of the one-line error)."""
-    flags.FLAGS.unparse_flags()
-    for name in ("encoding", "delimiter", "skip_rules", "overwrite", "columns", "rows"):
-        flags.FLAGS[name].unparse()
-    flags.FLAGS(["prepare", f"--input={source}", f"--output={folder / 'cohort'}", *options])
-    try:
-        prepare.main(["prepare"])
-    except SystemExit as error:
-        assert isinstance(error.code, str) and error.code.startswith("error: ")
-        return None, error.code
-    return json.loads((folder / "cohort" / "manifest.json").read_text()), None
 
 
 def check_cohort(folder, content, manifest):
