@@ -96,6 +96,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’.-][^\W\d_]+)*")
 _PARTICLES = frozenset(
     "de la las los van von der den del di da dos al bin el ter st. le du".split()
 )
+_GAP = re.compile(r"[ \t]{1,2}|,[ \t]?")  # between the words of a name
 _SUFFIXES = frozenset("jr sr ii iii iv".split())
 
 
@@ -115,7 +116,9 @@ def _is_known(word: str) -> bool:
     """Whether a word is one of the field or the language, a hyphenated one by its parts."""
     word = _bare(word)
     known = _known_words()
-    return word in known or all(part in known or not part for part in re.split(r"[-.]", word))
+    if word in known or word.removesuffix("s") in known:
+        return True
+    return all(part in known or not part for part in re.split(r"[-.]", word))
 
 
 def _is_eponym(word: str) -> bool:
@@ -137,7 +140,7 @@ def _could_be_name(word: str, caseless: bool, trusted: bool) -> bool:
     """
     if len(word) < 2 or (_is_known(word) and not (trusted and _bare(word) in SURNAMES)):
         return False
-    if not trusted and _is_eponym(word):
+    if not trusted and _is_eponym(word) and _bare(word) not in GIVEN:
         return False
     if caseless:
         return trusted or _on_lists(word)
@@ -162,31 +165,30 @@ def _name_end(text: str, start: int, trusted: bool) -> int | None:
             break
         said = word[0]
         low = said.casefold()
-        initial = len(said) == 1 and (said.isupper() or caseless)
+        dotted = text[word.end() : word.end() + 1] == "."
         if names and low in _SUFFIXES:
             end = word.end()
             break
-        if initial and low not in ("a", "i"):
-            after = word.end() + (text[word.end() : word.end() + 1] == ".")
+        if len(said) == 1 and (said.isupper() or caseless) and (dotted or low not in ("a", "i")):
+            position = word.end() + dotted
             if names:
-                end = after
-            position = after
-        elif names == 0 and low in _PARTICLES or (names and low in _PARTICLES):
+                end = position
+        elif low in _PARTICLES:
             position = word.end()
-        elif _could_be_name(said, caseless, trusted if names == 0 or caseless else False) or (
-            names and trusted and not caseless and _bare(said) in SURNAMES and said[0].isupper()
-        ):
+            if names and low in SURNAMES:
+                end = position
+        elif _could_be_name(said, caseless, trusted):
             # In a text without capitals what follows a name is one only if it is listed.
-            if names and caseless and not _on_lists(said):
-                break
-            if comma and _bare(said) not in GIVEN:
+            if (names and caseless and not _on_lists(said)) or (comma and low not in GIVEN):
                 break
             names += 1
             end = position = word.end()
+            # Behind a given name an eponym is a surname.
+            trusted = low in GIVEN or (trusted and bool(names < 2) and not caseless)
         else:
             break
-        gap = re.compile(r"[ \t]{1,2}|[ \t]*\n?[ \t]*(?=[A-Z]\.)|,[ \t]?").match(text, position)
-        if gap is None or not gap[0]:
+        gap = _GAP.match(text, position)
+        if gap is None:
             break
         if "," in gap[0]:
             if comma or names != 1:
@@ -224,14 +226,16 @@ def _compile(pattern: str) -> re.Pattern:
 def _label(words: str, code: str, *, digits: int, tail: str = "") -> re.Pattern:
     """A label, what may stand between, and a code with at least so many digits."""
     return _compile(
-        rf"(?<![\w-])(?:{words})(?:\s?(?:id|numbers?|num|no|nr|#)\b\.?|\s?#)?"
-        rf"(?:\s(?:is|was|of|ending in|on file))?\s?[:#=-]{{0,2}}\s?"
+        rf"(?<![\w-])(?:{words})(?![^\W_])(?:\s?(?:id|numbers?|num|no|nr|#)\b\.?|\s?#)?"
+        rf"(?:\s(?:is|was|ending in|on file))?\s?[:#=-]{{0,2}}\s?"
         rf"(?P<id>(?=(?:[^\d\s]{{0,6}}\d){{{digits}}}|(?:[A-Z]{{1,3}}[ -])?(?:[ -]?\d){{{digits}}})"
         rf"{code}){tail}"
     )
 
 
-_CODE = r"(?:[A-Z]{1,3} ?-? ?)?[A-Z0-9](?:[A-Z0-9]|[-/](?=[A-Z0-9])){2,24}(?![\w])"
+# A label's trigger ends so: digits stand near behind it.
+_NEAR_DIGITS = r"[^\d;]{0,30}\d(?:[^\d]{0,6}\d){2}"
+_CODE = r"(?:(?!(?:for|of|in|on|at|to|by|and|or|was|is|no)\b)[A-Z]{1,3} ?-? ?)?[A-Z0-9](?:[A-Z0-9]|[-/](?=[A-Z0-9])){2,24}(?![\w])"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _MONTH_NUMBER = r"(?:0?[1-9]|1[0-2])"
 _YEAR = r"(?:19|20)\d\d"
@@ -246,7 +250,7 @@ _NOT_DATE = (
 )
 _NOT_COUNTED = (
     r"(?!\s?(?:of\b|fx|fractions?|nodes?|lns?\b|lymph|cores?|biops|sites?|slices|images|visits?"
-    r"|cycles?|doses?|treatments?|tx\b|positive|pos\b|neg|involved|c?gy|mm|cm|strength|power|sln"
+    r"|cycles?|days?|doses?|treatments?|tx\b|positive|pos\b|neg|involved|c?gy|mm|cm|strength|power|sln"
     r"|axillary|pelvic|sentinel|cervical|motor|in\b|points?))"
 )
 
@@ -280,19 +284,22 @@ def _old_age(match: re.Match) -> tuple[int, int] | None:
     return match.span("id")
 
 
-def _after_cue(trusted: bool) -> Callable[[re.Match], tuple[int, int] | None]:
-    def ends(match: re.Match) -> tuple[int, int] | None:
-        end = _name_end(match.string, match.end(), trusted)
-        return None if end is None else (match.end(), end)
+def _labelled(match: re.Match) -> tuple[int, int] | None:
+    end = _name_end(match.string, match.end(), True)
+    return None if end is None else (match.end(), end)
 
-    return ends
+
+_STREET_BEFORE = re.compile(r"(?<![\w.])\d{1,6}\s(?:[NSEW]\.?\s)?(?:[A-Z][\w'’-]*\s){1,3}$")
 
 
 def _titled(match: re.Match) -> tuple[int, int] | None:
     """What stands behind a title. MR is magnetic resonance and MS multiple sclerosis as well, so
     that in capitals, or without capitals or a dot, they need a name of the lists."""
     title, text = match["title"].rstrip("."), match.string
+    if title.casefold() == "dr" and _STREET_BEFORE.search(text[: match.start()][-60:]):
+        return None
     doubtful = title in ("MR", "MS") or (title in ("mr", "ms") and "." not in match[0])
+    doubtful = doubtful or (title.casefold() in ("miss", "nurse") and _caseless(text))
     word = _WORD.match(text, match.end())
     if doubtful and (word is None or not _on_lists(word[0])):
         return None
@@ -311,6 +318,16 @@ def _relative(match: re.Match) -> tuple[int, int] | None:
     return (match.end(), end) if listed or direct else None
 
 
+def _in_care_of(match: re.Match) -> tuple[int, int] | None:
+    """Who did something. What somebody was treated with or followed by is a drug more often."""
+    end = _name_end(match.string, match.end(), False)
+    if end is None:
+        return None
+    drug = re.match(r"treated|followed", match[0], re.IGNORECASE) is not None
+    words = _WORD.findall(match.string[match.end() : end])
+    return None if drug and not any(map(_on_lists, words)) else (match.end(), end)
+
+
 def _before_degree(match: re.Match) -> tuple[int, int] | None:
     """The words before a degree that can be names, from the last one back."""
     text, first = match.string, None
@@ -318,8 +335,9 @@ def _before_degree(match: re.Match) -> tuple[int, int] | None:
     caseless = _caseless(text)
     for index in range(len(words) - 1, -1, -1):
         word = words[index][0]
-        name = _could_be_name(word, caseless, index == len(words) - 1)
-        if not name and not (len(word) == 1 and word.isupper() and index < len(words) - 1):
+        last = index == len(words) - 1
+        name = _could_be_name(word, caseless, last) and (not caseless or _on_lists(word))
+        if not name and not (len(word) == 1 and (caseless or word.isupper()) and index < len(words) - 1):
             break
         if len(word) > 1:
             first = words[index].start()
@@ -333,12 +351,15 @@ def _given_and_surname(match: re.Match) -> tuple[int, int] | None:
     both = f"{given} {surname}".casefold()
     if both in ("ann arbor", "ivor lewis", "mary joseph", "van nuys"):
         return None
-    sure = _bare(surname) in SURNAMES and not (_is_known(surname) or _is_eponym(surname))
-    if _bare(given) in AMBIGUOUS_GIVEN and not sure:
+    ambiguous = _bare(given) in AMBIGUOUS_GIVEN
+    sure = _bare(surname) in SURNAMES and not _is_known(surname)
+    sure = sure and not (ambiguous and _is_eponym(surname))
+    if ambiguous and not sure:
         return None
     if caseless:
         return match.span("id") if sure else None
-    if not (given[0].isupper() and surname[0].isupper()) or _is_known(surname):
+    listed = _bare(surname) in SURNAMES
+    if not (given[0].isupper() and surname[0].isupper()) or (_is_known(surname) and not listed):
         return None
     if surname.isupper() and not given.isupper() and not sure:
         return None
@@ -349,10 +370,12 @@ def _given_and_surname(match: re.Match) -> tuple[int, int] | None:
 def _surname_first(match: re.Match) -> tuple[int, int] | None:
     """ "DOE, JANE Q" and "Gonzalez, Maria": the second word is a common given name."""
     surname, given = match["surname"], match["given"]
-    if _bare(given) not in GIVEN or _is_known(surname) or _is_eponym(surname):
+    listed, ambiguous = _bare(surname) in SURNAMES, _bare(given) in AMBIGUOUS_GIVEN
+    if _bare(given) not in GIVEN or (
+        (ambiguous or not listed) and (_is_known(surname) or _is_eponym(surname))
+    ):
         return None
-    listed = _bare(surname) in SURNAMES
-    if (_caseless(match.string) or _bare(given) in AMBIGUOUS_GIVEN) and not listed:
+    if (_caseless(match.string) or ambiguous) and not listed:
         return None
     if not (surname[0].isupper() and given[0].isupper()) and not listed:
         return None
@@ -374,7 +397,7 @@ def _street(match: re.Match) -> tuple[int, int] | None:
 
 
 _STREET_WORDS = frozenset(
-    "main north south east west first second third fourth fifth park oak".split()
+    "main north south east west first second third fourth fifth park oak school church center".split()
 )
 
 
@@ -419,6 +442,11 @@ def _residence(match: re.Match) -> tuple[int, int] | None:
 
 
 _COUNTRIES = frozenset("Mexico Canada Germany India China Japan Brazil Spain France Italy".split())
+
+
+def _has_digits(match: re.Match) -> tuple[int, int] | None:
+    """A label's code, but not a word behind the label ("account for 1234")."""
+    return match.span("id") if sum(c.isdigit() for c in match["id"]) >= 3 else None
 
 
 def _ip(match: re.Match) -> tuple[int, int] | None:
@@ -478,20 +506,22 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "mrn_label",
         "mrn",
-        r"mrn|m\.r\.n|mr\s?#|medical rec|med rec|chart|patient|pt\.? ?(?:id|no|num|#)|unit|hospital"
-        r"|empi|record",
+        r"(?:mrn|m\.r\.n|mr\s?#|med(?:ical|\.)?\s?rec|chart|patient|pt|unit|hospital|empi|record)"
+        + _NEAR_DIGITS,
         _label(
             r"mrn|m\.r\.n\.?|mr\s?(?=#)|med(?:ical|\.)?\s?rec(?:ord|\.)?s?|chart(?=\s?(?:#|no|num|id|:))"
             r"|(?:patient|pt\.?|hospital|unit|record)(?=\s?(?:#|no\b|num|id\b))|empi",
             _CODE,
             digits=4,
         ),
+        _has_digits,
     ),
     Rule(
         "health_plan_label",
         "health_plan",
-        r"member|subscriber|policy|group|beneficiary|insur|medicare|medicaid|hic|mbi|plan|payer|bcbs"
-        r"|aetna|cigna|uhc|united|humana|blue|ahcccs|tricare",
+        r"(?:member|membership|subscriber|policy|group|beneficiary|insurance|medicare|medicaid|hicn?|mbi"
+        r"|plan|payer|bcbs|aetna|cigna|uhc|unitedhealthcare|humana|blue|shield|cross|ahcccs|tricare)"
+        + _NEAR_DIGITS,
         _label(
             r"(?:(?:insurance|health plan|bcbs|aetna|cigna|uhc|unitedhealthcare|humana|blue cross"
             r"(?: blue shield)?|ahcccs|tricare|medicare|medicaid)\s?)?(?:member(?:ship)?|subscriber"
@@ -501,6 +531,7 @@ RULES: tuple[Rule, ...] = (
             _CODE,
             digits=4,
         ),
+        _has_digits,
     ),
     Rule(
         "health_plan_mbi",
@@ -511,24 +542,27 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "account_label",
         "account",
-        r"acc(?:oun)?t|a/c|billing|invoice|guarantor|har\b|fin\b|csn|iban|card|claim",
+        r"(?:account|acct|a/c|billing|invoice|guarantor|har|fin|csn|iban|card|claim)"
+        + _NEAR_DIGITS,
         _label(
             r"(?:billing |hospital |patient |bank |checking )?(?:account|acct\.?|a/c)|billing|invoice"
             r"|guarantor|har|fin|csn|iban|(?:credit|debit) card|claim",
             _CODE.replace("{2,24}", "{2,32}"),
             digits=4,
         ),
+        _has_digits,
     ),
     Rule(
         "licence_label",
         "licence",
-        r"licen[cs]e|\blic\b|\bdl\b|d\.l\.|npi|dea\b|certificate|\bcert\b|passport",
+        r"(?:licen[cs]e|lic|dl|d\.l\.|npi|dea|certificate|cert|passport)" + _NEAR_DIGITS,
         _label(
             r"(?:driver'?s?'? |medical |state |nursing |professional )?licen[cs]e|lic\.?|dl|d\.l\."
             r"|npi|dea|(?:birth |board )?certificate|cert\.?|passport",
             _CODE,
             digits=3,
         ),
+        _has_digits,
     ),
     Rule(
         "vehicle_vin",
@@ -552,7 +586,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "device_label",
         "device",
-        r"serial|s/n|\bsn\b|\blot\b|udi|device|pacemaker|implant|\bicd\b|defib|pump",
+        r"(?:serial|s/n|sn|lot|udi|device|pacemaker|implant|defibrillator|pump|generator)"
+        + _NEAR_DIGITS,
         _label(
             r"(?:(?:device|pacemaker|defibrillator|implant|port|pump|linac|icd|generator|seed|source)"
             r"\s)?(?:serial|s/n|sn(?=\s?[:#])|lot(?=\s?(?:#|no\b|num|:)))|udi"
@@ -560,6 +595,7 @@ RULES: tuple[Rule, ...] = (
             _CODE,
             digits=3,
         ),
+        _has_digits,
     ),
     Rule(
         "device_udi",
@@ -570,8 +606,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "other_label",
         "other_id",
-        r"accession|specimen|case|order|encounter|visit|requisition|study|subject|participant|badge"
-        r"|employee|student|\bid\b|confirmation|reference|barcode|block|slide|trial|research",
+        r"(?:accession|specimen|case|order|encounter|visit|requisition|study|subject|participant|badge"
+        r"|employee|student|\bid|confirmation|reference|barcode|block|slide|research)"
+        + _NEAR_DIGITS,
         _label(
             r"accession|specimen(?=\s?(?:#|no\b|num|id\b|:))|(?:case|order|encounter|visit|requisition"
             r"|study|subject|participant|badge|employee|student|confirmation|reference|barcode|block"
@@ -579,6 +616,7 @@ RULES: tuple[Rule, ...] = (
             _CODE,
             digits=3,
         ),
+        _has_digits,
     ),
     Rule(
         "other_accession",
@@ -630,14 +668,15 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "phone_international",
         "phone",
-        r"\+\d",
+        r"\+\d{1,3}[\s.(-]{1,2}\d",
         _compile(r"(?<![\w+])(?P<id>\+\d{1,3}(?:[\s.-]?\(?\d{1,4}\)?){2,5})(?!\d)"),
         lambda m: m.span("id") if sum(c.isdigit() for c in m["id"]) >= 9 else None,
     ),
     Rule(
         "phone_label",
         "phone",
-        r"phone|tel|call|cell|mobile|pager|beeper|contact|\bph\b|\bext\b|\(h\)|\(c\)|\(w\)",
+        r"(?:phone|tel|call|called|back|cell|mobile|pager|beeper|contact|\bph|\([hcw]\)).{0,24}"
+        r"(?:\d{3}[.-]\d{4}|\d{10})",
         _compile(
             r"(?:\b(?:tele)?phone|\btel|\bcall(?:ed|back)?|\bcell|\bmobile|\bpager|\bbeeper|\bcontact"
             r"|\bph|\([hcw]\))(?:\s(?:number|no\.?|#|at|is|him at|her at|back at|on))*\.?\s?[:#]?"
@@ -686,7 +725,7 @@ RULES: tuple[Rule, ...] = (
         r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*[.,]{0,2}[\s-]{0,2}(?:of\s)?'?\d",
         _compile(
             rf"(?<![\w-])(?P<id>(?P<month>{_MONTHS})\b\.?[\s-](?:of\s)?(?:{_DAY}(?:st|nd|rd|th)?"
-            rf"(?![\w.]|/\d|\s?(?:fx|fractions?|c?gy|of\s\d))(?:,?\s?-?(?:{_YEAR}|'\d\d))?"
+            rf"(?![\w.]*\d|\w|/\d|\s?(?:fx|fractions?|c?gy|m[gml]|cm|%|of\s\d))(?:,?\s?-?(?:{_YEAR}|'\d\d))?"
             rf"|,?\s?{_YEAR}|'\d\d)(?!\w))"
         ),
         _month_name,
@@ -726,7 +765,7 @@ RULES: tuple[Rule, ...] = (
         r"(?:9\d|1[0-2]\d)[\s-]{0,2}(?:y|f\b|m\b|male|female|man|woman|gentleman|lady|w[mf]\b)",
         _compile(
             r"(?<![\d./-])(?P<id>9\d|1[0-2]\d)(?:[\s-]{0,2}(?:y(?:ea)?rs?\.?[\s-]?(?:old\b|of\sage\b)"
-            r"|y\.?/?o\b\.?|yo[fm]\b|y\b|year\b|yrs?\b)|\s?[fm]\b|\s?w[mf]\b"
+            r"|y\.?/?o\b\.?|yo[fm]\b|y\b|year\b|yrs?\b)|\s?[fm]\b(?!-|\sfever)|\s?w[mf]\b"
             r"|[\s-](?:male|female|man|woman|gentleman|lady)\b)"
         ),
         _old_age,
@@ -735,7 +774,7 @@ RULES: tuple[Rule, ...] = (
         "age_label",
         "age",
         r"age[ds]?[\s:]{1,2}(?:of\s|is\s)?(?:9\d|1[0-2]\d)",
-        _compile(r"\bage[ds]?[\s:]{1,2}(?:of\s|is\s)?(?P<id>9\d|1[0-2]\d)(?![\d.%])"),
+        _compile(r"\bage[ds]?[\s:]{1,2}(?:of\s|is\s)?(?P<id>9\d|1[0-2]\d)(?!\d|\.\d|%)"),
     ),
     Rule(
         "age_decade",
@@ -752,8 +791,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "place_street",
         "place",
-        r"\d\s\S.{0,40}?(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place"
-        r"|pl|terrace|ter|circle|cir|highway|hwy|parkway|pkwy|trail|trl|square)\b",
+        r"[a-z0-9.]\s(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl"
+        r"|terrace|ter|circle|cir|highway|hwy|parkway|pkwy|trail|trl|square)\b",
         _compile(
             r"(?<![\w./-])(?P<id>\d{1,6}\s(?:[NSEW]\.?[EW]?\.?\s)?(?P<street>(?:(?:St\.|[A-Z0-9][\w'’-]*)\s){1,4}?)"
             r"(?P<kind>street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|way|place|pl"
@@ -797,7 +836,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "place_residence",
         "place",
-        r"live[sd]?\s|living\s|resid|from\s|moved|born in|native of|hometown|home in|visiting|travel",
+        r"(?:live[sd]?|living|resid\w+|home)(?: alone| independently)?\s(?:in|at|near|of|outside)\s"
+        r"|(?:originally|comes|travels|traveling|drives|driving|flew|flies|commutes|transferred|moved|relocated"
+        r"|is|retired)(?: in)?(?: here)?\s(?:from|to)\s|born in\s|native of\s|hometown|visiting from\s",
         re.compile(
             r"(?i:\b(?:live[sd]?|living|resid(?:es|ing|ent)|home)(?: alone| independently)?(?: in| at| near"
             r"| of| outside)"
@@ -820,8 +861,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "name_label",
         "name",
-        r"name|patient|pt|physician|attending|provider|surgeon|pcp|author|by|cc|spouse|kin|contact"
-        r"|poa|oncologist|md|resident|fellow|interpreter|proxy",
+        r"name\s?:|name\s(?:is|was)\s|(?:patient|pt|physician|attending|provider|surgeon|pcp|author|cc|spouse"
+        r"|kin|contact|person|poa|oncologist|resident|fellow|interpreter|proxy|informant|witness|therapist"
+        r"|dosimetrist|physicist|md)\s?:|named\s|nickname|known as\s|a\.?k\.?a"
+        r"|(?:signed|dictated|authored|transcribed|cosigned|attested|entered)\sby",
         _compile(
             r"\b(?:(?:patient|pt|full|legal|first|last|maiden|preferred|family|mother's|father's)'?s?\s)?"
             r"(?:name|surname)(?:\s(?:is|was)|\s?:)[ \t]{0,2}"
@@ -832,14 +875,14 @@ RULES: tuple[Rule, ...] = (
             r"|\b(?:named|nickname|also known as|a\.?k\.?a\.?|(?:electronically )?(?:signed|dictated"
             r"|authored|transcribed|cosigned|attested|entered) by:?)[ \t]{1,2}"
         ),
-        _after_cue(True),
+        _labelled,
     ),
     Rule(
         "name_degree",
         "name",
         r"\b(?:m\.?d|d\.?o\.|ph\.?\s?d|r\.?n|n\.?p|p\.?a\.?-c|facr|fastro|mbbs|frcr|dmd|dds|cnp|fnp"
         r"|aprn|crnp|lcsw|pharmd|cmd)\b",
-        re.compile(
+        _compile(
             r"(?P<id>(?:[^\W\d_][\w'’-]*\.?[ \t]){0,3}[^\W\d_][\w'’-]+),?[ \t]"
             rf"(?:{_DEGREES})(?![\w-])"
         ),
@@ -848,8 +891,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "name_relation",
         "name",
-        r"wife|husband|daughter|son\b|mother|father|sister|brother|spouse|partner|caregiver|friend"
-        r"|niece|nephew|aunt|uncle|neighbor|guardian|cousin",
+        r"\b(?:wife|husband|daughter|son|mother|father|sister|brother|spouse|partner|caregiver|friend|niece"
+        r"|nephew|aunt|uncle|neighbor|guardian|cousin|grandson|granddaughter|grandmother|grandfather)"
+        r"(?:-in-law)?(?:,|:|\s)",
         _compile(
             r"\b(?:wife|husband|daughter|son|mother|father|sister|brother|spouse|partner|caregiver|friend"
             r"|niece|nephew|aunt|uncle|neighbor|guardian|cousin|grand(?:son|daughter|mother|father))"
@@ -861,14 +905,14 @@ RULES: tuple[Rule, ...] = (
         "name_verb",
         "name",
         r"(?:seen|evaluated|referred|reviewed|discussed|examined|followed|operated|treated|accompanied"
-        r"|performed|interpreted|read|done|ordered|resected|biopsied|consented|met|spoke|recommended"
-        r"|staged)\s\S+\s",
+        r"|performed|interpreted|read|done|ordered|resected|biopsied|consented|met|spoke|recommended|staged)"
+        r"(?: today)?\s(?:by|with)\s",
         _compile(
             r"\b(?:seen|evaluated|referred|reviewed|discussed|examined|followed|operated|treated"
             r"|accompanied|performed|interpreted|read|done|ordered|resected|biopsied|consented|met|spoke"
             r"|recommended|staged)(?:\stoday)?\s(?:by|with)(?:\s(?:his|her|their|the))?[ \t]"
         ),
-        _after_cue(False),
+        _in_care_of,
     ),
     Rule(
         "name_surname_first",
@@ -927,22 +971,32 @@ def find_spans(text: str, rules: Sequence[Rule] = RULES) -> tuple[Span, ...]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _sift(texts: pa.Array, rule: Rule) -> np.ndarray:
-    """Positions of the texts that `rule` has to look at."""
-    mask = pc.match_substring_regex(texts, rule.trigger, ignore_case=True)
-    return np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+_GROUP = 8  # triggers that RE2 still matches as one automaton; more overflow its cache
+
+
+def _sift(texts: pa.Array, rules: Sequence[Rule]) -> list[tuple[Rule, np.ndarray]]:
+    """For each of a group of rules the positions of the texts that it has to look at."""
+
+    def positions(among: pa.Array, trigger: str) -> np.ndarray:
+        mask = pc.match_substring_regex(among, trigger, ignore_case=True)
+        return np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+
+    some = positions(texts, "|".join(f"(?:{rule.trigger})" for rule in rules))
+    among = texts.take(pa.array(some))
+    return [(rule, some[positions(among, rule.trigger)]) for rule in rules]
 
 
 def find_spans_of(texts: Sequence[str]) -> dict[int, tuple[Span, ...]]:
     """Position -> spans, for those of many texts that have any; as `find_spans` of each."""
     array = pa.array(texts, pa.large_string())
+    groups = [RULES[first : first + _GROUP] for first in range(0, len(RULES), _GROUP)]
     candidates: dict[int, list[Rule]] = {}
-    # Arrow matches outside the interpreter's lock, so two cores share the rules.
+    # Arrow matches outside the interpreter's lock, so the cores share the groups.
     with ThreadPoolExecutor() as pool:
-        sifted = pool.map(functools.partial(_sift, array), RULES)
-        for rule, positions in zip(RULES, sifted, strict=True):
-            for position in positions.tolist():
-                candidates.setdefault(position, []).append(rule)
+        for sifted in pool.map(functools.partial(_sift, array), groups):  # in order of precedence
+            for rule, positions in sifted:
+                for position in positions.tolist():
+                    candidates.setdefault(position, []).append(rule)
     found = {position: find_spans(texts[position], rules) for position, rules in candidates.items()}
     return {position: spans for position, spans in sorted(found.items()) if spans}
 

@@ -214,6 +214,10 @@ VOCABULARY = _words(
     concerning suggestive equivocal indeterminate mild moderate severe minimal marked diffuse focal
     solitary multiple single several numerous small large bulky gross microscopic macroscopic mass
     nodule lesion lesions ulcer cyst polyp collection fluid effusion edema fracture fractures
+    lt rt photon proton electron practitioner recommend rate xeloda keytruda temodar casodex opdivo
+    tagrisso arimidex femara herceptin avastin erbitux taxotere abraxane gemcitabine gemzar zytiga
+    xtandi erleada firmagon eligard kadcyla enhertu ibrance verzenio kisqali lynparza zejula imfinzi
+    tecentriq libtayo yervoy lenvima nexavar stivarga xofigo pluvicto zometa xgeva prolia decadron
     nerve nerves guidance symptoms cm mm cc ml kg mg lytic available
     dermal invasion involvement extension spread disease syndrome disorder procedure operation
     """

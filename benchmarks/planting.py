@@ -1,0 +1,353 @@
+"""Invented identifiers planted in synthetic notes, with the place of each, to measure
+`radonc_jax.data.deidentify` by.
+
+A family is a set of sentences with slots; "{kind}" or "{kind:how}" is an identifier of that class,
+everything else of a sentence is none. TUNED families, TRAPS and the names of the lists were looked
+at while the rules were written. HELD_OUT families, traps and names were written after the rules
+were fixed and have changed no rule since; the two are reported apart.
+"""
+
+import re
+import string
+from dataclasses import dataclass
+
+import numpy as np
+
+from radonc_jax.data.deidentify import CLASSES
+from radonc_jax.data.lexicon import CITIES, GIVEN, SURNAMES
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Characters [start, end) of a note that are an identifier of class `kind`."""
+
+    start: int
+    end: int
+    kind: str
+    family: str
+
+
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
+SHORT_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+STREETS = "Maple Oak Cedar Washington Lincoln Sunset Palo Verde Indian School Camelback".split()
+
+TUNED = {
+    "name_title": [
+        "Referred by Dr. {name:surname}.",
+        "Discussed with Dr {name:surname} in detail.",
+        "Mrs. {name:surname} tolerated simulation well.",
+        "Mr. {name:full} presents with his family.",
+        "Follow up with Dr. {name:full} in 3 months.",
+        "Ms. {name:surname} agrees to proceed.",
+    ],
+    "name_label": [
+        "Patient: {name:full}.",
+        "Patient name: {name:last_first}.",
+        "Attending: {name:full}.",
+        "PCP: {name:full}.",
+        "Name: {name:last_first} seen today.",
+        "Electronically signed by {name:full}.",
+    ],
+    "name_relation": [
+        "Accompanied by daughter {name:given}.",
+        "Lives with wife {name:given} and two dogs.",
+        "His son {name:given} drives.",
+        "Daughter, {name:full}, is the health care proxy.",
+    ],
+    "name_plain": [
+        "{name:full} is a pleasant patient.",
+        "Case of {name:last_first} reviewed.",
+        "Plan reviewed by {name:full}, MD.",
+        "{name:full}, PhD checked the plan.",
+    ],
+    "place": [
+        "Lives in {place:city}.",
+        "Travels from {place:city} for treatment.",
+        "Address: {place:street}.",
+        "Home in {place:city}, Arizona.",
+        "Mail to {place:street}, {place:city}, AZ {place:zip}.",
+        "ZIP {place:zip}.",
+        "Mail to {place:box}.",
+    ],
+    "date": [
+        "Biopsy on {date:us}.",
+        "CT {date:us} shows response.",
+        "Surgery {date:iso}.",
+        "Seen {date:day_month}.",
+        "Lumpectomy on {date:month_day}.",
+        "Diagnosed in {date:month_year}.",
+        "Simulation {date:short}.",
+        "DOB {date:us}.",
+        "MRI from {date:month_slash_year}.",
+    ],
+    "age": [
+        "The patient is {age} years old.",
+        "{age} yo.",
+        "Age {age}.",
+        "{age}-year-old with good function.",
+        "Remarkably fit {age} y/o.",
+    ],
+    "phone": [
+        "Call {phone:dashes}.",
+        "Phone: {phone:brackets}.",
+        "Cell {phone:dots}.",
+        "Reach daughter at {phone:dashes}.",
+        "Pager {phone:local}.",
+    ],
+    "fax": ["Fax {fax:dashes}.", "Records faxed to {fax:brackets}.", "Fax: {fax:dots}."],
+    "email": ["E-mail {email}.", "Prefers contact at {email}."],
+    "ssn": ["SSN {ssn:dashes}.", "Social security number: {ssn:dashes}.", "SSN: {ssn:plain}."],
+    "mrn": ["MRN {mrn}.", "MRN: {mrn}.", "Medical record number {mrn}.", "MRN# {mrn}."],
+    "health_plan": [
+        "Member ID {health_plan:code}.",
+        "Insurance policy number {health_plan:code}.",
+        "Medicare {health_plan:mbi}.",
+        "BCBS subscriber # {health_plan:code}.",
+    ],
+    "account": ["Account {account}.", "Acct # {account}.", "Billing account number: {account}."],
+    "licence": ["Driver's license {licence}.", "NPI {licence:ten}.", "License no. {licence}."],
+    "vehicle": ["VIN {vehicle:vin}.", "License plate {vehicle:plate}."],
+    "device": [
+        "Pacemaker serial number {device}.",
+        "Port lot # {device}.",
+        "ICD serial {device}.",
+        "S/N {device}.",
+    ],
+    "url": ["See {url}.", "Images at {url}."],
+    "ip": ["Logged from {ip:v4}.", "Portal access {ip:v4} recorded.", "IP {ip:v6}."],
+    "other_id": [
+        "Accession {other_id:accession}.",
+        "Specimen # {other_id:code}.",
+        "Case number {other_id:accession}.",
+        "Order # {other_id:code}.",
+    ],
+}
+
+# Sentences that hold no identifier and look as if they did.
+TRAPS = [
+    "Completed 3/15 fractions.", "T2N0M0, stage IIA.", "40.05 Gy in 15 fractions.",
+    "1/12 nodes positive.", "PSA 8.4 on repeat.", "Gleason 3+4=7 in 3/12 cores.", "Code C50.411.",
+    "Hodgkin lymphoma, Deauville 2, Lugano stage II.", "Ewing sarcoma of the rib.",
+    "Breslow 2.1 mm, Clark level IV.", "Child-Pugh B7.", "Pancoast tumor.", "Klatskin tumor.",
+    "Ann Arbor stage IIA.", "s/p Ivor Lewis resection.", "PSA failure by the Phoenix definition.",
+    "Paget disease of the nipple.", "Merkel cell carcinoma.", "Wilms tumor.", "Barrett esophagus.",
+    "Planned on TrueBeam 3.", "6/9 MeV electrons.", "SIB 70/63/56 Gy.", "45/25 to the pelvis.",
+    "POD 12.", "KPS 90.", "Covered by the 95% isodose.", "Enrolled in NCT01234567.",
+    "Mother with Breast cancer.", "Father: Lung cancer at 70.", "T2/3 disease on MRI.",
+    "Seen by Urology.", "Discussed with Tumor Board.", "2.25 Gy/fx.", "Nottingham grade 2.",
+    "May proceed with treatment.", "Bloom-Richardson score 6.", "FIGO 2018 stage IB2.",
+    "Diagnosed in 2019.", "AJCC 8th edition.", "MR guidance available.", "Ki-67 20%.",
+]  # fmt: skip
+
+HELD_OUT: dict[str, list[str]] = {}
+HELD_OUT_TRAPS: list[str] = []
+HELD_OUT_GIVEN: list[str] = []
+HELD_OUT_SURNAMES: list[str] = []
+HELD_OUT_CITIES: list[str] = []
+
+
+class Planter:
+    """Draws identifiers. `held_out` takes names, cities and formats that no rule was tuned on."""
+
+    def __init__(self, rng: np.random.Generator, held_out: bool = False):
+        self.rng, self.held_out = rng, held_out
+        self.families = HELD_OUT if held_out else TUNED
+        self.traps = HELD_OUT_TRAPS if held_out else TRAPS
+        self.given = HELD_OUT_GIVEN if held_out else sorted(GIVEN)
+        self.surnames = HELD_OUT_SURNAMES if held_out else sorted(SURNAMES)
+        self.cities = HELD_OUT_CITIES if held_out else sorted(CITIES)
+
+    def pick(self, choices):
+        return choices[int(self.rng.integers(len(choices)))]
+
+    def digits(self, count: int) -> str:
+        # No leading zero, so that a number stays as long as it is meant to be.
+        return str(self.rng.integers(1, 10)) + "".join(
+            str(d) for d in self.rng.integers(0, 10, count - 1)
+        )
+
+    def letters(self, count: int) -> str:
+        return "".join(self.pick("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(count))
+
+    def value(self, kind: str, how: str) -> str:
+        return getattr(self, f"_{kind}")(how)
+
+    def _name(self, how):
+        given, surname = (self.pick(x).title() for x in (self.given, self.surnames))
+        middle = f" {self.letters(1)}." if self.rng.random() < 0.2 else ""
+        return {
+            "given": given,
+            "surname": surname,
+            "full": f"{given}{middle} {surname}",
+            "last_first": f"{surname}, {given}",
+            "shout": f"{surname.upper()}, {given.upper()}",
+            "initial": f"{given[0]}. {surname}",
+            "possessive": f"{surname}",
+        }[how]
+
+    def _place(self, how):
+        number = str(self.rng.integers(12, 19999))
+        street = f"{number} {self.pick(STREETS)} {self.pick(['St', 'Street', 'Ave', 'Road', 'Dr'])}"
+        zip_code = str(self.rng.integers(10001, 99950))
+        return {
+            "city": self.pick(self.cities).title(),
+            "street": street,
+            "street_north": f"{number} N. {self.pick(STREETS)} Blvd., Apt {self.digits(2)}",
+            "street_number": f"{number} W {self.rng.integers(4, 99)}th {self.pick(['St', 'Ave'])}",
+            "zip": zip_code,
+            "zip4": f"{zip_code}-{self.digits(4)}",
+            "box": f"P.O. Box {self.digits(4)}",
+            "county": f"{self.pick(['Pima', 'Navajo', 'Yavapai', 'Kern', 'Suffolk', 'Cook'])}",
+        }[how]
+
+    def _date(self, how):
+        year, month, day = (int(self.rng.integers(a, b)) for a, b in ((1931, 2025), (1, 13), (1, 29)))
+        return {
+            "us": f"{month}/{day}/{year}" if self.rng.random() < 0.5 else f"{month:02}/{day:02}/{year}",
+            "short": f"{month}/{day}/{year % 100:02}",
+            "iso": f"{year}-{month:02}-{day:02}",
+            "day_month": f"{day} {SHORT_MONTHS[month - 1]} {year}",
+            "month_day": f"{MONTHS[month - 1]} {day}, {year}",
+            "month_year": f"{MONTHS[month - 1]} {year}",
+            "month_slash_year": f"{month:02}/{year}",
+            "dots": f"{day:02}.{month:02}.{year}",
+            "dashes": f"{month:02}-{day:02}-{year}",
+            "oracle": f"{day:02}-{SHORT_MONTHS[month - 1].upper()}-{year % 100:02}",
+            "ordinal": f"the {self._ordinal(day)} of {MONTHS[month - 1]}"[4:],
+            "month_ordinal": f"{MONTHS[month - 1]} {self._ordinal(day)}",
+            "no_year": f"{month}/{day}",
+            "compact": f"{year}{month:02}{day:02}",
+            "apostrophe": f"{SHORT_MONTHS[month - 1]} '{year % 100:02}",
+            "time": f"{year}-{month:02}-{day:02}T09:{day + 10}",
+        }[how]
+
+    @staticmethod
+    def _ordinal(day: int) -> str:
+        ending = {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
+        return f"{day}{'th' if day in (11, 12, 13) else ending}"
+
+    def _age(self, how):
+        return str(self.rng.integers(90, 104))
+
+    def _phone(self, how):
+        area, middle, last = self.pick("23456789") + self.digits(2), self.digits(3), self.digits(4)
+        return {
+            "dashes": f"{area}-{middle}-{last}",
+            "brackets": f"({area}) {middle}-{last}",
+            "dots": f"{area}.{middle}.{last}",
+            "spaces": f"{area} {middle} {last}",
+            "plain": f"{area}{middle}{last}",
+            "local": f"{middle}-{last}",
+            "country": f"+1 {area} {middle} {last}",
+            "country_dashes": f"1-{area}-{middle}-{last}",
+            "extension": f"{area}-{middle}-{last} ext {self.digits(3)}",
+            "abroad": f"+44 20 {self.digits(4)} {self.digits(4)}",
+        }[how]
+
+    _fax = _phone
+
+    def _email(self, how):
+        user, number = self.pick(self.surnames), self.digits(2)
+        if how == "spelled":
+            return f"{user} at example dot com"
+        return f"{user}{number}@{self.pick(['example.com', 'mail.example.org', 'clinic.example.net'])}"
+
+    def _ssn(self, how):
+        a, b, c = self.digits(3), self.digits(2), self.digits(4)
+        return {"dashes": f"{a}-{b}-{c}", "plain": a + b + c, "spaces": f"{a} {b} {c}", "last": c}[how]
+
+    def _mrn(self, how):
+        return {
+            "": self.digits(int(self.rng.integers(6, 10))),
+            "letters": self.letters(1) + self.digits(7),
+            "dashes": f"{self.digits(3)}-{self.digits(2)}-{self.digits(2)}",
+        }[how]
+
+    def _health_plan(self, how):
+        a, n = self.letters, self.digits
+        return {
+            "code": a(3) + n(9),
+            "mbi": f"{n(1)}{a(1)}{n(1)}{n(1)}{a(1)}{n(1)}{n(1)}{a(2)}{n(2)}",
+            "mbi_dashes": f"{n(1)}{a(1)}{n(1)}{n(1)}-{a(1)}{n(1)}{n(1)}-{a(2)}{n(2)}",
+            "digits": n(10),
+        }[how]
+
+    def _account(self, how):
+        return {"": self.digits(9), "dashes": f"{self.digits(4)}-{self.digits(6)}"}[how]
+
+    def _licence(self, how):
+        return {"": self.letters(1) + self.digits(8), "ten": self.digits(10),
+                "dea": self.letters(2) + self.digits(7)}[how]  # fmt: skip
+
+    def _vehicle(self, how):
+        pool = string.digits + "ABCDEFGHJKLMNPRSTUVWXYZ"
+        return {
+            "vin": "1HG" + "".join(self.pick(pool) for _ in range(14)),
+            "plate": f"{self.letters(3)}{self.digits(4)}",
+            "plate_spaced": f"{self.letters(3)} {self.digits(3)}",
+            "plate_digits": f"{self.digits(1)}{self.letters(3)}{self.digits(3)}",
+        }[how]
+
+    def _device(self, how):
+        return {"": self.letters(3) + self.digits(6), "dashes": f"{self.digits(4)}-{self.digits(5)}",
+                "udi": f"(01){self.digits(14)}"}[how]  # fmt: skip
+
+    def _url(self, how):
+        user = self.pick(self.surnames)
+        return {
+            "": self.pick([f"https://www.example.com/{user}", f"www.example.org/patients/{user}"]),
+            "bare": f"{user}family.com",
+            "deep": f"http://portal.example.net:8080/view?id={self.digits(6)}",
+        }[how]
+
+    def _ip(self, how):
+        if how == "v6":
+            return ":".join(f"{int(x):04x}" for x in self.rng.integers(0, 65536, 8))
+        return ".".join(str(x) for x in self.rng.integers(1, 255, 4))
+
+    def _other_id(self, how):
+        return {
+            "accession": f"{self.pick(['S', 'SP', 'CY'])}{self.rng.integers(14, 26)}-{self.digits(5)}",
+            "code": self.letters(2) + self.digits(7),
+            "digits": self.digits(9),
+            "uuid": "-".join("".join(self.pick("0123456789abcdef") for _ in range(n))
+                             for n in (8, 4, 4, 4, 12)),
+        }[how]  # fmt: skip
+
+    def sentence(self, family: str) -> tuple[str, list[Planted]]:
+        """A filled sentence of a family, and what is planted in it."""
+        parts, planted, length = [], [], 0
+        for literal, slot, how, _ in string.Formatter().parse(self.pick(self.families[family])):
+            parts.append(literal)
+            length += len(literal)
+            if slot is not None:
+                assert slot in CLASSES, slot
+                value = self.value(slot, how or "")
+                planted.append(Planted(length, length + len(value), slot, family))
+                parts.append(value)
+                length += len(value)
+        return "".join(parts), planted
+
+    def plant(self, note: str, families: list[str], traps: int = 0) -> tuple[str, list[Planted]]:
+        """`note` with a sentence of each family, and some traps, between its own sentences.
+
+        A note all in capitals or in small letters stays so.
+        """
+        pieces = [(piece, []) for piece in re.split(r"(?<=[.;])\s", note)]
+        added = [self.sentence(family) for family in families]
+        added += [(self.pick(self.traps), []) for _ in range(traps)]
+        for piece in added:
+            pieces.insert(int(self.rng.integers(0, len(pieces) + 1)), piece)
+        text, planted = "", []
+        for piece, spans in pieces:
+            text += " " if text else ""
+            planted += [
+                Planted(len(text) + s.start, len(text) + s.end, s.kind, s.family) for s in spans
+            ]
+            text += piece
+        # str.upper and str.lower keep the length of ASCII text, and so the offsets.
+        if note.isupper() or note.islower():
+            text = text.upper() if note.isupper() else text.lower()
+        return text, planted
