@@ -245,6 +245,18 @@ def test_preflight_foretells_what_training_does(policy):
         assert facts["tokens_cut"]["max"] == max(cut.values())
 
 
+def test_preflight_knows_the_last_token_that_fits():
+    task, tokenizer = TASKS["icd"], WordTokenizer()
+
+    def too_long(words):
+        found = preflight({"train": [record(words=words)]}, [task], tokenizer, 64, "fail")
+        return found.facts["tasks"]["icd"]["too_long"]["all"]
+
+    (example,), _ = task_examples([record(words=5)], [task], tokenizer, config())
+    fits = 5 + 64 - example.length
+    assert (too_long(fits), too_long(fits + 1)) == (0, 1)
+
+
 def test_preflight_tells_what_never_fits_and_prints_no_text():
     records = {"train": [record("a"), record("b", words=300)]}
     found = preflight(records, [TASKS["icd"]], WordTokenizer(), 8, "trim_diagnosis")
