@@ -19,10 +19,12 @@ from pathlib import Path
 import pandas as pd
 from absl import app, flags
 
-from radonc_jax.data import annotation, cohort, deidentify, flow, rules, splits, table1
+from radonc_jax.data import annotation, batches, cohort, deidentify, flow, rules, splits, table1
 from radonc_jax.data.extract import UNITS, check_unit, parse_columns, read_extract
 from radonc_jax.data.rows import find_layout
 from radonc_jax.data.synthetic import ceiling_paths, mean_ceiling
+from radonc_jax.models.tokenizer import JSON, SENTENCEPIECE, load_tokenizer
+from radonc_jax.tasks import TASKS
 
 _INPUT = flags.DEFINE_string("input", None, "The extract to read.")
 _OUTPUT = flags.DEFINE_string("output", None, "The cohort folder to write.")
@@ -72,6 +74,13 @@ _SPLIT_BY = flags.DEFINE_string(
 _GROUP = flags.DEFINE_bool(
     "group_near_duplicates", False, "Keep texts that nearly repeat each other in one split."
 )
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Model folder whose tokenizer counts what training will read."
+)
+_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens, for --tokenizer.")
+_OVER_LENGTH = flags.DEFINE_enum(
+    "over_length", "fail", batches.OVER_LENGTH, "What training will do about longer examples."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a finished cohort.")
 
 # Everything of the extract that may come to stand in a file of the cohort.
@@ -92,6 +101,7 @@ def prepare() -> dict:
     own = rules.load_rules(_RULES.value) if _RULES.value else []
     actions = deidentify.parse_actions(_ACTIONS.value)
     by = splits.parse_split_by(_SPLIT_BY.value)
+    tokenizer = load_tokenizer(Path(_TOKENIZER.value)) if _TOKENIZER.value else None
 
     # --- Read --------------------------------------------------------------------------------
     layout = find_layout(source, _ENCODING.value, _DELIMITER.value, _SHEET.value)
@@ -146,6 +156,20 @@ def prepare() -> dict:
     if _DEIDENTIFY.value == "redact":
         cases["patient_id"] = deidentify.pseudonyms(cases["patient_id"], _SEED.value)
 
+    lengths = None
+    if tokenizer is not None:
+        records = {name: cohort.as_records(cases[cases["split"] == name]) for name in splits.SPLITS}
+        lengths = batches.preflight(
+            records, list(TASKS.values()), tokenizer, _LENGTH.value, _OVER_LENGTH.value
+        )
+        files["over_length.csv"] = (
+            pd.DataFrame(
+                lengths.too_long, columns=["case_id", "split", "task", "tokens", "tokens_cut"]
+            )
+            .to_csv(index=False, lineterminator="\n")
+            .encode()
+        )
+
     # --- Write -------------------------------------------------------------------------------
     annotated = None
     if settled is not None:
@@ -173,6 +197,7 @@ def prepare() -> dict:
             **findings.summary(),
         },
         "table1": characteristics.facts,
+        "preflight": None if lengths is None else lengths.facts | {"tokenizer": _tokenizer()},
         "annotation": (settled.facts if settled else {}) | {"rows_offered": len(sheet)},
         "near_misses": cohort.near_misses(selection),
         "stripped": stripped,
@@ -207,6 +232,12 @@ def _hashed(path: str | Path | None) -> dict[str, str | None]:
     if path is None:
         return {"name": None, "sha256": None}
     return {"name": Path(path).name, "sha256": cohort.sha256(Path(path))}
+
+
+def _tokenizer() -> dict[str, str | None]:
+    folder = Path(_TOKENIZER.value)
+    file = next(folder / name for name in (JSON, SENTENCEPIECE) if (folder / name).is_file())
+    return _hashed(file) | {"name": folder.name}
 
 
 def ceiling_of_test(source: Path, cases: pd.DataFrame) -> dict[str, float] | None:
@@ -250,6 +281,8 @@ def print_counts(manifest: dict) -> None:
     classes = ", ".join(f"{kind} {count}" for kind, count in found["classes"].items()) or "none"
     print(f"identifiers found: {classes} (--deidentify={found['policy']})")
     print(f"uncertain rows offered to annotators: {manifest['annotation']['rows_offered']}")
+    if manifest["preflight"]:
+        print(batches.Preflight(manifest["preflight"], []))
     if manifest["ceiling"]:
         best = ", ".join(f"{task} {value:.3f}" for task, value in manifest["ceiling"].items())
         print(f"best reachable on test: {best}")

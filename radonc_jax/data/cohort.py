@@ -236,5 +236,10 @@ def load_cohort(folder: str | Path) -> dict[str, pd.DataFrame]:
 
 def load_records(folder: str | Path, split: str) -> list[Record]:
     """One split as the tasks read it. Raises as `load_split`."""
-    table = load_split(folder, split)[list(FIELDS)].astype(str)
+    return as_records(load_split(folder, split))
+
+
+def as_records(cases: pd.DataFrame) -> list[Record]:
+    """Cohort rows as the tasks read them."""
+    table = cases[list(FIELDS)].astype(str)
     return [Record(*values) for values in table.itertuples(index=False, name=None)]
