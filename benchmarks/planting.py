@@ -141,11 +141,159 @@ TRAPS = [
     "Diagnosed in 2019.", "AJCC 8th edition.", "MR guidance available.", "Ki-67 20%.",
 ]  # fmt: skip
 
-HELD_OUT: dict[str, list[str]] = {}
-HELD_OUT_TRAPS: list[str] = []
-HELD_OUT_GIVEN: list[str] = []
-HELD_OUT_SURNAMES: list[str] = []
-HELD_OUT_CITIES: list[str] = []
+HELD_OUT = {
+    "name_title": [
+        "Dr {name:surname}'s note was reviewed.",
+        "Drs. {name:surname} and {name:surname} concur.",
+        "Prof {name:initial} gave a second opinion.",
+        "Mr {name:surname} and his wife had many questions.",
+        "I saw Ms {name:surname} in clinic.",
+    ],
+    "name_label": [
+        "Patient Name - {name:shout}.",
+        "RE: {name:full}.",
+        "Dictated by: {name:initial}.",
+        "Oncologist: Dr. {name:full}.",
+        "Emergency contact: {name:full} (spouse).",
+    ],
+    "name_relation": [
+        "Her husband, {name:given}, was on the phone.",
+        "Sister ({name:given}) is a nurse.",
+        "Here with partner {name:given} today.",
+        "Niece is {name:full}.",
+    ],
+    "name_cue": [
+        "Surgery was done by {name:initial}.",
+        "Case discussed with {name:surname}.",
+        "We thank {name:full} for the referral.",
+        "{name:full}, DO will follow.",
+        "Cc {name:surname}, {name:surname}.",
+    ],
+    "name_bare": [
+        "{name:surname} tolerated treatment well.",
+        "{name:full} was counseled on risks.",
+        "{name:given} wishes to start next week.",
+        "Spoke to {name:given} by telephone.",
+    ],
+    "place": [
+        "Resides in {place:city} with her sister.",
+        "Patient is from {place:city}.",
+        "He drove two hours from {place:city}.",
+        "Lives at {place:street_north}.",
+        "Residence: {place:street_number}.",
+        "{place:city}, AZ.",
+        "Works on a farm in {place:county} County.",
+        "Mailing address {place:city} AZ {place:zip4}.",
+    ],
+    "date": [
+        "Biopsied {date:dots}.",
+        "Last seen {date:dashes}.",
+        "PET/CT {date:oracle} negative.",
+        "Treated on {date:ordinal}.",
+        "Next visit {date:month_ordinal}.",
+        "Started RT on {date:no_year}.",
+        "Colonoscopy {date:compact}.",
+        "Diagnosed {date:apostrophe}.",
+        "Note signed {date:time}.",
+        "Treated between {date:us} and {date:short}.",
+    ],
+    "age": [
+        "A {age} year old retired teacher.",
+        "{age}F with good support.",
+        "Patient aged {age}.",
+        "At {age} years of age she declines surgery.",
+        "She turned {age} last week.",
+    ],
+    "phone": [
+        "Contact number {phone:spaces}.",
+        "Call back at {phone:country}.",
+        "Office {phone:country_dashes}.",
+        "Tel. {phone:extension}.",
+        "Mobile: {phone:plain}.",
+        "Son abroad: {phone:abroad}.",
+    ],
+    "fax": ["Fax no. {fax:spaces}.", "F: {fax:dashes}.", "Send reports via fax, {fax:brackets}."],
+    "email": ["Contact: {email}", "Email ({email}) preferred.", "Write to {email:spelled}."],
+    "ssn": ["Soc. sec. no. {ssn:dashes}.", "SS# {ssn:dashes}.", "SSN ending in {ssn:last}."],
+    "mrn": [
+        "Medical Record No: {mrn:dashes}.",
+        "MR# {mrn}.",
+        "Hospital number {mrn:letters}.",
+        "Pt ID {mrn}.",
+        "Chart #{mrn}.",
+    ],
+    "health_plan": [
+        "Medicare ID {health_plan:mbi_dashes}.",
+        "Group number {health_plan:digits}.",
+        "Aetna member #{health_plan:code}.",
+        "Insurance: Cigna, ID {health_plan:code}.",
+    ],
+    "account": [
+        "Guarantor account {account:dashes}.",
+        "Invoice no. {account}.",
+        "Bank account ending {account}.",
+    ],
+    "licence": [
+        "DEA {licence:dea}.",
+        "Medical license #{licence}.",
+        "Driver license number is {licence}.",
+    ],
+    "vehicle": [
+        "Car registration {vehicle:plate_spaced}.",
+        "Parking pass, plate {vehicle:plate_digits}.",
+        "Vehicle identification number {vehicle:vin}.",
+    ],
+    "device": [
+        "Port serial no. {device:dashes}.",
+        "Defibrillator SN: {device}.",
+        "Device UDI {device:udi}.",
+        "Breast implant lot number {device}.",
+    ],
+    "url": ["Blog: {url:bare}.", "Uploaded to {url:deep}"],
+    "ip": ["Connected via {ip:v4} for telehealth.", "Address {ip:v6} logged."],
+    "other_id": [
+        "Path # {other_id:accession}.",
+        "Encounter {other_id:digits}.",
+        "Study ID: {other_id:code}.",
+        "Record {other_id:uuid}.",
+        "Employee badge {other_id:code}.",
+    ],
+}
+HELD_OUT_TRAPS = [
+    "Received 12/16 planned fractions.", "ypT1bN1a, stage IB.", "42.56 Gy/16 fx to the breast.",
+    "2/17 axillary LNs involved.", "PSA nadir 0.03, then 1.7.", "GS 3+3=6 in 2/14 cores.",
+    "ICD-10 code D05.12 assigned.", "Burkitt lymphoma, CNS negative.", "Siewert II tumor.",
+    "Masaoka stage III thymoma.", "Koos grade 3 schwannoma.", "Bilsky 2 at T8.",
+    "Spetzler-Martin grade III AVM.", "Mohs surgery with clear margins.", "Whipple in 2021.",
+    "Waldeyer ring involved.", "Kadish C disease.", "Fuhrman grade 3.", "Bloom Richardson grade II.",
+    "Virchow node palpable.", "Sister Mary Joseph nodule.", "Lynch syndrome ruled out.",
+    "Treated on Versa HD.", "9/12 MeV, bolus daily.", "SIB to 54/45 Gy.", "V20 31%, mean 18.2 Gy.",
+    "ECOG 1, KPS 90-100.", "Smoked 95 pack-years.", "RTOG 0617 regimen.", "NSABP B-39 eligible.",
+    "Father had Prostate cancer.", "Aunt: Ovarian cancer.", "T3/T4 by imaging.",
+    "Evaluated by Neurosurgery.", "Referred by Dermatology.", "Hgb 12.1, WBC 3.4, plt 250.",
+    "BP 132/84, pulse 76.", "Milan criteria met.", "Paris system category 4.", "Ki67 30-40%.",
+    "Every 3-6 months imaging.", "Pain 8/10, now 2/10.", "Margins 1/2/3 mm.", "Dr. visit pending.",
+    "Will Rogers phenomenon noted.", "Charlson index 5.", "Van Nuys index 9.", "In 2020, DCIS.",
+]  # fmt: skip
+HELD_OUT_GIVEN = (
+    "oluwaseun agnieszka tomasz siobhan declan fiona nikhil deepa farah yusuf mateo valentina "
+    "joaquin esperanza xiomara tuan linh huong soo-jin hyun dwayne latoya tamika deshawn darnell "
+    "wilma elmer orville agatha cornelia winifred bartholomew thaddeus jacob hannah caleb brianna "
+    "paige colton brooke trevor marcus holden simone yvette renee monique bridget maureen eileen "
+    "karl greta helga sven astrid nils anneliese ottilie bjorn margarethe"
+).split()
+HELD_OUT_SURNAMES = (
+    "adeyemi kaczmarek wisniewski gallagher brennan mahoney krishnan venkatesh siddiqui haddad "
+    "quintero villalobos echeverria zamora tran-le pham vo huynh bae seo jefferson whitaker "
+    "broussard thibodeaux landry mccallister vandenberg lindqvist halvorsen bergstrom hofstadter "
+    "zimmerman klein bauer fitzpatrick o'donnell o'brien macdougall macpherson abernathy pettigrew "
+    "yazzie begay tsosie benally nez manygoats castellanos figueroa pacheco trujillo montoya "
+    "rutherford langley ashworth pemberton thornton stanton hobbs beasley dickerson"
+).split()
+HELD_OUT_CITIES = (
+    "globe,show low,payson,winslow,safford,bisbee,eloy,florence,wickenburg,winkelman,gallup,"
+    "farmington,las cruces,barstow,needles,blythe,elko,provo,ogden,pocatello"
+).split(",")
 
 
 class Planter:

@@ -157,7 +157,7 @@ def _name_end(text: str, start: int, trusted: bool) -> int | None:
     one comma does where a given name follows it ("Doe, Jane").
     """
     caseless = _caseless(text)
-    end, names, comma = None, 0, False
+    end, names, comma, labelled = None, 0, False, trusted
     position = start
     while names < 4:
         word = _WORD.match(text, position)
@@ -178,13 +178,15 @@ def _name_end(text: str, start: int, trusted: bool) -> int | None:
             if names and low in SURNAMES:
                 end = position
         elif _could_be_name(said, caseless, trusted):
-            # In a text without capitals what follows a name is one only if it is listed.
-            if (names and caseless and not _on_lists(said)) or (comma and low not in GIVEN):
+            # Without capitals a third word is a part of the name only if it is listed.
+            if names > 1 and caseless and not _on_lists(said):
+                break
+            if comma and low not in GIVEN and not (labelled and (caseless or said[0].isupper())):
                 break
             names += 1
             end = position = word.end()
             # Behind a given name an eponym is a surname.
-            trusted = low in GIVEN or (trusted and bool(names < 2) and not caseless)
+            trusted = low in GIVEN or (trusted and names < 2)
         else:
             break
         gap = _GAP.match(text, position)
@@ -269,6 +271,8 @@ def _month_name(match: re.Match) -> tuple[int, int] | None:
     """A month by name. "may", "mar", "dec" and "sep" in small letters are words unless a year or
     an ordinal says otherwise."""
     month, said = match["month"], match["id"]
+    if re.search(r"'\d\d$|^\d{1,2}-[a-z]{3}-\d\d", said, re.IGNORECASE):
+        return match.span("id")
     if month[0].islower() and not re.search(rf"{_YEAR}|\d(?:st|nd|rd|th)", said, re.IGNORECASE):
         if month.casefold() in ("may", "mar", "march", "dec", "sep", "oct"):
             return None
@@ -284,9 +288,30 @@ def _old_age(match: re.Match) -> tuple[int, int] | None:
     return match.span("id")
 
 
+def _names(text: str, start: int) -> tuple[int, int] | None:
+    """The name at `start` that a title or label introduces, and those that "and" adds to it."""
+    end = _name_end(text, start, True)
+    last = end
+    while last is not None:
+        end = last
+        joint = re.compile(r"\s(?:and|&)\s(?:dr\.?\s)?", re.IGNORECASE).match(text, end)
+        last = joint and _name_end(text, joint.end(), _caseless(text) is False)
+    return None if end is None else (start, end)
+
+
 def _labelled(match: re.Match) -> tuple[int, int] | None:
-    end = _name_end(match.string, match.end(), True)
-    return None if end is None else (match.end(), end)
+    return _names(match.string, match.end())
+
+
+def _copied(match: re.Match) -> tuple[int, int] | None:
+    """All names of a list behind "Cc"."""
+    span = _names(match.string, match.end())
+    while span is not None and match.string[span[1] : span[1] + 2] == ", ":
+        more = _names(match.string, span[1] + 2)
+        if more is None:
+            break
+        span = (span[0], more[1])
+    return span
 
 
 _STREET_BEFORE = re.compile(r"(?<![\w.])\d{1,6}\s(?:[NSEW]\.?\s)?(?:[A-Z][\w'’-]*\s){1,3}$")
@@ -303,18 +328,21 @@ def _titled(match: re.Match) -> tuple[int, int] | None:
     word = _WORD.match(text, match.end())
     if doubtful and (word is None or not _on_lists(word[0])):
         return None
-    end = _name_end(text, match.end(), True)
-    return None if end is None else (match.end(), end)
+    return _names(text, match.end())
 
 
 def _relative(match: re.Match) -> tuple[int, int] | None:
     """A relation's name. Family history ("Mother Breast cancer") has no word that is a name."""
-    end = _name_end(match.string, match.end(), False)
-    if end is None:
+    text = match.string
+    end = _name_end(text, match.end(), False)
+    word = _WORD.match(text, match.end())
+    if end is None and match[0].endswith("(") and word and text[word.end() : word.end() + 1] == ")":
+        return None if _is_known(word[0]) else word.span()  # "sister (huong)"
+    if end is None or text[match.start() : end].casefold() == "sister mary joseph":
         return None
-    words = _WORD.findall(match.string[match.end() : end])
+    words = _WORD.findall(text[match.end() : end])
     listed = any(map(_on_lists, words))
-    direct = not match[0].rstrip().endswith((":", ","))
+    direct = not match[0].rstrip().endswith((":", ",")) or text[end : end + 1] in (",", ")")
     return (match.end(), end) if listed or direct else None
 
 
@@ -337,11 +365,32 @@ def _before_degree(match: re.Match) -> tuple[int, int] | None:
         word = words[index][0]
         last = index == len(words) - 1
         name = _could_be_name(word, caseless, last) and (not caseless or _on_lists(word))
-        if not name and not (len(word) == 1 and (caseless or word.isupper()) and index < len(words) - 1):
+        if not name and not (
+            len(word) == 1 and (caseless or word.isupper()) and index < len(words) - 1
+        ):
             break
         if len(word) > 1:
             first = words[index].start()
     return None if first is None else (first, match.end("id"))
+
+
+def _initial(match: re.Match) -> tuple[int, int] | None:
+    """ "J. Okafor", but not "E. Coli" or what stands behind a sentence that ends in a letter."""
+    word = match["surname"]
+    if _is_known(word) or _is_eponym(word) or word.casefold() in _MICROBES:
+        return None
+    return match.span("id")
+
+
+_MICROBES = frozenset("coli difficile aureus pylori faecalis burnetii burgdorferi".split())
+
+
+def _subject(match: re.Match) -> tuple[int, int] | None:
+    """Who does what only a person does, at the head of a sentence."""
+    words = match["id"].split()
+    if any(_is_known(word) or _is_eponym(word) or word.isupper() for word in words):
+        return None
+    return match.span("id")
 
 
 def _given_and_surname(match: re.Match) -> tuple[int, int] | None:
@@ -421,6 +470,19 @@ def _city_state(match: re.Match) -> tuple[int, int] | None:
     return match.end("city") - len(" ".join(words)), match.end("city")
 
 
+def _city_zip(match: re.Match) -> tuple[int, int] | None:
+    """A city between other words and its state and ZIP code: "Mailing address Eloy AZ 85131"."""
+    words = match["city"].split()
+    while words and (_is_known(words[0]) or not words[0][0].isupper()) and len(words) > 1:
+        words.pop(0)
+    if _is_known(words[0]):
+        return None
+    return (match.end("city") - len(" ".join(words)), match.end("city")) if words else None
+
+
+_SURE_CUE = re.compile(r"live|living|resid|originally|born|native|hometown", re.IGNORECASE)
+
+
 def _residence(match: re.Match) -> tuple[int, int] | None:
     """The place where somebody lives, comes from or travels from."""
     text, start = match.string, match.end()
@@ -430,18 +492,22 @@ def _residence(match: re.Match) -> tuple[int, int] | None:
         if word is None or (end is not None and text[end] != " "):
             break
         said = word[0]
-        city = _bare(said) in CITIES
-        if not city and (not said[0].isupper() or _is_known(said) or _caseless(text)):
+        listed, caseless = _bare(said) in CITIES, _caseless(text)
+        plain = said[0].isupper() and not caseless
+        # Without capitals one unknown word behind a sure cue is a place.
+        sure = count == 0 and caseless and _SURE_CUE.match(match[0]) is not None
+        if not listed and (_is_known(said) or not (plain or sure)):
             break
-        if count == 0 and said in STATES:
-            return None
         end = word.end()
-    if end is None or text[start:end] in STATES or text[start:end] in _COUNTRIES:
+    if end is None or text[start:end].casefold() in _LARGE_PLACES:
         return None
     return start, end
 
 
-_COUNTRIES = frozenset("Mexico Canada Germany India China Japan Brazil Spain France Italy".split())
+# What is no geography below the state.
+_LARGE_PLACES = frozenset(name.casefold() for name in STATES) | frozenset(
+    "mexico canada germany india china japan brazil spain france italy vietnam korea cuba".split()
+)
 
 
 def _has_digits(match: re.Match) -> tuple[int, int] | None:
@@ -475,7 +541,7 @@ RULES: tuple[Rule, ...] = (
         r"\S@\S|\sat\s\S+\sdot\s",
         _compile(
             r"(?<![\w.+-])(?P<id>[\w.+'-]{1,64}@[\w-]+(?:\.[\w-]+)+"
-            r"|[\w.+-]{1,64}\s(?:\[at\]|at)\s[\w-]+\s(?:\[dot\]|dot)\s(?:com|org|net|edu))(?!\w)"
+            r"|[\w.+'-]{1,64}\s(?:\[at\]|at)\s[\w-]+\s(?:\[dot\]|dot)\s(?:com|org|net|edu))(?!\w)"
         ),
     ),
     Rule(
@@ -483,8 +549,8 @@ RULES: tuple[Rule, ...] = (
         "url",
         r"://|www\.|\.(?:com|org|net|edu|gov|io|info|health|us|co)\b",
         _compile(
-            r"(?<![\w@.])(?P<id>(?:https?|ftp)://[^\s,;<>()]+|www\.[^\s,;<>()]+"
-            r"|(?:[\w-]+\.){1,4}(?:com|org|net|edu|gov|io|info|health)(?:/[^\s,;<>()]*)?)(?<![.])"
+            r"(?<![\w@.'])(?P<id>(?:https?|ftp)://[^\s,;<>()]+|www\.[^\s,;<>()]+"
+            r"|(?:[\w'-]+\.){1,4}(?:com|org|net|edu|gov|io|info|health)(?:/[^\s,;<>()]*)?)(?<![.])"
         ),
     ),
     Rule(
@@ -584,6 +650,12 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        "vehicle_plate_bare",
+        "vehicle",
+        r"plates?\s[a-z0-9]{5,8}\b",
+        _compile(r"\bplates?\s(?P<id>(?=\w*\d\w*\d\w*\d)(?=\d*[A-Z]\d*[A-Z])[A-Z0-9]{5,8})(?!\w)"),
+    ),
+    Rule(
         "device_label",
         "device",
         r"(?:serial|s/n|sn|lot|udi|device|pacemaker|implant|defibrillator|pump|generator)"
@@ -617,6 +689,16 @@ RULES: tuple[Rule, ...] = (
             digits=3,
         ),
         _has_digits,
+    ),
+    Rule(
+        "other_label_bare",
+        "other_id",
+        r"(?:\bid|badge|encounter|accession|specimen|visit|order|requisition|confirmation|reference)\s"
+        r"[a-z]{0,3}-?\d{5}",
+        _compile(
+            r"(?<![\w-])(?:id|badge|encounter|accession|specimen|visit|order|requisition|confirmation"
+            r"|reference)\s(?P<id>[A-Z]{0,3}-?\d{5,15})(?![\w-])"
+        ),
     ),
     Rule(
         "other_accession",
@@ -777,6 +859,12 @@ RULES: tuple[Rule, ...] = (
         _compile(r"\bage[ds]?[\s:]{1,2}(?:of\s|is\s)?(?P<id>9\d|1[0-2]\d)(?!\d|\.\d|%)"),
     ),
     Rule(
+        "age_birthday",
+        "age",
+        r"turn(?:ed|s|ing)\s|birthday",
+        _compile(r"\bturn(?:ed|s|ing)\s(?P<id>9\d|1[0-2]\d)(?!\d|\.\d|%|\s?(?:degrees|mm|cm))"),
+    ),
+    Rule(
         "age_decade",
         "age",
         r"90'?s|nineties",
@@ -821,10 +909,19 @@ RULES: tuple[Rule, ...] = (
         "place",
         r"[a-z],\s?(?:" + "|".join(STATES + STATE_CODES).lower() + r")\b",
         re.compile(
-            rf"(?P<city>[A-Za-z][\w'’.-]+(?: [A-Za-z][\w'’.-]+){{0,3}}),\s?(?P<state>{_STATE}"
+            rf"(?P<city>(?:(?:St|Ft|Mt)\. )?[A-Za-z][\w'’-]+(?: [A-Za-z][\w'’-]+){{0,3}}),\s?(?P<state>{_STATE}"
             rf"|{_STATE.lower()})(?![\w-])"
         ),
         _city_state,
+    ),
+    Rule(
+        "place_city_zip",
+        "place",
+        r"[a-z]\s(?:" + "|".join(STATE_CODES).lower() + r")\s\d{5}",
+        re.compile(
+            rf"(?P<city>[A-Za-z][\w'’-]+(?: [A-Za-z][\w'’-]+)?) (?P<state>{_STATE}|{_STATE.lower()}) \d{{5}}(?!\d)"
+        ),
+        _city_zip,
     ),
     Rule(
         "place_county",
@@ -837,13 +934,13 @@ RULES: tuple[Rule, ...] = (
         "place_residence",
         "place",
         r"(?:live[sd]?|living|resid\w+|home)(?: alone| independently)?\s(?:in|at|near|of|outside)\s"
-        r"|(?:originally|comes|travels|traveling|drives|driving|flew|flies|commutes|transferred|moved|relocated"
-        r"|is|retired)(?: in)?(?: here)?\s(?:from|to)\s|born in\s|native of\s|hometown|visiting from\s",
+        r"|(?:originally|comes|travels|traveling|drives|driving|drove|flew|flies|commutes|transferred|moved"
+        r"|relocated|is|retired)(?:\s\w+){0,3}\s(?:from|to)\s|born in\s|native of\s|hometown|visiting from\s",
         re.compile(
             r"(?i:\b(?:live[sd]?|living|resid(?:es|ing|ent)|home)(?: alone| independently)?(?: in| at| near"
             r"| of| outside)"
-            r"|\b(?:originally|comes|travels|traveling|drives|driving|flew|flies|commutes|transferred|moved"
-            r"|relocated|is|retired)(?: in)? (?:here )?(?:from|to)"
+            r"|\b(?:originally|comes|travels|traveling|drives|driving|drove|flew|flies|commutes|transferred"
+            r"|moved|relocated|is|retired)(?: \w+){0,3}? (?:from|to)"
             r"|\bborn in|\bnative of|\bhometown(?: is|:)|\bvisiting from)\s"
         ),
         _residence,
@@ -861,14 +958,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "name_label",
         "name",
-        r"name\s?:|name\s(?:is|was)\s|(?:patient|pt|physician|attending|provider|surgeon|pcp|author|cc|spouse"
+        r"name\s?:|name\s(?:is|was|-)\s|(?:\bre|patient|pt|physician|attending|provider|surgeon|pcp|author|cc|spouse"
         r"|kin|contact|person|poa|oncologist|resident|fellow|interpreter|proxy|informant|witness|therapist"
         r"|dosimetrist|physicist|md)\s?:|named\s|nickname|known as\s|a\.?k\.?a"
         r"|(?:signed|dictated|authored|transcribed|cosigned|attested|entered)\sby",
         _compile(
             r"\b(?:(?:patient|pt|full|legal|first|last|maiden|preferred|family|mother's|father's)'?s?\s)?"
-            r"(?:name|surname)(?:\s(?:is|was)|\s?:)[ \t]{0,2}"
-            r"|\b(?:patient|pt|physician|attending|provider|surgeon|pcp|author|cc|spouse|next of kin"
+            r"(?:name|surname)(?:\s(?:is|was)\s|\s?:|\s-\s)[ \t]{0,2}"
+            r"|\b(?:re|patient|pt|physician|attending|provider|surgeon|pcp|author|cc|spouse|next of kin"
             r"|(?:emergency )?contact(?: person)?|(?:dpoa|poa|mpoa)|oncologist|resident|fellow|interpreter"
             r"|proxy|informant|witness|therapist|dosimetrist|physicist|ref(?:erring)? (?:md|physician))"
             r"\s?:[ \t]{0,2}"
@@ -887,6 +984,47 @@ RULES: tuple[Rule, ...] = (
             rf"(?:{_DEGREES})(?![\w-])"
         ),
         _before_degree,
+    ),
+    Rule(
+        "name_comma_degree",
+        "name",
+        r",\s(?:do|pa|np|pt|od)\b",
+        re.compile(
+            r"(?P<id>(?:[^\W\d_][\w'’-]*\.?[ \t]){1,3}[A-Z][\w'’-]+)"
+            r",[ \t](?:DO|PA|NP|PT|OD)(?=[ \t][a-z(]|[.,;)]|$)"
+        ),
+        _before_degree,
+    ),
+    Rule(
+        "name_thanks",
+        "name",
+        r"thank(?:s|ing)?\s|appreciate\s|spoke (?:to|with)\s|\bcc\s",
+        re.compile(
+            r"\b(?:[Tt]hank(?:s|ing)?(?: you)?(?: to)?|[Aa]ppreciate|[Ss]poke (?:to|with)|Cc)[ \t](?:Dr\.? )?"
+        ),
+        _copied,
+    ),
+    Rule(
+        "name_initial",
+        "name",
+        r"\b[a-z]\.\s?[a-z]{3}",
+        re.compile(
+            r"(?:^|[.;:(]\s|[.(]|\b(?:by|with|to|from|and|per|via|of|&)\s)(?P<id>[A-Z]\.\s?(?:[A-Z]\.\s?)?"
+            r"(?P<surname>[A-Z]['’]?[A-Za-z][\w'’-]+))"
+        ),
+        _initial,
+    ),
+    Rule(
+        "name_subject",
+        "name",
+        r"\s(?:wishes|wants|denies|agrees|lives|consented|complains|declines"
+        r"|prefers|asks|asked|understands|verbaliz|was counsel|is a pleasant)",
+        re.compile(
+            r"(?:^|[.;:]\s)(?P<id>[A-Z][\w'’-]{2,}(?:\s[A-Z][\w'’.-]*){0,2})\s(?:wishes|wants|denies"
+            r"|agrees|lives|consented|complains|declines|prefers|asks|asked"
+            r"|understands|verbaliz\w+|was counsell?ed|is a pleasant)\b",
+        ),
+        _subject,
     ),
     Rule(
         "name_relation",

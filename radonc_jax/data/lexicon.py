@@ -37,6 +37,36 @@ GIVEN = _words(
     florence edith irene bernice gladys thelma elsie lillian edna phyllis norma marjorie lois
     harry fred howard earl clarence ernest stanley leonard melvin norman herbert clifford lloyd
     leroy floyd glenn marvin vernon bernard leon dale dean allen barry eddie tony jim tom bob dave
+    aidan alejandra alfred alfredo alicia allison alma alvin amina amos andre andres angel angelica
+    angelo antoinette antonia ariana armando arnold arturo ashton aubrey autumn beatrice belinda
+    bethany blanca blake bonnie bradley brady brandi brent brett bridget brooke bryce byron caitlin
+    calvin cameron candace carla carly carmela carter casey cassandra cecilia cedric celeste chad
+    charlene chelsea cheyenne clara clayton clyde cody colin colleen connie connor conrad consuelo
+    cora corey cornelius courtney craig curtis cynthia daisuke damon danny darlene darren daryl dawn
+    deanna deborah delores dena denis derek desmond destiny devin devon dianne dolores dominic dora
+    doreen dustin dwight ebony edgar edmund edwin eileen elaine eleanor eli elias ellen elliot elmer
+    elvira emilia emilio emmanuel enrique erica erik erin ernesto esmeralda esperanza esther eunice
+    eva everett faith felicia felipe felix fernanda fiona flora frederick gail gavin geneva
+    genevieve geoffrey geraldine gilberto gina glenda gordon graciela gretchen guillermo gustavo
+    gwendolyn hector heidi helena herman hilda hubert hugh hugo ignacio imani ines inez irma irving
+    isaac israel jackie jaime jake jamal jared jasmine javon jeanette jeannie jenna jermaine jerome
+    jillian joann joanne joel johanna johnny jon jorge josefina josephine joy juana juanita julian
+    juliana julio justine kara karina katelyn kathy katrina kayleigh kendra kerry kirsten kristen
+    kristin kristina krystal kurt lance latasha latoya leah leigh lena leo leona leonardo leslie
+    leticia lewis lila linda lindsay lindsey lloyd lola lorena loretta lorraine louise lourdes lowell
+    lucille luther luz lydia lynn mabel malcolm marc marcella marcia marcus margarita marian marianne
+    maribel mariana mario marisol marissa marlene marsha marshall marta maureen maurice maxine
+    megan mercedes meredith milton minerva minnie miriam misty mitchell molly monica monique morgan
+    morris muriel myra myrtle nadia nadine naomi natalia neil nelson nina noel nora noreen octavia
+    opal orlando oscar otto owen paige pauline paula perry phoebe preston priscilla quentin rafael
+    ramona randall raquel raul rebekah regina renee rene rhonda rita roberta roberto rochelle
+    rodney rodolfo roland ron rosalie rosemarie rosemary ross roxanne ruben rudy rufus sabrina sadie
+    salvador sam sandy santiago saul sean sebastian serena sergio seth shannon shari shawn sheila
+    sheldon shelley sheri sherry sidney silvia simon simone sonia sophie spencer stacey stacy stuart
+    sylvia tabitha tamara tammy tanya tara tasha ted teri thaddeus theodore tiffany tina todd tracey
+    tracy travis trevor trisha troy ursula valerie vanessa vera verna vicki vicky vivienne wade
+    wallace wanda warren wendell wendy wesley whitney wilbur wilfred wilma winifred yesenia yolanda
+    yvette yvonne zachariah
     mike steve chris matt dan kate beth debbie cindy becky jenny katie maggie peggy sally suzanne
     """
 )
@@ -48,6 +78,9 @@ AMBIGUOUS_GIVEN = _words(
     ray victor iris viola ivy violet pearl ruby amber crystal ginger holly lily olive hazel lance
     miles max rod guy rich drew jordan austin madison logan mason virginia florence ann jean christian
     dale earl leon lucas jack peter martha chris li ming wei mei ali jesus ivan stella claude norma
+    faith autumn destiny misty opal brent blake carter chad gail joy lance marshall mitchell morgan
+    morris nelson owen perry preston ross spencer wade wallace warren angel israel mercedes geneva
+    orlando chelsea devon sandy ted todd craig curtis calvin simon bradley gordon leslie lynn noel
     harper ella terry kelly jesse keith roy carol
     """
 )
@@ -79,6 +112,44 @@ SURNAMES = _words(
     bowman schultz luna fowler mejia doe public roe okafor kowalski novak ivanov schneider fischer
     mueller khan ahmed hussain shah gupta sharma kumar das chowdhury yamamoto tanaka suzuki sato
     watanabe zhang liu huang zhao wu zhou xu sun zhu lin chang cho choi yoon jung kang
+    abbott acosta aguirre alvarez atkinson austin avila ballard barber barker barnett barrera barron
+    barton bass bates beck becker bender benson bernard blackwell blair blake blanchard bolton
+    bond bradford bradshaw brady brewer briggs brock browning bruce bryan buchanan buckley bullock
+    cabrera cain calderon caldwell camacho cameron cannon cantu cardenas carey carson casey
+    castaneda cervantes chambers chandler chase christensen christian church clarke clayton
+    clements cline cochran collier combs compton conley conner conrad conway copeland cordova
+    cortez craig crane cross cummings curry dalton daugherty davenport davidson dawson decker
+    deleon dennis dickson dillard dillon dodson donaldson dorsey dougherty douglas downs doyle
+    drake dudley duffy duke duran durham dyer eaton emerson english erickson escobar espinosa
+    esparza everett farmer farrell faulkner figueroa fitzgerald fleming fletcher flowers floyd
+    flynn foley francis frank frazier french frost fry fuentes gaines gallagher gallegos galvan
+    gamble gates gilmore glass glenn glover golden goodman goodwin graves greer gregory griffith
+    grimes gross hahn hale hammond hampton hancock hardin harding hardy harmon harrell hatfield
+    haynes hebert hendricks hensley herman hess hickman higgins hines hinton hobbs hodge hodges
+    hogan holder holland holloway holt hood hoover hopkins horn horton house houston huber huff
+    huffman hull humphrey hurley hurst hutchinson ibarra ingram jacobson jarvis jefferson jennings
+    joseph joyce juarez keller kemp kent kerr kirby kirk klein kline knapp krueger lam lamb lambert
+    landry lang leblanc leon leonard lester levine lindsey livingston lloyd logan love lowe lucero
+    lynn lyons macdonald macias mack madden mahoney mann manning marin marks marsh mata mathews
+    mathis maxwell may mcbride mccall mcclain mcclure mcconnell mccormick mcdaniel mcdowell
+    mcgee mcguire mcintosh mcintyre mckay mckee mckenzie mckinney mclaughlin mclean mcmahon
+    mcmillan meadows mejia melton mercado mercer merritt meza michael middleton miles miranda
+    molina monroe montes montoya moody mooney morrow morse morton moses moss mueller mullen mullins
+    nash navarro neal newman newton nicholson nielsen nixon noble nolan norman norris norton
+    obrien ochoa oconnell odom odonnell orozco orr osborne owen pace pacheco page park parrish
+    parsons paul pearson peck pennington pham phelps pittman ponce poole pope potter potts pratt
+    preston proctor pruitt quinn ramsey randall randolph rangel raymond reilly reyna rhodes rich
+    richard richmond riddle ritter rivas rivers roach robbins robinson robles roman rosales rosario
+    rosas roth rowe rowland roy rubio rush salas salinas sampson sanford santana saunders savage
+    schaefer schmitt schroeder schwartz sellers serrano sexton shaffer shannon sharp shelton
+    shepherd sheppard sherman shields short simon skinner sloan small solis solomon sosa sparks
+    spence stafford stanley stanton stark steele stein stephenson stokes stout strickland strong
+    stuart suarez summers sutton sweeney sykes tanner tapia tate terrell terry thornton todd
+    townsend travis trejo trevino trujillo tyler underwood valencia valentine vance vang vargas
+    vaughan vaughn velasquez velazquez velez villa villanueva villarreal vincent wade wagner walker
+    wall waller walls walter walters walton ware warner waters watts weaver weeks weiss whitaker
+    whitehead whitney wiggins wilcox wiley wilkerson wilkins wilkinson winters wise wolf wolfe
+    woodard woodward wright wyatt yates yoder yu zamora zavala zimmerman
     cohen levy goldberg rosenberg katz friedman oconnor oneill murphy fitzgerald mccarthy
     """
 )
@@ -214,7 +285,7 @@ VOCABULARY = _words(
     concerning suggestive equivocal indeterminate mild moderate severe minimal marked diffuse focal
     solitary multiple single several numerous small large bulky gross microscopic macroscopic mass
     nodule lesion lesions ulcer cyst polyp collection fluid effusion edema fracture fractures
-    lt rt photon proton electron practitioner recommend rate xeloda keytruda temodar casodex opdivo
+    send contact write email attn lt rt photon proton electron practitioner recommend rate xeloda keytruda temodar casodex opdivo
     tagrisso arimidex femara herceptin avastin erbitux taxotere abraxane gemcitabine gemzar zytiga
     xtandi erleada firmagon eligard kadcyla enhertu ibrance verzenio kisqali lynparza zejula imfinzi
     tecentriq libtayo yervoy lenvima nexavar stivarga xofigo pluvicto zometa xgeva prolia decadron
