@@ -40,7 +40,6 @@ COLUMNS = (
     "row", "record", "case", "reason", *(f"given_{name}" for name in GIVEN), *PROPOSED,
     "other_codes", *ENTRIES,
 )  # fmt: skip
-TEXT_COLUMNS = ("given_diagnosis", "given_prescription", "given_treatment_site", "given_plan_name")
 
 _YES = frozenset({"yes", "y", "keep", "1", "true", "x", "ja", "oui"})
 _NO = frozenset({"no", "n", "exclude", "0", "false", "nein", "non"})
@@ -91,16 +90,11 @@ def _column(rows: pd.DataFrame, name: str) -> pd.Series:
 
 def _fingerprints(rows: pd.DataFrame) -> pd.Series:
     columns = [_column(rows, name) for name in ("patient_id", *GIVEN)]
-    return pd.Series(
-        [
-            hashlib.sha256("\x1f".join([str(row), *values]).encode("utf-8", "replace")).hexdigest()[
-                :12
-            ]
-            for row, *values in zip(rows.index, *columns, strict=True)
-        ],
-        index=rows.index,
-        dtype="str",
-    )
+    prints = []
+    for row, *values in zip(rows.index, *columns, strict=True):
+        whole = "\x1f".join([str(row), *values]).encode("utf-8", "replace")
+        prints.append(hashlib.sha256(whole).hexdigest()[:12])
+    return pd.Series(prints, index=rows.index, dtype="str")
 
 
 def _read(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

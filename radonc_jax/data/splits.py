@@ -218,7 +218,7 @@ def _dates(values: pd.Series, case_ids: pd.Series, column: str) -> pd.Series:
         return values.astype(float)
     forms = ("ISO8601", "%m/%d/%Y", "%d/%m/%Y", "%d.%m.%Y", "%Y%m%d")
     read = [pd.to_datetime(values, format=form, errors="coerce", utc=True) for form in forms]
-    bad = functools.reduce(np.minimum, (dates.isna().sum() for dates in read))
+    bad = min(dates.isna().sum() for dates in read)
     best = [dates for dates in read if dates.isna().sum() == bad]
     if bad:
         worst = best[0].isna().to_numpy()
