@@ -229,6 +229,9 @@ def test_a_sheet_saved_by_a_spreadsheet_program_comes_back(extract, sheet, tmp_p
         assert list(settle(extract, [tmp_path / name]).columns["annotated_icd10"]) == ["C50.412"]
     book = pd.read_excel(io.BytesIO(to_bytes(sheet, "xlsx")), dtype=str, keep_default_na=False)
     assert list(book["given_diagnosis"]) == list(sheet["given_diagnosis"])
+    long = to_bytes(sheet.assign(given_diagnosis="word " * 10_000), "xlsx")
+    cell = pd.read_excel(io.BytesIO(long), dtype=str)["given_diagnosis"][0]
+    assert len(cell) == 32_767 and cell.endswith("[the rest does not fit into a cell]")
     formula = sheet.assign(given_plan_name="=1+1", given_plan_id="a\x02b")
     book = pd.read_excel(io.BytesIO(to_bytes(formula, "xlsx")), dtype=str)
     assert set(book["given_plan_name"]) == {"=1+1"} and set(book["given_plan_id"]) == {"a b"}

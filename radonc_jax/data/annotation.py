@@ -44,6 +44,7 @@ COLUMNS = (
 _YES = frozenset({"yes", "y", "keep", "1", "true", "x", "ja", "oui"})
 _NO = frozenset({"no", "n", "exclude", "0", "false", "nein", "non"})
 _LONGEST_CELL = 32_767  # characters, in Excel
+_CUT = " [the rest does not fit into a cell]"
 _NOT_IN_WORKBOOKS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -168,7 +169,9 @@ def to_bytes(sheet: pd.DataFrame, kind: str) -> bytes:
     page.freeze_panes = "A2"
 
     def cell(text: str) -> WriteOnlyCell:
-        text = _NOT_IN_WORKBOOKS.sub(" ", str(text))[:_LONGEST_CELL]
+        text = _NOT_IN_WORKBOOKS.sub(" ", str(text))
+        if len(text) > _LONGEST_CELL:
+            text = text[: _LONGEST_CELL - len(_CUT)] + _CUT
         made = WriteOnlyCell(page, text)
         made.data_type = "s"  # a text that begins with "=" is no formula
         return made
