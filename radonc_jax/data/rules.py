@@ -596,11 +596,12 @@ def _tidy(extract: pd.DataFrame) -> pd.DataFrame:
     for name in (CASE, "stripped"):
         if name in extract.columns:
             raise ValueError(f"the extract has a column {name!r}, which rules use; rename it")
-    trimmed = {
-        name: extract[name].fillna("").astype("str").str.strip()
-        for name in extract.columns
-        if name in COLUMNS or name in ANNOTATED
-    }
+    trimmed = {}
+    for name in extract.columns:
+        if name in COLUMNS or name in ANNOTATED:
+            values = extract[name].fillna("").astype("str").str.strip()
+            if not values.equals(extract[name]):  # else a second copy would stay in memory
+                trimmed[name] = values
     left = extract.assign(**trimmed)
     numbers, _ = pd.factorize(left["patient_id"])
     nameless = _is_blank(left["patient_id"]).to_numpy()
