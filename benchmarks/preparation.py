@@ -45,10 +45,11 @@ def write_extract(path: Path, rows: int) -> tuple[int, int]:
     return written, patients
 
 
-def measure(extract: Path, output: Path) -> dict:
+def measure(extract: Path, output: Path, further: list[str]) -> dict:
     """Runs prepare; wall and processor seconds, peak memory and what the cohort holds."""
     command = [
         sys.executable, "-m", "radonc_jax.prepare", f"--input={extract}", f"--output={output}",
+        *further,
     ]  # fmt: skip
     started = time.perf_counter()
     process = os.posix_spawn(
@@ -96,8 +97,9 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "preparation.json"
     )
+    parser.add_argument("--flag", action="append", default=[], help="a further flag of prepare")
     options = parser.parse_args()
-    results = {"machine": machine(), "note": options.note, "runs": []}
+    results = {"machine": machine(), "note": options.note, "flags": options.flag, "runs": []}
     with tempfile.TemporaryDirectory(prefix="preparation-") as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def main() -> None:
             extract = folder / f"extract-{rows}.csv"
             if not extract.is_file():
                 write_extract(extract, rows)
-            run = measure(extract, Path(scratch) / f"cohort-{rows}")
+            run = measure(extract, Path(scratch) / f"cohort-{rows}", options.flag)
             results["runs"].append(run)
             print(
                 f"{run['rows']:>9,} rows {run['kept']:>8,} kept {run['seconds']:>7.1f} s "
