@@ -2,9 +2,15 @@
 `radonc_jax.data.deidentify` by.
 
 A family is a set of sentences with slots; "{kind}" or "{kind:how}" is an identifier of that class,
-everything else of a sentence is none. TUNED families, TRAPS and the names of the lists were looked
-at while the rules were written. HELD_OUT families, traps and names were written after the rules
-were fixed and have changed no rule since; the two are reported apart.
+everything else of a sentence is none. Three sets are reported apart:
+
+tuned     looked at while the rules were written; names of the rules' own lists
+revised   written after the rules were fixed. They then found 6,628 of 8,256 identifiers (0.80), of
+          names 958 of 2,068 (0.46), and were revised by what they had missed
+held_out  written after that revision; no rule was changed by what it missed. (Defects that the
+          unit tests and plain notes showed were mended after it; its recall stayed the same but
+          for "ms" in small letters, which now needs a listed name. Its trap "3/2019" is a date
+          to any reader: the one cause of the date class's false positives.)
 """
 
 import re
@@ -141,7 +147,7 @@ TRAPS = [
     "Diagnosed in 2019.", "AJCC 8th edition.", "MR guidance available.", "Ki-67 20%.",
 ]  # fmt: skip
 
-HELD_OUT = {
+REVISED = {
     "name_title": [
         "Dr {name:surname}'s note was reviewed.",
         "Drs. {name:surname} and {name:surname} concur.",
@@ -259,14 +265,15 @@ HELD_OUT = {
         "Employee badge {other_id:code}.",
     ],
 }
-HELD_OUT_TRAPS = [
+REVISED_TRAPS = [
     "Received 12/16 planned fractions.", "ypT1bN1a, stage IB.", "42.56 Gy/16 fx to the breast.",
     "2/17 axillary LNs involved.", "PSA nadir 0.03, then 1.7.", "GS 3+3=6 in 2/14 cores.",
     "ICD-10 code D05.12 assigned.", "Burkitt lymphoma, CNS negative.", "Siewert II tumor.",
     "Masaoka stage III thymoma.", "Koos grade 3 schwannoma.", "Bilsky 2 at T8.",
     "Spetzler-Martin grade III AVM.", "Mohs surgery with clear margins.", "Whipple in 2021.",
-    "Waldeyer ring involved.", "Kadish C disease.", "Fuhrman grade 3.", "Bloom Richardson grade II.",
-    "Virchow node palpable.", "Sister Mary Joseph nodule.", "Lynch syndrome ruled out.",
+    "Waldeyer ring involved.", "Kadish C disease.", "Fuhrman grade 3.",
+    "Bloom Richardson grade II.", "Virchow node palpable.", "Sister Mary Joseph nodule.",
+    "Lynch syndrome ruled out.",
     "Treated on Versa HD.", "9/12 MeV, bolus daily.", "SIB to 54/45 Gy.", "V20 31%, mean 18.2 Gy.",
     "ECOG 1, KPS 90-100.", "Smoked 95 pack-years.", "RTOG 0617 regimen.", "NSABP B-39 eligible.",
     "Father had Prostate cancer.", "Aunt: Ovarian cancer.", "T3/T4 by imaging.",
@@ -275,14 +282,14 @@ HELD_OUT_TRAPS = [
     "Every 3-6 months imaging.", "Pain 8/10, now 2/10.", "Margins 1/2/3 mm.", "Dr. visit pending.",
     "Will Rogers phenomenon noted.", "Charlson index 5.", "Van Nuys index 9.", "In 2020, DCIS.",
 ]  # fmt: skip
-HELD_OUT_GIVEN = (
+REVISED_GIVEN = (
     "oluwaseun agnieszka tomasz siobhan declan fiona nikhil deepa farah yusuf mateo valentina "
     "joaquin esperanza xiomara tuan linh huong soo-jin hyun dwayne latoya tamika deshawn darnell "
     "wilma elmer orville agatha cornelia winifred bartholomew thaddeus jacob hannah caleb brianna "
     "paige colton brooke trevor marcus holden simone yvette renee monique bridget maureen eileen "
     "karl greta helga sven astrid nils anneliese ottilie bjorn margarethe"
 ).split()
-HELD_OUT_SURNAMES = (
+REVISED_SURNAMES = (
     "adeyemi kaczmarek wisniewski gallagher brennan mahoney krishnan venkatesh siddiqui haddad "
     "quintero villalobos echeverria zamora tran-le pham vo huynh bae seo jefferson whitaker "
     "broussard thibodeaux landry mccallister vandenberg lindqvist halvorsen bergstrom hofstadter "
@@ -290,22 +297,168 @@ HELD_OUT_SURNAMES = (
     "yazzie begay tsosie benally nez manygoats castellanos figueroa pacheco trujillo montoya "
     "rutherford langley ashworth pemberton thornton stanton hobbs beasley dickerson"
 ).split()
-HELD_OUT_CITIES = (
+REVISED_CITIES = (
     "globe,show low,payson,winslow,safford,bisbee,eloy,florence,wickenburg,winkelman,gallup,"
     "farmington,las cruces,barstow,needles,blythe,elko,provo,ogden,pocatello"
 ).split(",")
 
 
-class Planter:
-    """Draws identifiers. `held_out` takes names, cities and formats that no rule was tuned on."""
+HELD_OUT = {
+    "name_title": [
+        "Appreciate the input of Dr. {name:full}.",
+        "Mr. {name:initial} is doing well.",
+        "Nurse {name:surname} called the family.",
+        "To be presented by Dr. {name:surname} and Dr. {name:surname}.",
+        "Mrs {name:surname}, a retired teacher, agrees.",
+    ],
+    "name_label": [
+        "Pt: {name:last_first}.",
+        "Radiation oncologist: {name:full}.",
+        "Referring provider: {name:last_first}.",
+        "Physicist: {name:initial}.",
+        "Preferred name: {name:given}.",
+    ],
+    "name_relation": [
+        "Mother {name:given} holds power of attorney.",
+        "Caregiver: {name:full}.",
+        "Married to {name:given} for 40 years.",
+        "Brother, {name:full}, donated marrow.",
+        "Two daughters, {name:given} and {name:given}.",
+    ],
+    "name_cue": [
+        "Pathology read by {name:full}.",
+        "Referral from {name:initial}.",
+        "Plan checked, {name:surname} RN.",
+        "Consent obtained by {name:full}, PA-C.",
+        "Per {name:surname}, continue ADT.",
+    ],
+    "name_bare": [
+        "{name:full} completed treatment.",
+        "{name:surname} has no complaints.",
+        "I met {name:full} today.",
+        "Reviewed risks with {name:given}.",
+    ],
+    "place": [
+        "Currently staying in {place:city} for treatment.",
+        "Lives near {place:city}.",
+        "Moved here from {place:city} last year.",
+        "Address on file {place:street_number}, Unit 4.",
+        "Home address: {place:street}, zip {place:zip}.",
+        "Local clinic in {place:city}, New Mexico.",
+        "{place:county} County resident.",
+    ],
+    "date": [
+        "First fraction {date:us}, last {date:us}.",
+        "MRI brain ({date:dashes}).",
+        "Recurrence noted {date:month_year}.",
+        "Seen on {date:month_day} and {date:day_month}.",
+        "Scan dated {date:dots}.",
+        "Surgery {date:no_year}, uneventful.",
+        "Admitted {date:ordinal}.",
+        "Bx {date:month_slash_year}.",
+    ],
+    "age": [
+        "Pleasant {age}-yr-old.",
+        "Pt is {age} y.o. and frail.",
+        "Age at diagnosis {age}.",
+        "{age} year-old man.",
+        "Now {age}, lives alone.",
+    ],
+    "phone": [
+        "Best reached at {phone:dots}.",
+        "Ph {phone:plain}.",
+        "Home {phone:brackets}, cell {phone:spaces}.",
+        "Text {phone:dashes} with results.",
+        "Pharmacy: {phone:country}.",
+        "Ext. line {phone:extension}.",
+    ],
+    "fax": ["Facsimile {fax:dashes}.", "Fax results to {fax:plain}.", "(fax) {fax:brackets}."],
+    "email": ["Portal login {email}.", "cc: {email}.", "{email} is his address."],
+    "ssn": ["Social {ssn:dashes}.", "SSN {ssn:spaces}.", "Last four of SSN {ssn:last}."],
+    "mrn": [
+        "Med rec # {mrn}.",
+        "MRN-{mrn}.",
+        "Patient number: {mrn:dashes}.",
+        "Outside hospital MRN {mrn:letters}.",
+        "Chart number {mrn}.",
+    ],
+    "health_plan": [
+        "Policy {health_plan:code}.",
+        "MBI: {health_plan:mbi}.",
+        "Humana ID# {health_plan:code}.",
+        "Subscriber number {health_plan:digits}.",
+    ],
+    "account": ["Acct: {account}.", "Hospital account no {account:dashes}.", "HAR {account}."],
+    "licence": ["Lic# {licence}.", "NPI: {licence:ten}.", "Passport number {licence}."],
+    "vehicle": [
+        "Drives a truck, VIN: {vehicle:vin}.",
+        "Tag number {vehicle:plate}.",
+        "Handicap placard, license plate # {vehicle:plate_digits}.",
+    ],
+    "device": [
+        "Expander lot #{device}.",
+        "Generator serial: {device:dashes}.",
+        "Hip implant serial number {device}.",
+        "Model X, SN {device}.",
+    ],
+    "url": ["Video visit link {url:deep}.", "Family page {url:bare}."],
+    "ip": ["Remote session {ip:v4}.", "Host ({ip:v6})."],
+    "other_id": [
+        "Surgical pathology {other_id:accession}.",
+        "Order number: {other_id:digits}.",
+        "Subject # {other_id:code}.",
+        "Ref. no. {other_id:digits}.",
+        "Token {other_id:uuid}.",
+    ],
+}
+HELD_OUT_TRAPS = [
+    "Missed 2/25 fractions.", "rT4aN2bM0.", "66 Gy/33 fx, 2 Gy/fx.", "Nodes 0/21.",
+    "PSA 0.2 in 3/2019 units.", "Gleason grade group 4 (4+4).", "Coded as C79.51.",
+    "Kaposi sarcoma of the leg.", "Krukenberg tumors.", "Todani type I.", "Bismuth type IIIa.",
+    "Hurthle cell carcinoma.", "Brenner tumor.", "Warthin tumor.", "Leydig cell tumor.",
+    "Cushing syndrome.", "Graves orbitopathy.", "Dupuytren contracture.", "Nelaton catheter.",
+    "Trendelenburg position.", "Foley in place.", "Hickman line removed.", "Syed template.",
+    "Fletcher applicator.", "Martinez template.", "Manchester point A.", "Elekta Unity MR-linac.",
+    "6 MV FFF, 1400 MU/min.", "Levels 66/60/54.", "Shift 3/2/1 mm.", "D95 98%, V100 95%.",
+    "ECOG 0-1.", "90% IDL.", "Alliance A011202.", "KEYNOTE-789 eligible.", "EORTC 22922.",
+    "Grandmother with Ovarian ca.", "Brother had Melanoma.", "Stage T1/T2.", "Seen by Cardiology.",
+    "Discussed with Patient.", "Followed by Lupron.", "Treated with Taxotere.", "ANC 1.2, Plt 90.",
+    "Temp 98.6, O2 95%.", "Clark's level III.", "Oncotype 21.", "In 2015 and 2018, resected.",
+]  # fmt: skip
+HELD_OUT_GIVEN = (
+    "chukwuemeka ngozi amara kwame zuri leticia rocio ignacio consuelo efrain graciela minh thuy "
+    "jisoo haruto sakura wojciech katarzyna bogdan milos dragana aleksandra svetlana giorgos eleni "
+    "mehmet aylin parveen imran zainab rashid gurpreet harjit meera arjun kavita tyrone keisha "
+    "shaniqua jamal rhonda gwendolyn roberta lorraine constance harriet percy archibald rupert "
+    "cody travis brett heidi kirsten todd craig wendy tracy gail marcia glenda"
+).split()
+HELD_OUT_SURNAMES = (
+    "nwosu obi mensah diallo traore bautista delacruz villanueva ocampo santos escobedo ybarra "
+    "arellano zepeda urbina doan luong phan nakamura fujimoto hashimoto choudhury banerjee "
+    "mukherjee iyer reddy rahman malik papadopoulos kovacs horvath petrovic jovanovic popescu "
+    "lewandowski dabrowski oconnor sweeney mcallister mcbride kilpatrick gunderson sorensen "
+    "christiansen vanderhoff dewitt schroeder kaufman hauser steinberg feldman weinstein begaye "
+    "lomayesva etsitty peshlakai tisdale ellsworth whitlock haywood prescott winthrop boggs "
+    "stallings hargrove mcelroy dupree fontenot hebert"
+).split()
+HELD_OUT_CITIES = (
+    "holbrook,benson,cottonwood,parker,page,ajo,superior,hayden,clifton,taylor,las vegas,"
+    "santa fe,silver city,deming,el centro,bullhead city,carlsbad,durango,cortez,st. george"
+).split(",")
 
-    def __init__(self, rng: np.random.Generator, held_out: bool = False):
-        self.rng, self.held_out = rng, held_out
-        self.families = HELD_OUT if held_out else TUNED
-        self.traps = HELD_OUT_TRAPS if held_out else TRAPS
-        self.given = HELD_OUT_GIVEN if held_out else sorted(GIVEN)
-        self.surnames = HELD_OUT_SURNAMES if held_out else sorted(SURNAMES)
-        self.cities = HELD_OUT_CITIES if held_out else sorted(CITIES)
+SETS = {
+    "tuned": (TUNED, TRAPS, sorted(GIVEN), sorted(SURNAMES), sorted(CITIES)),
+    "revised": (REVISED, REVISED_TRAPS, REVISED_GIVEN, REVISED_SURNAMES, REVISED_CITIES),
+    "held_out": (HELD_OUT, HELD_OUT_TRAPS, HELD_OUT_GIVEN, HELD_OUT_SURNAMES, HELD_OUT_CITIES),
+}
+
+
+class Planter:
+    """Draws identifiers and sentences of one of SETS."""
+
+    def __init__(self, rng: np.random.Generator, which: str):
+        self.rng = rng
+        self.families, self.traps, self.given, self.surnames, self.cities = SETS[which]
 
     def pick(self, choices):
         return choices[int(self.rng.integers(len(choices)))]
@@ -351,9 +504,13 @@ class Planter:
         }[how]
 
     def _date(self, how):
-        year, month, day = (int(self.rng.integers(a, b)) for a, b in ((1931, 2025), (1, 13), (1, 29)))
+        year, month, day = (
+            int(self.rng.integers(a, b)) for a, b in ((1931, 2025), (1, 13), (1, 29))
+        )
         return {
-            "us": f"{month}/{day}/{year}" if self.rng.random() < 0.5 else f"{month:02}/{day:02}/{year}",
+            "us": f"{month}/{day}/{year}"
+            if self.rng.random() < 0.5
+            else f"{month:02}/{day:02}/{year}",
             "short": f"{month}/{day}/{year % 100:02}",
             "iso": f"{year}-{month:02}-{day:02}",
             "day_month": f"{day} {SHORT_MONTHS[month - 1]} {year}",
@@ -400,11 +557,15 @@ class Planter:
         user, number = self.pick(self.surnames), self.digits(2)
         if how == "spelled":
             return f"{user} at example dot com"
-        return f"{user}{number}@{self.pick(['example.com', 'mail.example.org', 'clinic.example.net'])}"
+        return (
+            f"{user}{number}@{self.pick(['example.com', 'mail.example.org', 'clinic.example.net'])}"
+        )
 
     def _ssn(self, how):
         a, b, c = self.digits(3), self.digits(2), self.digits(4)
-        return {"dashes": f"{a}-{b}-{c}", "plain": a + b + c, "spaces": f"{a} {b} {c}", "last": c}[how]
+        return {"dashes": f"{a}-{b}-{c}", "plain": a + b + c, "spaces": f"{a} {b} {c}", "last": c}[
+            how
+        ]
 
     def _mrn(self, how):
         return {
@@ -439,8 +600,11 @@ class Planter:
         }[how]
 
     def _device(self, how):
-        return {"": self.letters(3) + self.digits(6), "dashes": f"{self.digits(4)}-{self.digits(5)}",
-                "udi": f"(01){self.digits(14)}"}[how]  # fmt: skip
+        return {
+            "": self.letters(3) + self.digits(6),
+            "dashes": f"{self.digits(4)}-{self.digits(5)}",
+            "udi": f"(01){self.digits(14)}",
+        }[how]
 
     def _url(self, how):
         user = self.pick(self.surnames)
@@ -456,8 +620,9 @@ class Planter:
         return ".".join(str(x) for x in self.rng.integers(1, 255, 4))
 
     def _other_id(self, how):
+        prefix = self.pick(["S", "SP", "CY"]) + str(self.rng.integers(14, 26))
         return {
-            "accession": f"{self.pick(['S', 'SP', 'CY'])}{self.rng.integers(14, 26)}-{self.digits(5)}",
+            "accession": f"{prefix}-{self.digits(5)}",
             "code": self.letters(2) + self.digits(7),
             "digits": self.digits(9),
             "uuid": "-".join("".join(self.pick("0123456789abcdef") for _ in range(n))
