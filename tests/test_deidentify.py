@@ -108,6 +108,7 @@ MORE_TRAPS = [
     "titanium plate C5 C6", "Jack Knife position; Dean Flap", "Bell Palsy; Baker Cyst; Hill Sachs",
     "Kidney, Left; Breast, Right", "v16.1.2", "every 3-4 months", "May 5 fractions", "stage 1-2-3",
     "12 Left Chest Wall Dr", "Lancinating pain. No MS. Symptoms stable",
+    "Reviewed with Gleason 4+3", "read by Deauville criteria", "followed by Whipple",
     "no ms. Planned 85 Gy", "no ms. atrial fibrillation on apixaban", "Dec 15 mg", "BP 120/80",
     "Kadish C. Outside pathology", "S/p P/D. PleurX catheter.", "EBV 12000000 copies", "E. Coli",
 ]  # fmt: skip
@@ -169,7 +170,7 @@ def test_what_is_found_in_planted_notes_was_planted(planted):
         ("Dr. Smith, 3/14/2021", {}, "Dr. [NAME], 2021"),
         ("Dr. Smith, 3/14/21", {}, "Dr. [NAME], [DATE]"),
         ("a 92 yo from Tucson, AZ 85719", {}, "a 90+ yo from [PLACE], AZ 857"),
-        ("Lamy, NM 87801-1234", {"name": "remove"}, "[PLACE], NM 878"),
+        ("Lamy, NM 87801-1234", {"name": "remove"}, "[PLACE], NM 000"),
         ("zip 03601", {}, "zip 000"),
         ("zip 03601", {"place": "tag"}, "zip [PLACE]"),
         ("MRN 1234567, call 602-555-0134", {"mrn": "remove"}, "MRN , call [PHONE]"),
@@ -177,8 +178,6 @@ def test_what_is_found_in_planted_notes_was_planted(planted):
     ],
 )
 def test_actions(text, actions, expected):
-    if "878" in expected:
-        expected = expected.replace("878", "000")  # an area of too few people
     assert redact_text(text, find_spans(text), DEFAULT_ACTIONS | actions) == expected
 
 
