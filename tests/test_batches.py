@@ -10,6 +10,7 @@ from radonc_jax.data.batches import (
     encode_answer,
     encode_prompt,
     pack,
+    preflight,
     task_examples,
     text_examples,
 )
@@ -29,6 +30,9 @@ class WordTokenizer:
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
         return [3 + self.words.setdefault(word, len(self.words)) for word in text.split()]
+
+    def __call__(self, texts, add_special_tokens):
+        return {"input_ids": [self.encode(text, add_special_tokens) for text in texts]}
 
     def decode(self, ids):
         names = {number + 3: word for word, number in self.words.items()}
@@ -196,6 +200,72 @@ def test_plain_text_trains_every_token():
     (example,), _ = text_examples(["a b c"], WordTokenizer(), config())
     assert example.prompt == (BOS,)
     assert len(example.answer) == 4 and example.answer[-1] == EOS
+
+
+@pytest.mark.parametrize("policy", ["fail", "trim_diagnosis", "drop"])
+def test_preflight_foretells_what_training_does(policy):
+    records = {
+        "train": [record(f"t{n}", words=10 * n) for n in range(1, 8)],
+        "test": [record("x", words=200), record("y", words=2)],
+    }
+    tasks, tokenizer = list(TASKS.values()), WordTokenizer()
+    found = preflight(records, tasks, tokenizer, 64, policy)
+    for task in tasks:
+        facts = found.facts["tasks"][task.name]
+        examples = [
+            (split, r, encode_prompt(tokenizer, task.prompt(r.diagnosis)),
+             encode_answer(tokenizer, task.answer(r)))
+            for split, own in records.items() for r in own
+        ]  # fmt: skip
+        lengths = [len(p) + len(a) - 1 for *_, p, a in examples]
+        assert facts["examples"] == 9 and facts["tokens"]["max"] == max(lengths)
+        assert facts["tokens"]["median"] == sorted(lengths)[4]
+        long = [e for e, length in zip(examples, lengths, strict=True) if length > 64]
+        assert facts["too_long"] == {
+            "all": len(long),
+            "train": sum(split == "train" for split, *_ in long),
+            "test": 1,
+        }
+        every = [r for own in records.values() for r in own]
+        if policy == "fail":
+            with pytest.raises(ValueError, match=f"{len(long)} of 9 examples are longer"):
+                task_examples(every, [task], tokenizer, config())
+            assert facts["kept"] == facts["trimmed"] == facts["dropped"] == 0
+        else:
+            kept, report = task_examples(every, [task], tokenizer, config(over_length=policy))
+            counts = (facts["kept"], facts["trimmed"], facts["dropped"])
+            assert counts == (report.kept, report.trimmed, report.dropped)
+            assert facts["tokens"] == report.percentiles
+        cut = {
+            case: n
+            for case, _, name, _, n in found.too_long
+            if name == task.name
+        }  # fmt: skip
+        assert cut == {r.case_id: len(p) + len(a) - 1 - 64 for _, r, p, a in long}
+        assert facts["tokens_cut"]["max"] == max(cut.values())
+
+
+def test_preflight_knows_the_last_token_that_fits():
+    task, tokenizer = TASKS["icd"], WordTokenizer()
+
+    def too_long(words):
+        found = preflight({"train": [record(words=words)]}, [task], tokenizer, 64, "fail")
+        return found.facts["tasks"]["icd"]["too_long"]["all"]
+
+    (example,), _ = task_examples([record(words=5)], [task], tokenizer, config())
+    fits = 5 + 64 - example.length
+    assert (too_long(fits), too_long(fits + 1)) == (0, 1)
+
+
+def test_preflight_tells_what_never_fits_and_prints_no_text():
+    records = {"train": [record("a"), record("b", words=300)]}
+    found = preflight(records, [TASKS["icd"]], WordTokenizer(), 8, "trim_diagnosis")
+    facts = found.facts["tasks"]["icd"]
+    assert facts["unfit"] == 2 and facts["kept"] == 0 and facts["tokens_cut"] is None
+    assert [row[-1] for row in found.too_long] == [None, None]
+    assert "2 of 2 longer than 8" in str(found) and "word" not in str(found)
+    with pytest.raises(ValueError, match="over_length"):
+        preflight(records, [TASKS["icd"]], WordTokenizer(), 8, "cut")
 
 
 @pytest.mark.parametrize(

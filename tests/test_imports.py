@@ -84,6 +84,7 @@ def test_every_module_has_a_place():
     [
         ["radonc_jax"],
         ["radonc_jax.data.batches", "radonc_jax.data.cohort", "radonc_jax.data.synthetic"],
+        ["radonc_jax.prepare", "radonc_jax.data.annotation", "radonc_jax.data.table1"],
         ["radonc_jax.tasks", "radonc_jax.evaluation.metrics", "radonc_jax.evaluation.statistics"],
     ],
     ids=str,

@@ -246,8 +246,8 @@ def test_rows_are_the_same_from_every_kind_of_file(kind, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"id,diagnosis\n1,Zebra\n2,Zebra,x\n", "row 3 has 3 columns, the header has 2"),
-        ("a.csv", b'id,diagnosis\n1,"Zebra\n', "row 2: .*quotes"),
+        ("a.csv", b"id,diagnosis\n1,Zebra\n2,Zebra,x\n", "row 3 .*has 3 columns, the header has 2"),
+        ("a.csv", b'id,diagnosis\n1,"Zebra\n', "row 2 .*quotes"),
         ("a.csv", b"id,diagnosis\n1,Zebra\n2,Zebra\xff\n", "not UTF-8"),
         ("a.csv", b"id,id\n1,2\n", "names id more than once"),
         ("a.csv", b"id,diagnosis\n", "no rows"),

@@ -1,6 +1,7 @@
 """From extract to cohort folder: every row explained, every bad input a clear error."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from preparing import run_prepare
 
-from radonc_jax.data import cohort, synthetic
+from radonc_jax.data import cohort, rules, synthetic
 from radonc_jax.data.extract import parse_columns, read_extract
-from radonc_jax.data.splits import SPLITS
+from radonc_jax.data.splits import SPLITS, split_cases
 from radonc_jax.tasks.icd import is_leaf, normalise_code
 from radonc_jax.tasks.regimen import Regimen, parse_regimen, render_regimen, same_regimen
 
@@ -151,11 +153,10 @@ def test_printed_table_holds_counts_and_no_text(folder, manifest):
 
 
 def test_about_half_is_kept_at_the_size_of_the_paper():
-    kept, _, cases = cohort.apply_rules(
-        synthetic.make_extract(15_724, 0).table.rename(index=lambda i: i + 2).rename_axis("row")
-    )
-    assert len(kept) + len(cases) == 15_724
-    assert abs(len(kept) - 7_903) < 250
+    extract = synthetic.make_extract(15_724, 0).table
+    done = rules.select(extract.rename(index=lambda i: i + 2).rename_axis("row"))
+    assert len(done.kept) + len(done.cases) == done.assessed == 15_724
+    assert abs(len(done.kept) - 7_903) < 250
 
 
 def test_records_are_what_the_tasks_read(folder):
@@ -166,16 +167,11 @@ def test_records_are_what_the_tasks_read(folder):
 
 
 def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
-    again = run("prepare", f"--input={folder / 'extract.csv'}", f"--output={tmp_path / 'c'}")
-    assert again.returncode == 0
-    assert json.loads((tmp_path / "c" / "manifest.json").read_text()) == manifest
-    other = run(
-        "prepare", f"--input={folder / 'extract.csv'}", f"--output={tmp_path / 'd'}", "--seed=1"
-    )
-    assert other.returncode == 0
-    hashes = json.loads((tmp_path / "d" / "manifest.json").read_text())["sha256"]
-    assert hashes["test.parquet"] != manifest["sha256"]["test.parquet"]
-    assert hashes["excluded.csv"] == manifest["sha256"]["excluded.csv"]
+    again, _ = run_prepare(tmp_path, folder / "extract.csv")
+    assert again == manifest
+    other, _ = run_prepare(tmp_path, folder / "extract.csv", "--seed=1", "--overwrite")
+    assert other["sha256"]["test.parquet"] != manifest["sha256"]["test.parquet"]
+    assert other["sha256"]["excluded.csv"] == manifest["sha256"]["excluded.csv"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,11 +210,11 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
 )
 def test_each_reason(columns, reason):
     table = minimal(**columns)
-    kept, rows, cases = cohort.apply_rules(table)
-    assert kept.empty
-    assert set(rows["reason"]) == {reason}
-    assert list(rows["row"]) == list(table.index)
-    assert set(cases) == {reason}
+    done = rules.select(table)
+    assert done.kept.empty
+    assert set(done.excluded["reason"]) == {reason}
+    assert list(done.excluded["row"]) == list(table.index)
+    assert set(done.cases) == {reason}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +238,7 @@ def test_each_reason(columns, reason):
     ],
 )  # fmt: skip
 def test_regimen_from_wherever_it_stands(columns, regimen):
-    kept, _, _ = cohort.apply_rules(minimal(**columns))
+    kept = rules.select(minimal(**columns)).kept
     assert kept["regimen"].iloc[0] == regimen
     assert render_regimen(parse_regimen(regimen)) == regimen
 
@@ -253,9 +249,9 @@ def test_primary_plan_is_told_from_the_others():
         plan_status=["Superseded", "Completed", "Completed", "Cancelled"],
         plan_name=["R BREAST", "R BREAST", "R BREAST BST", "R BREAST"],
     )
-    kept, rows, cases = cohort.apply_rules(table)
-    assert list(kept.index) == [3] and len(cases) == 0
-    assert dict(rows.itertuples(index=False)) == {
+    done = rules.select(table)
+    assert list(done.kept.index) == [3] and len(done.cases) == 0
+    assert dict(zip(done.excluded["row"], done.excluded["reason"], strict=True)) == {
         2: "plan_superseded",
         4: "boost_plan",
         5: "plan_cancelled",
@@ -276,7 +272,8 @@ def test_assessed_is_kept_plus_excluded_whatever_is_corrupted(data):
         table.loc[row, column] = data.draw(_JUNK)
     table = table.iloc[rng.permutation(len(table))][list(rng.permutation(table.columns))]
     table = table.set_axis(pd.RangeIndex(2, len(table) + 2, name="row"))
-    kept, rows, cases = cohort.apply_rules(table)
+    done = rules.select(table)
+    kept, rows, cases = done.kept, done.excluded, done.cases
     nameless = (table["patient_id"].str.strip() == "").sum()
     units = table["patient_id"][table["patient_id"].str.strip() != ""].nunique() + nameless
     assert units == len(kept) + len(cases)
@@ -385,16 +382,13 @@ def one_line_error(done):
 def test_commands_fail_in_one_line(folder, tmp_path):
     done = run("prepare", f"--input={tmp_path / 'no.csv'}", f"--output={tmp_path / 'c'}")
     assert "no such file" in one_line_error(done)
-    done = run("prepare", f"--input={folder / 'extract.csv'}", f"--output={folder / 'cohort'}")
-    assert "--overwrite" in one_line_error(done)
+    assert "--overwrite" in run_prepare(folder, folder / "extract.csv")[1]
     done = run("synthesize", "--cases=3", f"--output={tmp_path / 'no' / 'e.csv'}")
     assert "no such folder" in one_line_error(done)
     minimal(icd10="C61.0").to_csv(tmp_path / "bad.csv", index=False)
-    done = run("prepare", f"--input={tmp_path / 'bad.csv'}", f"--output={tmp_path / 'c'}")
-    assert "code_not_valid 1" in one_line_error(done)
+    assert "code_not_valid 1" in run_prepare(tmp_path, tmp_path / "bad.csv")[1]
     minimal().to_csv(tmp_path / "one.csv", index=False)
-    done = run("prepare", f"--input={tmp_path / 'one.csv'}", f"--output={tmp_path / 'c'}")
-    assert "split would be empty" in one_line_error(done)
+    assert "split would be empty" in run_prepare(tmp_path, tmp_path / "one.csv")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "one.csv"]
 
 
@@ -409,7 +403,7 @@ def _write(folder, seed=0, overwrite=False, n=40):
             "icd10": "C50.411",
         }
     )
-    cases = cohort.split_cases(cases, seed, 0.2, 0.2)
+    cases, _ = split_cases(cases, seed, 0.2, 0.2)
     excluded = pd.DataFrame({"row": [99], "reason": ["no_code"]})
     return cohort.write_cohort(folder, cases, excluded, {"kept": n}, overwrite)
 
@@ -434,7 +428,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cohort, "near_duplicates", fail)
+    monkeypatch.setattr(cohort, "sha256", fail)
     for target, overwrite in (("c", True), ("new", False)):
         with pytest.raises(OSError, match="disk full"):
             _write(tmp_path / target, seed=5, overwrite=overwrite)
@@ -507,9 +501,120 @@ def test_ceilings_of_another_extract_are_refused(tmp_path):
     known = tmp_path / "e.csv.ceiling.parquet"
     stranger = pd.read_parquet(known)
     stranger.assign(patient_id="X" + stranger["patient_id"]).to_parquet(known)
-    done = run("prepare", f"--input={tmp_path / 'e.csv'}", f"--output={tmp_path / 'c'}")
-    assert "belongs to another extract" in one_line_error(done)
+    _, message = run_prepare(tmp_path, tmp_path / "e.csv")
+    assert "belongs to another extract" in message
     known.unlink()
-    done = run("prepare", f"--input={tmp_path / 'e.csv'}", f"--output={tmp_path / 'c'}")
-    assert done.returncode == 0
-    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["ceiling"] is None
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv")
+    assert manifest["ceiling"] is None
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole way, with every part
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    return synthetic.make_extract(160, 3).table
+
+
+def files_text(folder):
+    """All that stands in a cohort's files."""
+    texts = {path.name: path.read_bytes().decode("utf-8", "replace") for path in folder.iterdir()}
+    for path in folder.glob("*.parquet"):
+        texts[path.name] = pd.read_parquet(path).to_csv()
+    return texts
+
+
+def test_identifiers_stop_prepare_until_a_policy_is_chosen(tmp_path, small):
+    planted = ["Dr. Jane Whitfield", "MRN 4482913", "jane@example.org", "03/14/2021"]
+    note = f" Referred by {planted[0]}, {planted[1]}, {planted[2]}, seen {planted[3]}."
+    table = small.copy()
+    table["diagnosis"] = table["diagnosis"] + note
+    table.to_csv(tmp_path / "e.csv", index=False)
+    for options in ((), ("--deidentify=stop",)):
+        _, message = run_prepare(tmp_path, tmp_path / "e.csv", *options)
+        assert "identifiers found in diagnosis" in message and "--deidentify=redact" in message
+        assert "Whitfield" not in message and "4482913" not in message
+        assert [path.name for path in tmp_path.iterdir()] == ["e.csv"]
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv", "--deidentify=redact")
+    for name, text in files_text(tmp_path / "cohort").items():
+        for words in ("Whitfield", "4482913", "example.org", "03/14"):
+            assert words not in text, name
+        assert "SYN0" not in text, name
+    assert manifest["deidentification"]["policy"] == "redact"
+    assert manifest["deidentification"]["classes"]["email"] == len(table)
+    kept = pd.concat(cohort.load_cohort(tmp_path / "cohort").values())
+    assert kept["diagnosis"].str.contains("[EMAIL]", regex=False).all()
+    assert manifest["assessed"] == 160 == manifest["kept"] + sum(manifest["excluded"].values())
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv", "--deidentify=off", "--overwrite")
+    assert manifest["deidentification"]["classes"]["email"] == len(table)
+    assert "Whitfield" in files_text(tmp_path / "cohort")["train.parquet"]
+
+
+def test_a_filled_in_sheet_brings_its_case_into_the_cohort(tmp_path, small):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    first, _ = run_prepare(tmp_path, tmp_path / "e.csv")
+    assert first["flow"]["annotated"] is None
+    sheet = pd.read_csv(tmp_path / "cohort" / "annotation.csv", dtype=str, keep_default_na=False)
+    place = sheet.index[sheet["reason"] == "modality_contradiction"][0]
+    sheet.loc[place, ["keep", "modality"]] = ["yes", "photon"]
+    sheet.loc[place, "regimen"] = "Left breast, 40 Gy in 15 fractions"
+    sheet.to_csv(tmp_path / "filled.csv", index=False)
+    # Filled in where prepare wrote it: the cohort is still good, but not overwritten.
+    sheet.to_csv(tmp_path / "cohort" / "annotation.csv", index=False)
+    cohort.load_cohort(tmp_path / "cohort")
+    _, message = run_prepare(tmp_path, tmp_path / "e.csv", "--overwrite")
+    assert "has been changed since prepare wrote it" in message
+    shutil.rmtree(tmp_path / "cohort")
+    second, _ = run_prepare(
+        tmp_path, tmp_path / "e.csv", f"--annotations={tmp_path / 'filled.csv'}"
+    )
+    assert second["assessed"] == first["assessed"] and second["kept"] == first["kept"] + 1
+    assert second["flow"]["annotated"] == 1
+    assert second["annotation"]["files"][0]["sha256"] == cohort.sha256(tmp_path / "filled.csv")
+    kept = pd.concat(cohort.load_cohort(tmp_path / "cohort").values()).set_index("case_id")
+    case = kept.loc[f"row-{sheet.loc[place, 'row']}"]
+    assert (case["modality"], case["regimen"][:11]) == ("photon", "Left breast")
+
+
+def test_the_latest_patients_are_the_test_and_their_dates_stay_out(tmp_path, small):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv", "--split_by=date:start_day")
+    assert manifest["split"]["by"] == "date"
+    tables = cohort.load_cohort(tmp_path / "cohort")
+    day = small.assign(day=small["start_day"].astype(int)).groupby("patient_id")["day"].max()
+    earliest = day[tables["test"]["patient_id"]].min()
+    assert earliest >= day[tables["train"]["patient_id"]].quantile(0.9)
+    assert all("start_day" not in table.columns for table in tables.values())
+    _, message = run_prepare(tmp_path, tmp_path / "e.csv", "--split_by=date:dose", "--overwrite")
+    assert "no column 'dose'" in message
+
+
+@pytest.mark.parametrize("name", ["excluded.csv", "flow.svg"])
+def test_any_changed_file_is_refused(tmp_path, small, name):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    manifest, _ = run_prepare(tmp_path, tmp_path / "e.csv")
+    assert set(manifest["sha256"]) | {"manifest.json"} == {
+        path.name for path in (tmp_path / "cohort").iterdir()
+    }
+    with (tmp_path / "cohort" / name).open("a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=f"{name}: changed since prepare"):
+        cohort.load_records(tmp_path / "cohort", "train")
+
+
+def test_the_manifest_tells_which_rules_ran(tmp_path, small):
+    small.to_csv(tmp_path / "e.csv", index=False)
+    own = tmp_path / "mine.py"
+    own.write_text("def not_too_old(rows):\n    return rows['age'].astype(int) > 80\n")
+    manifest, _ = run_prepare(
+        tmp_path, tmp_path / "e.csv", f"--rules={own}", "--skip_rules=code_valid"
+    )
+    assert manifest["rules"][-1] == "not_too_old" and "code_valid" not in manifest["rules"]
+    assert manifest["rules_turned_off"] == ["code_valid"]
+    assert manifest["rules_added"]["sha256"] == cohort.sha256(own)
+    assert manifest["excluded"]["not_too_old"] > 0
+    assert manifest["assessed"] == manifest["kept"] + sum(manifest["excluded"].values())
+    kept = pd.concat(cohort.load_cohort(tmp_path / "cohort").values())
+    assert kept["age"].astype(int).max() <= 80

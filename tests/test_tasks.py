@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from radonc_jax.tasks import TASKS, Record, TextTask, select
 from radonc_jax.tasks.base import PROMPT
 from radonc_jax.tasks.icd import is_leaf, nearest_valid, normalise_code
-from radonc_jax.tasks.modality import MODALITIES, normalise_modality
+from radonc_jax.tasks.modality import MODALITIES, identify_modality, normalise_modality
 from radonc_jax.tasks.regimen import Regimen, parse_regimen, render_regimen, same_regimen
 
 RECORD = Record(
@@ -142,6 +142,51 @@ def test_modality_labels():
     assert [normalise_modality(label) for label in MODALITIES] == list(MODALITIES)
 
 
+@pytest.mark.parametrize(
+    ("parts", "label", "reason"),
+    [
+        ({"field": "X", "energy": "6 MV"}, "photon", ""),
+        ({"field": "PHOTON", "technique": "3DCRT tangents"}, "photon", ""),
+        ({"energy": "6X-FFF"}, "photon", ""),
+        ({"energy": "X06"}, "photon", ""),
+        ({"technique": "IMPT", "energy": "70-230 MeV"}, "proton", ""),
+        ({"technique": "3D", "energy": "180 MeV"}, "proton", ""),
+        ({"technique": "3D", "energy": "9 MeV"}, "electron", ""),
+        ({"energy": "12E"}, "electron", ""),
+        ({"field": "E", "technique": "tangents"}, "electron", ""),
+        ({"field": "Photon", "text": "6 MeV photons to the breast"}, "photon", ""),  # a slip
+        ({"text": "HDR 7 Gy x 6"}, "brachytherapy", ""),
+        ({"text": "145 Gy with I 125"}, "brachytherapy", ""),
+        ({"technique": "Ir-192", "text": "LDR"}, "brachytherapy", ""),
+        ({"text": "60 Gy in 30 fx"}, None, "unidentifiable"),
+        ({}, None, "unidentifiable"),
+        ({"field": "Electron", "energy": "6 MV"}, None, "contradiction"),
+        ({"field": "Photon", "energy": "9 MeV"}, None, "contradiction"),
+        ({"field": "Photon", "technique": "PBS"}, None, "contradiction"),
+        ({"field": "Electron", "technique": "SBRT"}, None, "contradiction"),
+        ({"field": "Brachytherapy", "technique": "AP/PA"}, None, "contradiction"),
+        ({"technique": "VMAT", "text": "I-125 seeds"}, None, "contradiction"),
+        ({"text": "carbon ions, VMAT"}, None, "outside"),
+        # a boost is another plan, and what is ruled out is none
+        ({"text": "VMAT 50 Gy/25 + electron boost 10 Gy/5"}, "photon", ""),
+        ({"text": "VMAT 50 Gy/25, boost 10 Gy in 5, electrons"}, "photon", ""),
+        ({"text": "HDR boost 15 Gy x 1"}, "brachytherapy", ""),
+        ({"text": "VMAT, not a proton candidate"}, "photon", ""),
+        ({"text": "prior HDR brachytherapy, now 6 MV"}, "photon", ""),
+    ],
+)
+def test_modality_of_a_plan(parts, label, reason):
+    identified = identify_modality(**parts)
+    assert (identified.label, identified.reason) == (label, reason)
+
+
+def test_what_contradicts_is_told_in_words_of_the_vocabulary():
+    identified = identify_modality("Electron", "", "6 MV", "Jane Roe, 6 MV, boost follows")
+    assert identified.explain() == "field: electron (Electron); energy: photon (6 MV); " + (
+        "text: photon (6 MV)"
+    )
+
+
 # -- ICD -------------------------------------------------------------------------------------
 
 
@@ -176,6 +221,37 @@ def test_leaf_and_nearest():
     assert near[:2] == ["C50.411", "C50.412"] and len(near) == 3
     assert all(map(is_leaf, near))
     assert nearest_valid("no code") == []
+
+
+@pytest.mark.parametrize(
+    ("code", "nearest"),
+    [
+        ("C61.0", ["C61"]),  # siblings of another category are not near
+        ("C50.4", ["C50.411", "C50.412", "C50.419", "C50.421"]),
+        ("c341", ["C34.10", "C34.11", "C34.12"]),
+        ("C50.413", ["C50.411", "C50.412", "C50.419"]),
+        ("C4A.11", ["C4A.111", "C4A.112"]),
+        ("C88.4", ["C88.40", "C88.41"]),
+        ("C50.411", ["C50.411"]),
+        ("C98.1", []),
+    ],
+)
+def test_nearest_leaves_of_a_near_miss(code, nearest):
+    assert nearest_valid(code, 4) == nearest
+
+
+def test_every_header_is_answered_by_its_own_first_leaves():
+    import simple_icd_10_cm as table
+
+    headers = [
+        code
+        for code in table.get_all_codes(with_dots=True)
+        if code[:1] in "CD" and "-" not in code and not is_leaf(code)
+    ]
+    assert len(headers) > 300
+    for header in headers:
+        own = [code for code in table.get_descendants(header) if table.is_leaf(code)]
+        assert nearest_valid(header, len(own) + 1) == sorted(own), header
 
 
 def test_a_code_that_does_not_exist_is_wrong_and_not_unparseable():

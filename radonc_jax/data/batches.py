@@ -161,6 +161,101 @@ def text_examples(
     return kept, report
 
 
+@dataclass(frozen=True)
+class Preflight:
+    """What a tokenizer and a length limit would mean for a cohort, before any training.
+
+    Attributes:
+      facts: `limit`, `over_length` and per task: `examples`; percentiles of `tokens` (of the whole
+        example, as the model sees it), `prompt` and `answer`; `too_long`, in all and by split;
+        `kept`, `trimmed`, `dropped` under the policy ("fail" keeps nothing if anything is too
+        long); `unfit`, of which not even an empty diagnosis fits; `tokens_cut`, percentiles of
+        what "trim_diagnosis" would take off the diagnoses of the others. The answer is never cut.
+      too_long: case_id, split, task, tokens, tokens_cut (None where unfit) of each such example.
+    """
+
+    facts: dict
+    too_long: list[tuple[str, str, str, int, int | None]]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, facts in self.facts["tasks"].items():
+            tokens = ", ".join(f"{point} {value}" for point, value in facts["tokens"].items())
+            line = f"{name}: {tokens} tokens; {facts['too_long']['all']} of {facts['examples']}"
+            line += f" longer than {self.facts['limit']}"
+            if cut := facts["tokens_cut"]:
+                line += (
+                    f" (trimming cuts {cut['median']} tokens at the median, {cut['max']} at most)"
+                )
+            if facts["unfit"]:
+                line += f"; {facts['unfit']} do not fit even without a diagnosis"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def preflight(records, tasks, tokenizer, limit: int, over_length: str) -> Preflight:
+    """Token lengths of every example, and what the length policy would do; nothing is raised for
+    an example that is too long.
+
+    Args:
+      records: name of a split -> its records.
+      tasks: to be rendered, each for each record.
+      tokenizer: of the model to be tuned.
+      limit: `batch.sequence_length`.
+      over_length: one of OVER_LENGTH.
+
+    Raises:
+      ValueError: the limit or the policy is none, as in BatchConfig.
+    """
+    BatchConfig(1, 1, limit, False, over_length)
+    found, too_long = {}, []
+    for task in tasks:
+        prompts, answers, cuts = [], [], []
+        by_split, unfit = dict.fromkeys(records, 0), 0
+        for split, own in records.items():
+            prompt = _token_counts(tokenizer, [task.prompt(record.diagnosis) for record in own])
+            answer = _token_counts(tokenizer, [task.answer(record) for record in own])
+            for record, n, m in zip(own, prompt, answer, strict=True):
+                if n + m - 1 <= limit:
+                    continue
+                by_split[split] += 1
+                shorter = trim_prompt(tokenizer, task, record.diagnosis, limit + 1 - m)
+                cut = None if shorter is None else n - len(shorter)
+                unfit += cut is None
+                cuts += [] if cut is None else [cut]
+                too_long.append((record.case_id, split, task.name, n + m - 1, cut))
+            prompts += prompt
+            answers += answer
+        long = sum(by_split.values())
+        kept = {
+            "fail": 0 if long else len(prompts),
+            "drop": len(prompts) - long,
+            "trim_diagnosis": 0 if unfit else len(prompts),
+        }[over_length]
+        found[task.name] = {
+            "examples": len(prompts),
+            "tokens": _percentiles([n + m - 1 for n, m in zip(prompts, answers, strict=True)]),
+            "prompt": _percentiles(prompts),
+            "answer": _percentiles(answers),
+            "too_long": {"all": long} | by_split,
+            "kept": kept,
+            "trimmed": len(cuts) if kept and over_length == "trim_diagnosis" else 0,
+            "dropped": long if over_length == "drop" else 0,
+            "unfit": unfit,
+            "tokens_cut": _percentiles(cuts) if cuts else None,
+        }
+    return Preflight({"limit": limit, "over_length": over_length, "tasks": found}, too_long)
+
+
+def _token_counts(tokenizer, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text and its BOS or EOS: len(encode_prompt(...)), many texts at a time."""
+    counts = []
+    for start in range(0, len(texts), 1000):
+        batch = tokenizer(list(texts[start : start + 1000]), add_special_tokens=False)
+        counts += [len(ids) + 1 for ids in batch["input_ids"]]
+    return counts
+
+
 def trim_prompt(tokenizer, task, diagnosis: str, room: int) -> list[int] | None:
     """The prompt with as many leading words of the diagnosis as fit into `room` tokens.
 

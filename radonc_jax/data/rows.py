@@ -1,18 +1,58 @@
-"""Streams of table rows as text: what `predict` reads, whole files never being in memory.
+"""Streams of table rows as text, whole files never in memory: for `prepare` and `predict`.
 
-Unlike `extract`, which reads a clinic's export under the project's own column names, this changes
-nothing: the columns are the file's, and every value is its text. Rows count as there: the header
-is row 1, in jsonl a row is a line.
+Nothing is changed: the columns are the file's, and every value is its text. Rows count as in a
+spreadsheet: the header is row 1, in jsonl, which has none, a row is a line.
 """
 
+import codecs
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from pathlib import Path
 
-KINDS = (".csv", ".xlsx", ".parquet", ".jsonl")
+KINDS = (".csv", ".xlsx", ".parquet", ".jsonl", ".tsv")
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 Row = tuple[int, list[str]]  # number, values
+
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16, so it stands before it
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# What stands in western text beside letters. Windows-1252 decodes nearly any bytes: only these make
+# it a likely reading.
+_LIKELY_MARKS = frozenset("€‚„…‰‹›‘’“”•–—™¡£§©ª«¬®¯°±²³´µ¶·¹º»¼½¾¿×÷\xa0\xad")
+_UNLIKELY_LETTERS = frozenset("ÿþðÐÞ")
+_BLOCK = 1 << 22  # bytes
+
+
+class _RowError(ValueError):
+    """Told in our own words; what libraries raise may quote the cell."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a table file is read.
+
+    Attributes:
+      kind: one of KINDS, or "" for a folder of `datasets.save_to_disk`.
+      encoding, delimiter: of a csv or tsv, else "".
+      sheet: of a workbook, else "".
+      guessed: the encoding is a guess; nothing in the file proves it.
+      notes: what a reader of the counts should know, places only.
+    """
+
+    kind: str
+    encoding: str = ""
+    delimiter: str = ""
+    sheet: str = ""
+    guessed: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,14 +63,16 @@ class Rows:
       path: of the file.
       columns: its header.
       count: rows below the header.
+      layout: how it is read.
     """
 
     path: Path
     columns: list[str]
     count: int
+    layout: Layout
 
     def __iter__(self) -> Iterator[Row]:
-        rows = _read(self.path)
+        rows = read_rows(self.path, self.layout)
         next(rows)
         return rows
 
@@ -44,61 +86,292 @@ def open_rows(path: str | Path) -> Rows:
         another length than the header; places are named, never what stands there.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix.lower() not in KINDS:
-        raise ValueError(
-            f"{path}: {path.suffix or 'a file without an ending'} is not read; "
-            f"use one of {', '.join(KINDS)}"
-        )
-    rows = _read(path)
+    layout = find_layout(path)
+    if layout.guessed:
+        raise ValueError(f"{path}: not UTF-8; save it as UTF-8")
+    rows = read_rows(path, layout)
     _, columns = next(rows, (1, []))
     repeated = sorted({name for name in columns if columns.count(name) > 1})
     if repeated:
         raise ValueError(f"{path}: the header names {', '.join(repeated)} more than once")
-    count = 0
-    for number, values in rows:
-        if len(values) != len(columns):
-            raise ValueError(
-                f"{path}: row {number} has {len(values)} columns, the header has {len(columns)}"
-            )
-        count += 1
+    count = sum(1 for _ in rows)
     if not count:
         raise ValueError(f"{path}: there are no rows below the header")
-    return Rows(path, columns, count)
+    return Rows(path, columns, count, layout)
 
 
-def _read(path: Path) -> Iterator[Row]:
-    """The header, then the rows."""
-    readers = {".csv": _csv, ".xlsx": _xlsx, ".parquet": _parquet, ".jsonl": _jsonl}
-    return readers[path.suffix.lower()](path)
+def read_rows(path: Path, layout: Layout) -> Iterator[Row]:
+    """The header, then the rows; every row as long as the header.
+
+    Raises:
+      ValueError: the file is damaged or a row has another length than the header; places are
+        named, never what stands there.
+    """
+    if layout.kind in (".csv", ".tsv"):
+        return _delimited(path, layout)
+    if layout.kind == ".xlsx":
+        return _xlsx(path, layout.sheet)
+    return {"": _dataset, ".parquet": _parquet, ".jsonl": _jsonl}[layout.kind](path)
 
 
-def _csv(path: Path) -> Iterator[Row]:
+# ---------------------------------------------------------------------------------------------
+# Finding out how a file is read
+# ---------------------------------------------------------------------------------------------
+
+
+def find_layout(
+    path: str | Path, encoding: str = "", delimiter: str = "", sheet: str = ""
+) -> Layout:
+    """What kind of table `path` is, and how it is read where that is not given.
+
+    A csv or tsv is UTF-8, or what its byte order mark says, or Windows-1252 where that makes text
+    of it (`guessed`). The delimiter is the one of DELIMITERS that makes columns of the first rows.
+
+    Raises:
+      FileNotFoundError: no such file or folder.
+      ValueError: another kind of file, an option that does not go with it, bytes that are no text,
+        or a workbook in which several sheets hold cells and none is chosen.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give the extract with --input")
+    kind = "" if path.is_dir() else path.suffix.lower()
+    if path.is_dir():
+        if not (path / "state.json").is_file():
+            raise ValueError(_no_dataset(path))
+    elif kind not in KINDS:
+        raise ValueError(
+            f"{path}: {path.suffix or 'a file without an ending'} is not read; "
+            f"use one of {', '.join(KINDS)}, or a folder of datasets.save_to_disk"
+        )
+    text = kind in (".csv", ".tsv")
+    for option, value, fits in (
+        ("encoding", encoding, text),
+        ("delimiter", delimiter, text),
+        ("sheet", sheet, kind == ".xlsx"),
+    ):
+        if value and not fits:
+            raise ValueError(f"{path}: --{option} does not go with {kind or 'a folder'}; remove it")
+    if kind == ".xlsx":
+        return Layout(kind, sheet=_find_sheet(path, sheet))
+    if not text:
+        return Layout(kind)
+    guessed, notes = False, []
+    if encoding:
+        _check_encoding(encoding)
+    else:
+        encoding, guessed, notes = _find_encoding(path)
+    default = "," if kind == ".csv" else "\t"
+    if delimiter:
+        delimiter = DELIMITERS.get(delimiter.casefold(), delimiter).replace("\\t", "\t")
+        if len(delimiter) != 1 or delimiter in '"\r\n ' or not delimiter.isascii():
+            raise ValueError(
+                f"--delimiter must be {', '.join(DELIMITERS)} or one character, not {delimiter!r}"
+            )
+    else:
+        delimiter = _find_delimiter(path, encoding, default)
+    return Layout(kind, encoding, delimiter, "", guessed, tuple(notes))
+
+
+def _no_dataset(path: Path) -> str:
+    if not (path / "dataset_dict.json").is_file():
+        return f"{path}: a folder, but none of datasets.save_to_disk (no state.json in it)"
+    splits = ", ".join(sorted(child.name for child in path.iterdir() if child.is_dir()))
+    return f"{path}: holds several tables ({splits}); give the folder of one of them"
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        known = codecs.lookup(encoding)._is_text_encoding
+    except (LookupError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"--encoding={encoding!r} is not known; use utf-8, utf-16, cp1252, latin-1 ..."
+        )
+
+
+def _find_encoding(path: Path) -> tuple[str, bool, list[str]]:
+    """(encoding, whether it is a guess, notes)."""
+    notes: list[str] = []
+    with path.open("rb") as file:
+        head = file.read(4096)
+        for mark, encoding in _BYTE_ORDER_MARKS:
+            if head.startswith(mark) and encoding != "utf-8-sig":
+                return encoding, False, notes
+        if b"\0" in head:
+            for start, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+                zeros = head[start::2].count(0)
+                if zeros > 0.4 * len(head) and head[1 - start :: 2].count(0) == 0:
+                    return encoding, True, notes
+        file.seek(0)
+        line, damaged, wrong = 1, 0, None
+        while block := b"".join(file.readlines(_BLOCK)):
+            # A block ends with a line, and so never inside a character.
+            if (place := block.find(b"\0")) >= 0:
+                at = line + block.count(b"\n", 0, place)
+                raise ValueError(
+                    f"{path}: line {at} holds a NUL byte; the file is damaged, or give --encoding"
+                )
+            damaged += block.count("\N{REPLACEMENT CHARACTER}".encode())
+            try:
+                block.decode("utf-8")
+            except UnicodeDecodeError as error:
+                at = line + block.count(b"\n", 0, error.start)
+                wrong = (at, error.start - block.rfind(b"\n", 0, error.start))
+                break
+            line += block.count(b"\n")
+            last = block
+    if wrong is None:
+        if damaged:
+            notes.append(
+                f"{damaged} characters were lost before this export ({path.name} holds "
+                "replacement characters); export again if you can"
+            )
+        if line > 1 and not last.endswith((b"\n", b"\r")):
+            notes.append(f"{path.name} does not end in a line break: was it cut short?")
+        return "utf-8-sig", False, notes
+    if _reads_as_windows_1252(path):
+        notes.append(
+            f"{path.name} is not UTF-8 (line {wrong[0]}); read as Windows-1252. If letters are "
+            "wrong, give --encoding"
+        )
+        return "cp1252", True, notes
+    raise ValueError(
+        f"{path}: line {wrong[0]}, byte {wrong[1]} is not UTF-8; save the file as UTF-8, or give "
+        "--encoding"
+    )
+
+
+def _reads_as_windows_1252(path: Path) -> bool:
+    with path.open("rb") as file:
+        for line in file:
+            if line.isascii():
+                continue
+            try:
+                line.decode("utf-8")
+                return False  # UTF-8 elsewhere: this file is damaged, not in another encoding
+            except UnicodeDecodeError:
+                pass
+            try:
+                signs = {sign for sign in line.decode("cp1252") if not sign.isascii()}
+            except UnicodeDecodeError:
+                return False
+            if not all(
+                sign in _LIKELY_MARKS or (sign.isalpha() and sign not in _UNLIKELY_LETTERS)
+                for sign in signs
+            ):
+                return False
+    return True
+
+
+def _find_delimiter(path: Path, encoding: str, default: str) -> str:
+    try:
+        with path.open(encoding=encoding, newline="") as file:
+            sample = file.read(1 << 18)
+    except UnicodeError:
+        return default  # the reader names the place
+    best, best_score = default, (False, 1)
+    for delimiter in dict.fromkeys((default, *DELIMITERS.values())):
+        widths = []
+        try:
+            for fields in csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter):
+                if fields:
+                    widths.append(len(fields))
+                if len(widths) == 50:
+                    break
+        except csv.Error:
+            pass
+        if not widths:
+            continue
+        alike = sum(width == widths[0] for width in widths) >= 0.5 * len(widths)
+        score = (alike and widths[0] > 1, widths[0])
+        if score > best_score:
+            best, best_score = delimiter, score
+    return best
+
+
+def _find_sheet(path: Path, wanted: str) -> str:
+    workbook = _workbook(path)
+    try:
+        names = [sheet.title for sheet in workbook.worksheets]
+        if wanted:
+            if wanted not in names:
+                raise _RowError(f"{path}: no sheet {wanted!r}; there are {', '.join(names)}")
+            return wanted
+        filled = []
+        for sheet in workbook.worksheets:
+            sheet.reset_dimensions()
+            cells = (value for row in sheet.iter_rows(values_only=True) for value in row)
+            if any(value is not None for value in cells):
+                filled.append(sheet.title)
+    except _RowError:
+        raise
+    except Exception as error:
+        raise _no_workbook(path, error) from None
+    finally:
+        workbook.close()
+    if len(filled) > 1:
+        raise ValueError(
+            f"{path}: several sheets hold cells ({', '.join(filled)}); choose one with --sheet"
+        )
+    return filled[0] if filled else names[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Readers
+# ---------------------------------------------------------------------------------------------
+
+
+def _delimited(path: Path, layout: Layout) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    number = 0
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    number, width = 0, 0
+    with path.open(encoding=layout.encoding, newline="") as file:
+        # csv rather than pandas.read_csv, which fills short rows up without a word.
+        reader = csv.reader(file, delimiter=layout.delimiter, strict=True)
         try:
             for number, values in enumerate(reader, 1):
-                if values:
-                    yield number, values
+                if not values:
+                    continue  # a blank line is no record
+                width = width or len(values)
+                if len(values) != width:
+                    raise ValueError(
+                        f"{path}: row {number} (line {reader.line_num}) has {len(values)} columns, "
+                        f"the header has {width}; look for a stray delimiter or quote there"
+                    )
+                yield number, values
         except csv.Error as error:
-            raise ValueError(f"{path}: row {number + 1}: {error}; correct the quotes") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 after row {number}; save it as UTF-8") from None
+            raise ValueError(
+                f"{path}: row {number + 1} (line {reader.line_num}): {error}; correct the quotes "
+                "there"
+            ) from None
+        except UnicodeError:
+            raise ValueError(
+                f"{path}: not {layout.encoding} after row {number}; save it as UTF-8, or give "
+                "another --encoding"
+            ) from None
 
 
-def _xlsx(path: Path) -> Iterator[Row]:
+def _no_workbook(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not a readable workbook ({type(error).__name__})")
+
+
+def _workbook(path: Path):
     import openpyxl
 
     try:
-        workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        return openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as error:  # openpyxl and zipfile raise many kinds for a broken workbook
-        raise ValueError(f"{path}: not a readable workbook ({type(error).__name__})") from None
+        raise _no_workbook(path, error) from None
+
+
+def _xlsx(path: Path, name: str) -> Iterator[Row]:
+    workbook = _workbook(path)
     try:
+        sheet = workbook[name]
+        sheet.reset_dimensions()  # some programs write them wrong, and rows would be left out
         width = 0
-        for number, values in enumerate(workbook.active.iter_rows(values_only=True), 1):
+        for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
             texts = [_text(value) for value in values]
             if not any(texts):
                 continue  # sheets often end in rows that were emptied
@@ -106,26 +379,59 @@ def _xlsx(path: Path) -> Iterator[Row]:
             while texts and not texts[-1] and (not width or len(texts) > width):
                 texts.pop()
             width = width or len(texts)
+            if len(texts) > width:
+                raise _RowError(
+                    f"{path}: row {number} has {len(texts)} columns, the header has {width}; name "
+                    "every column in row 1"
+                )
             yield number, texts + [""] * (width - len(texts))
+    except _RowError:
+        raise
+    except Exception as error:  # a damaged sheet shows only when it is read
+        raise _no_workbook(path, error) from None
     finally:
         workbook.close()
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            yield 1, names
-            number = 1
-            for batch in file.iter_batches(batch_size=1024):
-                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    number += 1
-                    yield number, [_text(value) for value in values]
-    except (OSError, pyarrow.ArrowInvalid) as error:
+            yield 1, file.schema_arrow.names
+            yield from _batches(file.iter_batches(batch_size=1024))
+    except Exception as error:  # OSError, several of Arrow's, and Python's own for single cells
         raise ValueError(f"{path}: not a readable Parquet file ({type(error).__name__})") from None
+
+
+def _batches(batches, first: int = 2) -> Iterator[Row]:
+    """Rows of Arrow tables or record batches."""
+    number = first
+    for batch in batches:
+        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield number, [_text(value) for value in values]
+            number += 1
+
+
+def _dataset(path: Path) -> Iterator[Row]:
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(path))
+        names = table.column_names
+        classes = {
+            index: table.features[name].names
+            for index, name in enumerate(names)
+            if isinstance(table.features[name], datasets.ClassLabel)
+        }
+        yield 1, names
+        for number, values in _batches(table.with_format("arrow").iter(1024)):
+            for index, labels in classes.items():
+                if values[index]:
+                    values[index] = labels[int(values[index])]
+            yield number, values
+    except Exception as error:  # json, Arrow and datasets each raise their own
+        raise ValueError(f"{path}: not a readable dataset ({type(error).__name__})") from None
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -141,20 +447,43 @@ def _jsonl(path: Path) -> Iterator[Row]:
 def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError:  # its message would quote the line; UnicodeDecodeError is one
-                raise ValueError(f"{path}: line {number} is not JSON") from None
+                record = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
+                if b"\\u" in line:  # json itself lets halves of surrogate pairs through
+                    json.dumps(record, ensure_ascii=False).encode("utf-8")
+            except _RowError as error:
+                raise ValueError(f"{path}: line {number} {error}") from None
+            except (ValueError, RecursionError):  # the message would quote the line
+                raise ValueError(f"{path}: line {number} is not JSON in UTF-8") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}: line {number} is not an object of column: value")
             yield number, record
 
 
+def _once(pairs: list[tuple]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise _RowError("has a column twice")  # json would keep the last and drop the others
+    return record
+
+
 def _text(value) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN and NaT alone differ from themselves
         return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # whole numbers that a gap in their column turned into floats
     if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, datetime):
+        return str(value.date() if value.time() == time() and not value.tzinfo else value)
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     return str(value)

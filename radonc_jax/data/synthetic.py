@@ -449,6 +449,12 @@ def _print_place(rng: np.random.Generator, latent: Latent) -> str:
     return wording.replace("{side}", word).replace("{S}", side[0].upper())
 
 
+def _printed_age(latent: Latent) -> int:
+    # An age over 89 identifies a person under HIPAA Safe Harbor, and a plain extract holds nothing
+    # that `deidentify` would have to stop. The draw itself stays as it is: ceilings are unmoved.
+    return min(latent.age, 89)
+
+
 def _print_who(rng: np.random.Generator, sex: str, age: int) -> str:
     long, short = {"F": ("female", "woman"), "M": ("male", "man")}[sex]
     return _pick(rng, (f"{age} yo {long}", f"{age} y/o {long}", f"{age}-year-old {short}"))
@@ -458,7 +464,7 @@ def print_diagnosis(rng: np.random.Generator, latent: Latent) -> str:
     """A clinic's note on the record: place and cue in one of their wordings, the rest at random."""
     parts = {name: _pick(rng, choices) for name, choices in latent.law.wordings.items()}
     text = _pick(rng, _TEMPLATES).format(
-        who=_print_who(rng, latent.sex, latent.age),
+        who=_print_who(rng, latent.sex, _printed_age(latent)),
         place=_print_place(rng, latent),
         cue=_pick(rng, latent.law.cues[latent.cue].wordings),
         **parts,
@@ -637,7 +643,7 @@ def _patient_rows(rng: np.random.Generator, kind: str, latent: Latent) -> list[d
     diagnosis = _add_leak(rng, print_diagnosis(rng, latent), latent)
     common = {
         "diagnosis_id": "D1",
-        "age": str(latent.age),
+        "age": str(_printed_age(latent)),
         "sex": latent.sex,
         "site": law.key,
         "diagnosis": diagnosis,

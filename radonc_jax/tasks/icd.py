@@ -2,8 +2,10 @@
 CMS/NCHS tabular list that is part of that package; it reads no network).
 """
 
+import bisect
 import difflib
 import functools
+import heapq
 import re
 from types import ModuleType
 
@@ -43,31 +45,48 @@ def is_leaf(code: str) -> bool:
     return bool(_CODE.fullmatch(code)) and _table().is_valid_item(code) and _table().is_leaf(code)
 
 
+def description(code: str) -> str:
+    """The official words of a code or category of the table ("Malignant neoplasm of prostate"),
+    "" for anything else."""
+    known = _CODE.fullmatch(code) and _table().is_valid_item(code)
+    return _table().get_description(code) if known else ""
+
+
 @functools.cache
-def _leaves_by_letter(letter: str) -> tuple[str, ...]:
-    codes = _table().get_all_codes(with_dots=True)
-    return tuple(code for code in codes if code.startswith(letter) and is_leaf(code))
+def _leaves() -> list[str]:
+    """Every leaf, sorted: what begins alike lies together."""
+    return sorted(code for code in _table().get_all_codes(with_dots=True) if is_leaf(code))
+
+
+def _below(prefix: str) -> list[str]:
+    """The leaves that begin with `prefix`, itself included; two binary searches."""
+    leaves = _leaves()
+    # No code holds a character beyond "Z", so all that begins with `prefix` sorts below prefix~.
+    return leaves[bisect.bisect_left(leaves, prefix) : bisect.bisect_left(leaves, f"{prefix}~")]
 
 
 def nearest_valid(code: str, n: int = 3) -> list[str]:
-    """Up to `n` leaf codes of the same letter that look most like `code`, best first.
+    """Up to `n` leaf codes nearest to `code`, best first; none of another kind fill the list up.
 
-    A longer common beginning counts before overall likeness, since a code is a path from the
-    category down.
+    A code is a path from the category down, so the leaves below its longest beginning that has any
+    are the nearest: for a header its own leaves in the table's order ("C50.4" gives C50.411,
+    C50.412, C50.419), for a digit too many or a wrong one its siblings by likeness ("C61.0" gives
+    C61). [] when `code` holds no code, or one whose very category does not exist.
     """
     wanted = normalise_code(code)
     if wanted is None:
         return []
-
-    def likeness(leaf: str) -> tuple[int, float]:
-        common = next(
-            (i for i, (a, b) in enumerate(zip(wanted, leaf, strict=False)) if a != b),
-            min(len(wanted), len(leaf)),
+    for length in range(len(wanted), 2, -1):
+        near = _below(wanted[:length].rstrip("."))
+        if not near:
+            continue
+        if length == len(wanted):
+            return near[:n]
+        # nlargest, as sorted, keeps equals in the table's order.
+        return heapq.nlargest(
+            n, near, key=lambda leaf: difflib.SequenceMatcher(None, wanted, leaf).ratio()
         )
-        return common, difflib.SequenceMatcher(None, wanted, leaf).ratio()
-
-    # sorted() is stable, so equals stay in the table's order.
-    return sorted(_leaves_by_letter(wanted[0]), key=likeness, reverse=True)[:n]
+    return []
 
 
 class IcdTask(Task):

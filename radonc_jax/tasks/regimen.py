@@ -5,21 +5,28 @@ way ("Right breast, 40.05 Gy in 15 fractions, 3DCRT tangents"). Reading a canoni
 back the regimen it was rendered from.
 """
 
+import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from radonc_jax.tasks.base import Record, Task, answer_section
 from radonc_jax.tasks.modality import normalise_modality
 
 DOSE_TOLERANCE_GY = 0.5  # strict accuracy: total doses this close count as the same
+LONGEST = 4000  # characters of a regimen's text
 
 
 @dataclass(frozen=True)
 class Regimen:
     """One course. Doses in Gy, or Gy(RBE) when the modality is proton.
 
-    `total_dose_gy` and `fractions` are those of the first phase; a boost stands apart. A target is
-    spelled without its side and without an initial capital ("breast", "PA nodes").
+    `total_dose_gy` and `fractions` are those of the first phase; the phases after it are summed as
+    its boost. A target is spelled without its side and without an initial capital ("breast", "PA
+    nodes").
+
+    `conflict` tells what a text contradicts itself about: "dose_per_fraction" ("60 Gy in 30
+    fractions of 1.8 Gy") or "sum" ("66 Gy = 45 Gy + 15 Gy"). It is no part of the regimen: two
+    regimens are equal without it.
     """
 
     target: str | None
@@ -31,70 +38,112 @@ class Regimen:
     times_a_day: int = 1
     boost_dose_gy: float | None = None
     boost_fractions: int | None = None
+    conflict: str | None = field(default=None, compare=False)
+
+    @property
+    def dose_per_fraction_gy(self) -> float | None:
+        """Of the first phase, to the cGy; None where its dose or fractions are not known."""
+        if self.total_dose_gy is None or not self.fractions:
+            return None
+        return round(self.total_dose_gy / self.fractions, 2)
+
+    @property
+    def course_dose_gy(self) -> float | None:
+        """First phase and boost together."""
+        if self.total_dose_gy is None:
+            return None
+        return round(self.total_dose_gy + (self.boost_dose_gy or 0), 4)
+
+    @property
+    def implant(self) -> bool:
+        """Whether sources are implanted: LDR, seeds, a plaque, a permanent or named implant."""
+        technique = self.technique or ""
+        return self.modality == "brachytherapy" and _IMPLANT.search(technique) is not None
 
 
 # ---------------------------------------------------------------------------------------------
 # Doses
 # ---------------------------------------------------------------------------------------------
 
-_UNIT = r"(?P<unit>cc?ge|gye|c?gy(?:\s?\(?rbe\b\)?)?)(?![a-z])"
+# `_tidy` leaves four units, "N fx" for a number of fractions and "/fx" for "per fraction".
+_UNIT = r"c?Gy(?:\(RBE\))?(?![A-Za-z])"
 # A number that is no part of a range ("60-66 Gy") or of a list of dose levels after its first.
-_NUMBER = r"(?<![\d.,/–-])(?P<dose>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)"
-_LEVELS = r"(?:\s?/\s?\d+(?:\.\d+)?)*"  # "70/63/56 Gy": the highest level leads
-_COUNTED = r"(?:fx|fractions?|frx?|#)(?![a-z])"
-_NOT_COUNTED = r"(?![\d.])(?!\s?(?:weeks?|wks?|days?|months?|[cm]m)\b)"
-_PER_FRACTION = r"(?:/|per|a)\s?(?:fx|fractions?|frx?)\b"
-_DOSE = re.compile(rf"{_NUMBER}{_LEVELS}\s?{_UNIT}", re.IGNORECASE)
+_DOSE = re.compile(
+    r"(?<![\d.,/–-])(?P<dose>\d+(?:\.\d+)?)(?:\s?/\s?\d+(?:\.\d+)?)*"  # "70/63/56 Gy": the highest
+    rf"\s?(?P<unit>{_UNIT})",
+    re.IGNORECASE,
+)
 _BARE_DOSE = re.compile(  # "45/25" with no unit; more than one slash is a list of dose levels
-    r"(?<![\d.,/\w-])(?P<dose>\d+(?:\.\d+)?)\s?/\s?(?P<count>\d{1,2})(?![\d./\w])"
-    r"(?P<words>\s?(?:fx|fractions?|frx?)\b)?",
+    r"(?<![\d.,/\w-])(?P<dose>\d+(?:\.\d+)?)\s?/\s?(?P<count>\d{1,2})(?![\d./\w])(?P<words>\s?fx\b)?",
     re.IGNORECASE,
 )
-_AFTER_DOSE = (
-    # "2 Gy x 30", "7 Gy x 3 fractions": the dose is that of one fraction
-    ("times", rf"\s?(?:{_PER_FRACTION})?\s?[x*]\s?(?P<count>\d{{1,2}})(?![\d.])(?:\s?{_COUNTED})?"),
-    ("each", rf"\s?{_PER_FRACTION}"),
-    # "60 Gy in 2 Gy fractions", "60 Gy at 2 Gy/fx", "60 Gy (2 Gy x 30)"
-    (
-        "of_each",
-        r"\s?(?:total)?\s?(?:in|at|@|,|\()\s?(?P<each>\d+(?:\.\d+)?)\s?(?P<each_unit>cc?ge|gye"
-        rf"|c?gy(?:\s?\(?rbe\b\)?)?)\s?(?:{_PER_FRACTION}|fx\b|fractions?\b"
-        r"|[x*]\s?(?P<each_count>\d{1,2}))(?:\s?[x*]\s?(?P<each_times>\d{1,2})(?![\d.]))?",
-    ),
-    # "60 Gy in 30", "60 Gy/30fx", "1000 cGy boost/5 fx", "45 Gy BID in 30 fractions"
-    (
-        "in",
-        r"(?P<words>(?:\s?[a-z-]+){0,3}?)\s?(?:,|;|-)?\s?(?:"
-        rf"(?:in|/|over)\s?(?P<count>\d{{1,2}}){_NOT_COUNTED}(?:\s?{_COUNTED})?"
-        rf"|\(?(?P<plain>\d{{1,2}})\s?{_COUNTED})",
-    ),
+_NOT_COUNTED = r"(?![\d.])(?!\s?(?:weeks?|wks?|days?|months?|[cm]m|gy|cgy)\b)"
+_COUNT = rf"(?P<count>\d{{1,2}}){_NOT_COUNTED}(?:\s?fx\b)?"
+_AFTER_DOSE = tuple(
+    (kind, re.compile(pattern, re.IGNORECASE))
+    for kind, pattern in (
+        # "2 Gy x 30", "7 Gy/fx x 3 fx": the dose is that of one fraction
+        ("times", rf"\s?(?:/fx)?\s?[x*]\s?{_COUNT}"),
+        # "2 Gy/fx, 30 fx"
+        ("times", r"\s?/fx\s?[,;(]?\s?(?P<count>\d{1,2})\s?fx\b"),
+        ("each", r"\s?/fx"),
+        # "60 Gy in 2 Gy fractions", "60 Gy at 2 Gy/fx", "60 Gy = 2 Gy x 30", "60 Gy (2 Gy x 30)"
+        (
+            "of_each",
+            r"(?:\s?total)?\s?(?:in|at|@|,|\(|=)\s?"
+            rf"(?P<each>\d+(?:\.\d+)?)\s?(?P<each_unit>{_UNIT})"
+            r"(?:\s?(?:/fx|fx\b|fractions?\b)(?:\s?[x*]\s?(?P<times>\d{1,2})(?![\d.])"
+            r"|\s?(?:in|for|,)\s?(?P<later>\d{1,2})(?=\s?fx\b))?"
+            r"|\s?[x*]\s?(?P<count>\d{1,2})(?![\d.]))(?:\s?fx\b)?",
+        ),
+        ("of_each", rf"\s?(?:at|@)\s?(?P<each>\d+(?:\.\d+)?)\s?(?P<each_unit>{_UNIT})"),
+        # "60 Gy in 30 fractions of 2 Gy"
+        (
+            "of_each",
+            r"(?P<words>(?:\s[a-z-]++){0,8}?)\s?(?:,|;|-)?\s?(?:in|/|over)?\s?"
+            r"(?P<count>\d{1,2})\s?fx\s?(?:of|at|@|x)\s?"
+            rf"(?P<each>\d+(?:\.\d+)?)\s?(?P<each_unit>{_UNIT})(?:\s?/fx|\seach\b)?",
+        ),
+        # "60 Gy in 30", "60 Gy/30fx", "1000 cGy boost/5 fx", "45 Gy to the pelvis in 25 fx"
+        (
+            "in",
+            r"(?P<words>(?:\s[a-z-]++){0,8}?)\s?(?:,|;|-)?\s?(?:"
+            rf"(?:in|/|over)\s?{_COUNT}|\(?(?<![a-z])(?P<plain>\d{{1,2}})\s?fx\b)",
+        ),
+    )
 )
-_AFTER_DOSE = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _AFTER_DOSE)
-_BEFORE_DOSE = re.compile(  # "30 fractions of 2 Gy", "30 x 2 Gy"
-    r"(?P<count>\d{1,2})\s?(?:(?:fx|fractions?)\s?(?:of|at|@)|[x*])\s?$", re.IGNORECASE
+# "30 fractions of 2 Gy", "30 x 2 Gy"; "dose per fraction 2 Gy"
+_BEFORE_DOSE = re.compile(
+    r"(?<![\w.])(?P<count>\d{1,2})\s?(?:fx\s?(?:of|at|@|x)|[x*])\s?$", re.IGNORECASE
 )
+_EACH_BEFORE = re.compile(
+    r"(?:(?:dose|gy)\s?/fx|(?:fraction(?:al)?|daily) dose)\s?(?:of|is|:|=)?\s?$", re.IGNORECASE
+)
+_FRACTIONS_AFTER = re.compile(r"\s?[,;]?\s?(?P<count>\d{1,2})\s?fx\b", re.IGNORECASE)
+_TOTAL_BEFORE = re.compile(r"(?:\btotal(?: dose)?(?: of| is)?\s?[:=]?|=)\s?$", re.IGNORECASE)
+_EACH_TO = re.compile(r"\s?to\s(?:a\s)?(?:total\s(?:dose\s)?(?:of\s)?)?", re.IGNORECASE)
+_ADDED = re.compile(r"\+|\bplus\b|\bthen\b|\bfollow|\bboost|\bphase\b|\bcone", re.IGNORECASE)
 _BOOST = re.compile(r"\b(?:boost|cone-?\s?down)\b", re.IGNORECASE)
-_IMPLANT = re.compile(r"\bldr\b|\bseeds?\b|\bplaque\b|\bpermanent\b|\bsingle\b", re.IGNORECASE)
-_NUMBER_WORDS = {
-    word: str(number)
-    for number, word in enumerate("one two three four five six seven eight nine ten".split(), 1)
-} | {"a single": "1", "single": "1"}
-_COUNT_WORD = re.compile(
-    rf"\b({'|'.join(sorted(_NUMBER_WORDS, key=len, reverse=True))})[\s-](?=fractions?\b|fx\b)",
-    re.IGNORECASE,
-)
+_INTEGRATED = re.compile(r"\bsib\b|\bintegrated\b|\bconcomitant boost\b", re.IGNORECASE)
+_IMPLANT = re.compile(r"\bldr\b|\bseeds?\b|\bplaque\b|\bpermanent\b|\bimplant\b", re.IGNORECASE)
+_ONE_FRACTION = re.compile(rf"{_IMPLANT.pattern}|\bsingle\b", re.IGNORECASE)
+_MOST_EACH_GY = 34  # more than this is not given in one fraction outside an implant
 
 
 def _grays(number: str, unit: str) -> float:
-    value = float(number.replace(",", ""))
-    centi = unit.casefold().startswith(("cgy", "ccge"))
-    return round(value / 100 if centi else value, 4)
+    value = float(number)
+    return round(value / 100 if unit.casefold().startswith("c") else value, 4)
 
 
 def _fractions_of(total: float, each: float) -> int | None:
     """Number of fractions when `total` is a whole multiple of `each`, rounding in print allowed."""
     count = round(total / each) if each else 0
     return count if count and abs(count * each - total) <= 0.005 * count + 1e-6 else None
+
+
+def _agrees(total: float, fractions: int, each: float) -> bool:
+    """Whether `each` is the dose of one fraction, printed to one decimal at least."""
+    return abs(total / fractions - each) <= 0.05 + 1e-6
 
 
 @dataclass(frozen=True)
@@ -105,76 +154,163 @@ class _Phase:
     end: int
     dose: float | None  # total of the phase
     fractions: int | None
-    each: float | None  # dose of one fraction, where only that is written
+    each: float | None = None  # dose of one fraction, where only that is written
     words: str = ""  # words that stood inside, such as "boost"
+    conflict: str | None = None
 
 
 def _read_phases(text: str) -> list[_Phase]:
     phases: list[_Phase] = []
     position = 0
     while (match := _DOSE.search(text, position)) is not None:
-        dose = _grays(match["dose"], match["unit"])
-        start, end = match.start(), match.end()
-        phase = _Phase(start, end, dose, None, None)
-        before = _BEFORE_DOSE.search(text, position, start)
-        if before is not None:
-            count = int(before["count"])
-            phase = _Phase(before.start(), end, round(dose * count, 4), count, None)
-        else:
-            for kind, pattern in _AFTER_DOSE:
-                after = pattern.match(text, end)
-                if after is not None:
-                    phase = _with_count(kind, after, start, dose)
-                    break
-        phases.append(phase)
-        position = phase.end
+        phases.append(_read_phase(text, position, match))
+        position = phases[-1].end
     if not phases:
         # Only where no unit is written at all: beside real doses "54/45" is a list of levels.
         for match in _BARE_DOSE.finditer(text):
             dose, count = float(match["dose"]), int(match["count"])
-            if match["words"] or (count and 1 <= dose / count <= 34):
-                phases.append(_Phase(match.start(), match.end(), dose, count or None, None))
+            if count and dose >= 500 and dose / count > _MOST_EACH_GY:
+                dose /= 100  # "5040/28" is in cGy
+            if match["words"] or (count and 1 <= dose / count <= _MOST_EACH_GY):
+                phases.append(_Phase(match.start(), match.end(), dose, count or None))
     return phases
 
 
-def _with_count(kind: str, after: re.Match, start: int, dose: float) -> _Phase:
-    if kind == "times":
-        count = int(after["count"])
-        return _Phase(start, after.end(), round(dose * count, 4), count, None)
-    if kind == "each":
-        return _Phase(start, after.end(), None, None, dose)
-    if kind == "of_each":
-        each = _grays(after["each"], after["each_unit"])
-        written = after["each_count"] or after["each_times"]
-        count = int(written) if written else _fractions_of(dose, each)
-        return _Phase(start, after.end(), dose, count, None)
-    count = int(after["count"] or after["plain"])
-    return _Phase(start, after.end(), dose, count or None, None, after["words"])
+def _read_phase(text: str, position: int, match: re.Match) -> _Phase:
+    """The dose of `match` with the fractions written around it, from `position` on."""
+    dose = _grays(match["dose"], match["unit"])
+    start, end = match.start(), match.end()
+    if (before := _BEFORE_DOSE.search(text, position, start)) is not None:
+        count = int(before["count"])
+        return _Phase(before.start(), end, round(dose * count, 4), count or None)
+    if (before := _EACH_BEFORE.search(text, position, start)) is not None:
+        if (after := _FRACTIONS_AFTER.match(text, end)) is not None:  # ..., 30 fx"
+            count = int(after["count"])
+            return _Phase(
+                before.start(), after.end(), round(dose * count, 4) or None, count or None
+            )
+        return _Phase(before.start(), end, None, None, dose)
+    for kind, pattern in _AFTER_DOSE:
+        after = pattern.match(text, end)
+        if after is None:
+            continue
+        said = after.groupdict()
+        counted = said.get("count") or said.get("plain") or said.get("times") or said.get("later")
+        count = int(counted) or None if counted else None
+        if kind == "each":
+            return _Phase(start, after.end(), None, None, dose)
+        if kind == "times":
+            return _Phase(start, after.end(), round(dose * (count or 0), 4) or None, count)
+        conflict = None
+        if kind == "of_each":
+            each = _grays(said["each"], said["each_unit"])
+            if count is None:
+                count = _fractions_of(dose, each)
+            if count is None or not _agrees(dose, count, each):
+                conflict = "dose_per_fraction"
+        return _Phase(start, after.end(), dose, count, None, said.get("words") or "", conflict)
+    return _Phase(start, end, dose, None)
 
 
 def _merge_phases(text: str, phases: list[_Phase]) -> tuple[_Phase, _Phase | None]:
-    """The first phase and the boost, with restatements resolved.
+    """The first phase and its boost, with restatements, sums and dose levels resolved.
 
-    "Total 60 Gy = 45 Gy + 15 Gy boost" names a sum before its parts; "60 Gy in 30 fractions
-    (2 Gy per fraction)" repeats the phase by its fraction.
+    "Total 60 Gy = 45 Gy + 15 Gy boost" names a sum before its parts, "..., total 60 Gy" after
+    them; "60 Gy in 30 fractions (2 Gy per fraction)" repeats a phase by its fraction; "70 Gy, 63
+    Gy and 56 Gy in 35 fractions" are the levels of one; "boost to 60 Gy" names the sum alone.
     """
-    each = next((p.each for p in phases if p.each is not None), None)
-    totals = [p for p in phases if p.dose is not None]
-    if not totals:
+    parts = _restated(text, phases)
+    if not parts:
         return phases[0], None
-    if len(totals) > 2 and "=" in text[totals[0].end : totals[1].start]:
-        totals = totals[1:]
-    first = totals[0]
-    if first.fractions is None and each is not None:
-        count = _fractions_of(first.dose, each)
-        first = _Phase(first.start, first.end, first.dose, count, None, first.words)
-    for other in totals[1:]:
-        if _repeats(other, first):
+    parts = _without_sum(text, parts)
+    first, later = parts[0], parts[1:]
+    conflict = next((part.conflict for part in parts if part.conflict), None)
+    first = replace(first, conflict=conflict)
+    if not later:
+        return first, None
+    if _are_levels(text, first, later):
+        return replace(first, fractions=later[-1].fractions), None
+    return first, _sum_of_boosts(text, first, later)
+
+
+def _restated(text: str, phases: list[_Phase]) -> list[_Phase]:
+    """The phases that have a dose, each once: what repeats one in other words is joined to it."""
+    parts: list[_Phase] = []
+    each = previous = None  # `each` leads in the dose it belongs to: "1.8 Gy/fx, 50.4 Gy"
+    for phase in phases:
+        added = previous is not None and _ADDED.search(text[previous.end : phase.start])
+        previous = phase
+        if phase.dose is None:
+            if parts and not added:
+                parts[-1] = _with_each(parts[-1], phase.each)
+            else:
+                each = phase
             continue
-        if not _repeats(first, other):
-            return first, other
-        first = other
-    return first, None
+        joined = None
+        if each is not None:
+            phase = replace(_with_each(phase, each.each), start=each.start)
+            each = None
+        elif parts and not added:
+            joined = _join(text, parts[-1], phase)
+        if joined is None:
+            parts.append(phase)
+        else:
+            parts[-1] = joined
+    return parts
+
+
+def _with_each(phase: _Phase, each: float) -> _Phase:
+    if phase.fractions is None:
+        count = _fractions_of(phase.dose, each)
+        return replace(phase, fractions=count, conflict=None if count else "dose_per_fraction")
+    if _agrees(phase.dose, phase.fractions, each):
+        return phase
+    return replace(phase, conflict="dose_per_fraction")
+
+
+def _join(text: str, one: _Phase, other: _Phase) -> _Phase | None:
+    """Two doses that say the same phase as one, or None when they do not."""
+    if abs(one.dose - other.dose) <= 0.005:
+        counts = {count for count in (one.fractions, other.fractions) if count is not None}
+        conflict = one.conflict or other.conflict or (len(counts) > 1 and "dose_per_fraction")
+        fractions = one.fractions or other.fractions
+        return replace(one, fractions=fractions, conflict=conflict or None)
+    if one.fractions is None and _EACH_TO.fullmatch(text[one.end : other.start]):
+        # "1.8 Gy to 50.4 Gy": what is given a fraction, and what it adds up to.
+        count = _fractions_of(other.dose, one.dose)
+        if count and count > 1 and other.fractions in (None, count):
+            return replace(other, start=one.start, fractions=count)
+    if _repeats(other, one):
+        return one
+    return replace(other, start=one.start) if _repeats(one, other) else None
+
+
+def _is_marked_total(lead: str) -> bool:
+    """Whether what leads to a dose calls it a sum: " = ", ", total ", but not " + total dose "."""
+    if lead.rstrip().endswith("="):
+        return True
+    own = re.split(r"[,;(]", lead)[-1]
+    return _TOTAL_BEFORE.search(own) is not None and not _ADDED.search(own)
+
+
+def _without_sum(text: str, parts: list[_Phase]) -> list[_Phase]:
+    """`parts` less the one that is the sum of the others.
+
+    A part that is marked as a sum ("total", "=") and is none leaves a conflict behind.
+    """
+    for index, whole in enumerate(parts):
+        rest = parts[:index] + parts[index + 1 :]
+        right = len(rest) > 1 and abs(sum(part.dose for part in rest) - whole.dose) <= 0.05
+        marked = (
+            text[whole.end :].lstrip().startswith("=")
+            if index == 0
+            else _is_marked_total(text[parts[index - 1].end : whole.start])
+        )
+        if right:
+            return rest
+        if marked and (len(rest) > 1 or (index and not rest[0].conflict)):
+            return [replace(rest[0], conflict="sum"), *rest[1:]]
+    return parts
 
 
 def _repeats(phase: _Phase, whole: _Phase) -> bool:
@@ -182,6 +318,38 @@ def _repeats(phase: _Phase, whole: _Phase) -> bool:
     if phase.fractions is not None or whole.fractions is None:
         return False
     return abs(phase.dose * whole.fractions - whole.dose) <= 0.005 * whole.fractions
+
+
+def _are_levels(text: str, first: _Phase, later: list[_Phase]) -> bool:
+    """Whether the doses are levels given in the same fractions, which the last one names."""
+    phases = [first, *later]
+    return (
+        later[-1].fractions is not None
+        and all(p.fractions is None for p in phases[:-1])
+        and all(a.dose > b.dose >= first.dose / 2 for a, b in zip(phases, later, strict=False))
+        and not _ADDED.search(text[first.end : later[-1].start])
+    )
+
+
+def _sum_of_boosts(text: str, first: _Phase, later: list[_Phase]) -> _Phase | None:
+    """The later phases as one. An integrated boost adds what its level has over the first."""
+    lead = text[first.end : later[0].start]
+    dose = sum(p.dose for p in later)
+    counts = [p.fractions for p in later]
+    integrated = _INTEGRATED.search(lead) is not None
+    if len(later) == 1 and dose > first.dose and (integrated or re.search(r"boost to\s$", lead)):
+        dose -= first.dose
+        counts = [None] if integrated else counts
+    elif integrated:
+        return None  # lower levels of the same fractions
+    return _Phase(
+        later[0].start,
+        later[-1].end,
+        round(dose, 4),
+        None if None in counts else sum(counts),
+        None,
+        later[0].words,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,14 +373,18 @@ _FILLER_WORDS = frozenset(
     "xrt then followed plus treatment course plan phase prescribed delivered boost from".split()
 )
 _NOT_TARGET = re.compile(
-    r"\b\d+(?:\.\d+)?(?:-\d+)?\s?[cm]m\b(?:\s(?:depth|margin))?|\b\d+(?:/\d+)*\s?(?:mv|mev|x)\b(?!\s?\d)"
+    r"\b\d+(?:\.\d+)?(?:-\d+)?\s?[cm]m\b(?:\s(?:depth|margin))?|\b\d{1,2} fx\b"
+    r"|\b\d+(?:/\d+)*\s?(?:mv|mev|x)\b(?!\s?\d)"
     r"|\b(?:(?:and|with)\s)?(?:concurrent\s)?(?:chemo\w*|(?:cis|carbo)platin|temozolomide|tmz"
     r"|capecitabine|5-?fu|paclitaxel|adt)\b|\bdepth\b|[@=()\[\]<>]",
     re.IGNORECASE,
 )
 _MODALITY_ALONE = re.compile(r"(?:photon|proton|electron)s?|brachy(?:therapy)?", re.IGNORECASE)
-_BID = re.compile(r"\b(?:bid|b\.i\.d\.|twice[\s-](?:daily|a[\s-]day))(?!\w)", re.IGNORECASE)
-_TID = re.compile(r"\b(?:tid|t\.i\.d\.|three times (?:daily|a day))(?!\w)", re.IGNORECASE)
+_BID = re.compile(
+    r"\b(?:bid|b\.i\.d\.?|twice[\s-](?:daily|(?:a|per)[\s-]day)|2x[\s/]*(?:daily|day))(?!\w)",
+    re.IGNORECASE,
+)
+_TID = re.compile(r"\b(?:tid|t\.i\.d\.?|three times (?:daily|(?:a|per) day))(?!\w)", re.IGNORECASE)
 _EYE = re.compile(r"\b(?:uvea|uveal|choroid|eye|orbit|globe|ocular|iris|ciliary|retina)", re.I)
 _SIDE_NAMES = {
     "left": "left",
@@ -241,7 +413,20 @@ _LOBES = {  # abbreviations that hide a side
     "lul": ("left", "upper lobe of lung"),
     "lll": ("left", "lower lobe of lung"),
 }
-_TARGET_WORDS = {"cw": "chest wall", "scv": "supraclavicular nodes", "wb": "whole breast"}
+_TARGET_WORDS = {
+    "cw": "chest wall",
+    "scv": "supraclavicular nodes",
+    "wb": "whole breast",
+    "wbi": "whole breast",
+    "wbrt": "whole brain",
+    "ha-wbrt": "whole brain",
+}
+# Where a dose is prescribed to, which is no organ: "85 Gy to apex", "20 Gy to the 80% line".
+_POINT = re.compile(
+    r"(?:the\s)?(?:apex|isocent(?:er|re)|dmax|surface|ptv|ctv|gtv|itv|cavity surface"
+    r"|\d+(?:\.\d+)?\s?%(?:\s(?:isodose|idl))?(?:\sline)?)\s*$",
+    re.IGNORECASE,
+)
 _SPINE = frozenset({"spine", "spinal"})  # "L spine" is the lumbar spine, not a left side
 
 
@@ -304,7 +489,7 @@ def _read_target(words: list[str], eye: bool) -> tuple[str | None, str | None]:
 
 
 def _segments(text: str) -> list[str]:
-    parts = (" ".join(part.split()).strip(" .:-") for part in re.split(r"[,;+]|\s-\s", text))
+    parts = (" ".join(part.split()).strip(" .:-") for part in re.split(r"[,;+]|:\s|\s-\s", text))
     return [part for part in parts if part]
 
 
@@ -369,6 +554,8 @@ def _read_words(
 
 def _split_at_to(segment: str) -> tuple[str, list[str]]:
     head, found, tail = re.sub(r"^to\s", " to ", segment).partition(" to ")
+    if _POINT.match(tail):
+        return head.strip(), []
     return (head.strip(), tail.split()) if found else (segment, [])
 
 
@@ -377,25 +564,97 @@ def _split_at_to(segment: str) -> tuple[str, list[str]]:
 # ---------------------------------------------------------------------------------------------
 
 
+_NUMBER_WORDS = {
+    word: str(number)
+    for number, word in enumerate("one two three four five six seven eight nine ten".split(), 1)
+} | {"a single": "1", "single": "1"}
+_NUMBER_WORD = "|".join(sorted(_NUMBER_WORDS, key=len, reverse=True))
+_COUNTED = r"(?:fx'?s|fx|frx?|fractions?|sessions?|treatments?|tx|#)(?![a-z])"
+_SPELLINGS = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (r"[×✕]", "x"),
+        (r"[–—]", "-"),
+        (r"μ", "u"),
+        # numbers
+        (r"(?<![\d.,])(\d{1,3}),(\d{3})(?=\s?c(?:gy|cge|enti))", r"\1\2"),
+        (r"(?<![\d.,])(\d{1,2})\s(\d{3})(?=\s?c(?:gy|cge|enti))", r"\1\2"),
+        (r"(?<![\d.,])(\d{1,3}),(\d{1,2})(?=\s?(?:gy|gray|cge)\b)", r"\1.\2"),
+        # units
+        (r"\b(?:cobalt[\s-]gr[ae]y[\s-]equivalents?|cge|gye)\b", "Gy(RBE)"),
+        (r"(?<=\d)(?:cge|gye)\b", "Gy(RBE)"),
+        (r"(?<![a-z])(?:ccge|cgye)\b", "cGy(RBE)"),
+        (r"(?<![a-z])centigr[ae]ys?\b", "cGy"),
+        (r"(?<![a-z])gr[ae]ys?\b", "Gy"),
+        (r"(?<![a-z])(c?)gy\s?[(\[]?\s?rbe\b(?:\s?[)\]])?", r"\1Gy(RBE)"),
+        (r"(?<![\d.])(\d+(?:\.\d+)?)\s?Gy\s?/\s?(?=\d+(?:\.\d+)?\s?Gy)", r"\1/"),
+        (r"(?<![a-z])(c?)gys\b", r"\1Gy"),
+        (r"(?<![\d.])(\d{4})\s?@\s?(\d{3})(?![\d.]|\s?c?gy)", r"\1 cGy @ \2 cGy"),
+        # "50+10 Gy", "60 Gy (50 + 10)"
+        (
+            r"(?<![\d.])(\d+(?:\.\d+)?)\s?\+\s?(\d+(?:\.\d+)?)\s?(c?Gy(?:\(RBE\))?)(?![a-z])",
+            r"\1 \3 + \2 \3",
+        ),
+        (
+            r"(c?Gy(?:\(RBE\))?)\s?[(=]\s?(\d+(?:\.\d+)?)\s?\+\s?(\d+(?:\.\d+)?)(?![\d.]|\s?c?gy)\s?\)?",
+            r"\1 = \2 \1 + \3 \1 ",
+        ),
+        # numbers of fractions
+        (r"\b(?:over|in) \d+(?:\.\d+)? (?:weeks?|wks?|days?)\b", " "),
+        (
+            r"\b(?:\d|five|once)\s?(?:x|days?|fx|fractions?|times)\s?(?:/|per|a|each)\s?(?:wk|week)\b",
+            " ",
+        ),
+        (
+            rf"\b({_NUMBER_WORD})[\s-](?=(?:daily\s)?{_COUNTED})",
+            lambda m: _NUMBER_WORDS[m[1].casefold()] + " ",
+        ),
+        (
+            r"\b(?:number of |no\.? of |#\s?(?:of )?)?(?:fractions|fxs?)\s?[:=]\s?(\d\d?)(?![\d.])",
+            r" \1 fx ",
+        ),
+        (rf"(?<![\w.])(\d{{1,2}})\s?(?:daily\s)?{_COUNTED}", r"\1 fx"),
+        (r"/\s?(\d{1,2})\s?f\b", r"/ \1 fx"),
+        # doses of one fraction
+        (r"\s?(?:/|\bper\b|\ba\b)\s?(?:fx|fractions?|frx?|days?|treatments?)\b", "/fx"),
+        (r"(Gy(?:\(RBE\))?)(?:\s|/fx)*(?:daily|qd|q\.d\.)\s(?=[x*]\s?\d)", r"\1 "),
+        (r"\s?\(?(?<=[)\s(])(?:daily|each)\)?(?=\s?[x*]\s?\d)", ""),
+        # labels of a form
+        (
+            r"\b(?:treatment )?(?:site|target|volume|technique|modality|energy|plan|rx|"
+            r"prescription)\s?:\s?",
+            " ",
+        ),
+    )
+)
+
+
 def _tidy(text: str) -> str:
-    text = text.replace("×", "x").replace("–", "-").replace("μ", "u")
-    text = _COUNT_WORD.sub(lambda m: _NUMBER_WORDS[m[1].casefold()] + " ", text)
-    text = re.sub(r"\b(?:over|in) \d+(?:\.\d+)? (?:weeks?|wks?|days?)\b", " ", text)
+    """`text` with one spelling for units, numbers of fractions and doses of a fraction."""
+    text = " ".join(text.split())
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
     return " ".join(text.split())
 
 
+# Exports and models repeat themselves, and a Regimen cannot be changed.
+@functools.lru_cache(maxsize=65536)
 def parse_regimen(text: str) -> Regimen | None:
     """Reads a regimen as clinics write it, or None when neither dose nor target can be read.
 
-    Understands Gy, cGy, Gy(RBE) and CGE; "60Gy/30fx", "2 Gy x 30", "30 fractions of 2 Gy", "60 Gy
-    at 2 Gy/fx"; BID; boosts; implants (one fraction); and sides also as L, Lt, R, Rt, bilat and,
-    for eyes, OD, OS, OU. The first phase is the regimen, a later one its boost. A range of doses
-    ("60-66 Gy") is not a dose.
+    Understands Gy, cGy, Gy(RBE), CGE and CcGE; "60Gy/30fx", "2 Gy x 30", "30 fractions of 2 Gy",
+    "60 Gy at 2 Gy/fx", "1.8 Gy to 50.4 Gy"; BID; boosts, sums of phases ("total 60 Gy = 45 Gy + 15
+    Gy boost") and dose levels; implants (one fraction); and sides also as L, Lt, R, Rt, bilat and,
+    for eyes, OD, OS, OU. The first phase is the regimen, later ones are summed as its boost. A
+    range of doses ("60-66 Gy") is not a dose, and a text of more than LONGEST characters is a whole
+    note and no regimen.
     """
-    text = _tidy(text)
+    if len(text) > LONGEST:
+        return None
     eye = _EYE.search(text) is not None
     times_a_day = 2 if _BID.search(text) else 3 if _TID.search(text) else 1
-    plain = " ".join(_TID.sub(" ", _BID.sub(" ", text)).split())
+    # The schedule goes first: "2 Gy BID x 30", and "twice a day" holds "a day".
+    plain = _tidy(_TID.sub(" ", _BID.sub(" ", text)))
     phases = _read_phases(plain)
     first = boost = None
     before, after = plain, ""
@@ -408,7 +667,7 @@ def parse_regimen(text: str) -> Regimen | None:
     fractions = first.fractions if first else None
     if dose is None and target is None:
         return None
-    if dose is not None and fractions is None and _IMPLANT.search(text):
+    if dose is not None and fractions is None and _ONE_FRACTION.search(plain):
         fractions = 1
     unit = plain[first.start : first.end] if first else ""
     return Regimen(
@@ -421,6 +680,7 @@ def parse_regimen(text: str) -> Regimen | None:
         times_a_day=times_a_day,
         boost_dose_gy=boost.dose if boost else None,
         boost_fractions=boost.fractions if boost else None,
+        conflict=first.conflict if first else None,
     )
 
 
@@ -434,7 +694,9 @@ def _around(
     else:
         # What leads the boost in ("+ HDR", "then electron boost") belongs to it, as does the rest
         # of its own segment ("15 Gy in 5 fractions boost to cavity").
-        between = re.split(r"[+;]|\bthen\b|\bfollowed by\b", text[first.end : boost.start])[0]
+        between = text[first.end : boost.start]
+        if leads := list(re.finditer(r"[+;]|\bplus\b|\bthen\b|\bfollowed by\b", between)):
+            between = between[: leads[-1].start()]
         if between.rstrip() and not text[first.end + len(between) : boost.start].strip():
             between = between.rpartition(",")[0]
         _, _, rest = re.sub(r"[;\n]", ",", text[boost.end :]).partition(",")

@@ -1,0 +1,610 @@
+"""Inclusion rules: who is kept, who is not, and why.
+
+The unit that is assessed, kept or excluded is the patient case: all rows of one patient. A kept
+case is the one row of its patient that the rules leave, the primary plan. Every other row has a
+reason, those of kept patients too ("boost_plan").
+
+A rule takes the rows that are left and gives a text for each: "" for those that stay, else the
+reason, which may go on with a detail after a colon ("code_not_valid: C61.0; nearest C61"). Rules
+run in the order of RULES; some fill columns that later rules and the cohort need. What annotators
+have settled stands in columns `annotated_*` and goes before what can be read from the other fields.
+"""
+
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from radonc_jax.data.extract import COLUMNS
+from radonc_jax.data.splits import strip_answers
+from radonc_jax.tasks.icd import is_leaf, nearest_valid, normalise_code
+from radonc_jax.tasks.modality import identify_modality
+from radonc_jax.tasks.regimen import DOSE_TOLERANCE_GY, Regimen, parse_regimen, render_regimen
+
+ANNOTATED = (
+    "annotated_decision",
+    "annotated_reason",
+    "annotated_modality",
+    "annotated_regimen",
+    "annotated_icd10",
+)
+# Patient cases by number: rows with one number are of one patient. Nameless rows are a case each.
+CASE = "case_number"
+
+NO_TEXT = frozenset(
+    {"", "-", "--", "n/a", "na", "nan", "none", "null", "unknown", ".", "?", "<na>", "nat"}
+)
+
+Rule = Callable[[pd.DataFrame], pd.Series]
+
+
+def _column(rows: pd.DataFrame, name: str) -> pd.Series:
+    if name in rows.columns:
+        return rows[name]
+    return pd.Series("", index=rows.index, dtype="str")
+
+
+def _words(rows: pd.DataFrame, name: str) -> pd.Series:
+    """In lower case, underscores as spaces, so that \\b finds the parts of "PROST_BST"."""
+    return _column(rows, name).str.lower().str.replace("_", " ", regex=False)
+
+
+def _is_blank(texts: pd.Series) -> pd.Series:
+    return texts.str.lower().isin(NO_TEXT)
+
+
+def _has(rows: pd.DataFrame, pattern: str, *names: str) -> pd.Series:
+    found = pd.Series(False, index=rows.index)
+    for name in names:
+        if name in rows.columns:
+            found |= _words(rows, name).str.contains(pattern)
+    return found
+
+
+def _reasons(rows: pd.DataFrame, *cases: tuple[pd.Series, str]) -> pd.Series:
+    """The first reason whose mask holds."""
+    reasons = pd.Series("", index=rows.index, dtype=object)
+    for mask, reason in reversed(cases):
+        reasons[mask] = reason
+    return reasons
+
+
+def _of_case(rows: pd.DataFrame, mask: pd.Series, *within: str) -> pd.Series:
+    """Whether the case (and the same course, if `within` names it) has a row of `mask`."""
+    keys = [rows[CASE], *(_column(rows, name) for name in within)]
+    return mask.groupby(keys).transform("any")
+
+
+def _several(rows: pd.DataFrame) -> pd.Series:
+    """Whether the case has more rows than one."""
+    return rows[CASE].duplicated(keep=False)
+
+
+def _each_distinct(function: Callable, *columns: pd.Series) -> list:
+    """`function` of every row's values; each distinct set is read once, for exports repeat."""
+    known: dict[tuple, object] = {}
+    results = []
+    for values in zip(*columns, strict=True):
+        result = known.get(values, known)
+        if result is known:
+            result = known[values] = function(*values)
+        results.append(result)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------
+# Patient, diagnosis record, plan
+# ---------------------------------------------------------------------------------------------
+
+
+def patient_known(rows: pd.DataFrame) -> pd.Series:
+    """A row without a patient cannot be kept out of two splits. Each counts as a case."""
+    return _reasons(rows, (_is_blank(rows["patient_id"]), "no_patient_id"))
+
+
+def row_not_repeated(rows: pd.DataFrame) -> pd.Series:
+    """The same row again, in every column, is no second plan."""
+    names = [name for name in rows.columns if name != CASE]
+    several = rows[_several(rows)]
+    again = several[several.duplicated(names)].index
+    return _reasons(rows, (rows.index.to_series().isin(again), "repeated_row"))
+
+
+def single_diagnosis(rows: pd.DataFrame) -> pd.Series:
+    """One diagnosis record per patient: one record number, one text, one code, where given."""
+    some = rows[_several(rows)]
+    several = pd.Series(False, index=rows.index)
+    for name in ("diagnosis_id", "diagnosis", "icd10"):
+        values = _column(some, name).str.lower().str.split().str.join(" ")
+        if name == "icd10":
+            values = values.str.replace(".", "", regex=False)
+        values = values[~values.isin(NO_TEXT)]
+        counts = values.groupby(some.loc[values.index, CASE]).nunique()
+        several |= rows[CASE].isin(counts.index[counts > 1])
+    return _reasons(rows, (several, "several_diagnoses"))
+
+
+def annotators_decision(rows: pd.DataFrame) -> pd.Series:
+    """What annotators settled: which row is the primary plan, which is none and why. Rules that
+    tell plans apart leave a settled primary plan alone."""
+    primary = _settled(rows)
+    excluded = _column(rows, "annotated_decision") == "exclude"
+    reasons = _reasons(rows, (_of_case(rows, primary) & ~primary, "not_the_annotated_plan"))
+    given = _column(rows, "annotated_reason")[excluded]
+    reasons[excluded] = given.where(given != "", "excluded_by_annotators")
+    return reasons
+
+
+def _settled(rows: pd.DataFrame) -> pd.Series:
+    return _column(rows, "annotated_decision") == "primary"
+
+
+def plan_delivered(rows: pd.DataFrame) -> pd.Series:
+    """Plans that were given up or replaced are not what the patient was treated with."""
+    cancelled = r"cancel|unapprov|reject|abort|not treated|draft|planning only"
+    superseded = r"supersed|replan|retired|replaced|obsolete"
+    return _reasons(
+        rows,
+        (_has(rows, cancelled, "plan_status"), "plan_cancelled"),
+        (_has(rows, superseded, "plan_status"), "plan_superseded"),
+        (_has(rows, r"\b(?:qa|phantom|test)\b", "plan_name"), "qa_plan"),
+    )
+
+
+def plan_not_boost(rows: pd.DataFrame) -> pd.Series:
+    """A boost has no regimen of its own: it is part of the primary plan's course, as is a later
+    phase beside a first one."""
+    boost = _has(rows, r"boost|cone.?down", "plan_intent") | _has(
+        rows, r"\b(?:boost|bst|cd)\b|cone.?down", "plan_name"
+    )
+    later = _has(rows, r"\bph(?:ase)? ?[2-9]\b", "plan_name", "plan_intent")
+    first = _has(rows, r"\bph(?:ase)? ?1\b", "plan_name", "plan_intent")
+    later &= _of_case(rows, first, "course_id")
+    return _reasons(rows, (boost, "boost_plan"), (later, "later_phase"))
+
+
+def plan_not_replan(rows: pd.DataFrame) -> pd.Series:
+    """A re-plan during the course goes on with the plan that it adapts, whose regimen counts. One
+    that stands alone in its course is the plan."""
+    again = _has(rows, r"\bre-?plan|\badapt|\brp ?\d\b", "plan_name", "plan_intent")
+    original = _of_case(rows, ~again, "course_id")
+    return _reasons(rows, (again & original, "replan"))
+
+
+def plan_not_palliative_of_several(rows: pd.DataFrame) -> pd.Series:
+    """Beside a plan with another intent a palliative one is not the primary plan. A patient's only
+    plan may be palliative; several palliative plans are told apart by nothing."""
+    palliative = _has(rows, r"palliat", "plan_intent", "plan_name", "prescription")
+    other = _of_case(rows, ~palliative)
+    return _reasons(rows, (palliative & other, "palliative_plan"))
+
+
+def one_primary_plan(rows: pd.DataFrame) -> pd.Series:
+    """What is left must be one plan. Two of one course compete, two courses are a re-treatment."""
+    several = _several(rows)
+    courses = _column(rows, "course_id")[several].groupby(rows.loc[several, CASE]).nunique()
+    palliative = _has(rows, r"palliat", "plan_intent", "plan_name", "prescription")
+    return _reasons(
+        rows,
+        (several & ~_of_case(rows, ~palliative), "several_palliative_plans"),
+        (rows[CASE].isin(courses.index[courses > 1]), "several_courses"),
+        (several, "several_primary_plans"),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Question and answers
+# ---------------------------------------------------------------------------------------------
+
+
+def diagnosis_present(rows: pd.DataFrame) -> pd.Series:
+    return _reasons(rows, (_is_blank(rows["diagnosis"]), "no_diagnosis_text"))
+
+
+def modality_identifiable(rows: pd.DataFrame) -> pd.Series:
+    """From the field, technique, energy and prescription together; a contradiction is no guess.
+
+    Fills the column `modality` with the label.
+    """
+    names = ("annotated_modality", "modality", "technique", "energy", "prescription")
+    read = _each_distinct(_read_modality, *(_column(rows, name) for name in names))
+    rows["modality"] = pd.Series([label for label, _ in read], index=rows.index, dtype=object)
+    return pd.Series([reason for _, reason in read], index=rows.index, dtype=object)
+
+
+def _read_modality(settled: str, *parts: str) -> tuple[str, str]:
+    """(label or "", reason or "")."""
+    found = identify_modality(settled) if settled else identify_modality(*parts)
+    if found.label:
+        return found.label, ""
+    reason = {
+        "unidentifiable": "modality_unknown",
+        "contradiction": "modality_contradiction",
+        "outside": "modality_outside",
+    }[found.reason]
+    explained = found.explain()
+    return "", f"{reason}: {explained}" if explained else reason
+
+
+def regimen_complete(rows: pd.DataFrame) -> pd.Series:
+    """Dose and fractions, from the prescription or the number fields; both must agree.
+
+    Fills the column `regimen` with the canonical text.
+    """
+    names = (
+        "annotated_regimen", "prescription", "treatment_site", "technique", "modality",
+        "fractions", "total_dose_gy", "total_dose_cgy",
+    )  # fmt: skip
+    read = _each_distinct(_read_regimen, *(_column(rows, name) for name in names))
+    rows["regimen"] = pd.Series([text for text, _ in read], index=rows.index, dtype=object)
+    return pd.Series([reason for _, reason in read], index=rows.index, dtype=object)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def _read_regimen(
+    settled: str, prescription: str, treatment_site: str, technique: str, modality: str,
+    fraction_field: str, gray: str, centigray: str,
+) -> tuple[str, str]:  # fmt: skip
+    """(canonical text or "", reason or "")."""
+    if settled:
+        prescription = settled
+        treatment_site = technique = fraction_field = gray = centigray = ""
+    written = parse_regimen(prescription) if prescription else None
+    if written is not None and written.conflict:
+        return "", f"regimen_contradiction: {written.conflict}"
+    dose = _number(gray)
+    if dose is None and (hundredths := _number(centigray)) is not None:
+        dose = hundredths / 100
+    fractions = _number(fraction_field)
+    if written is not None and written.total_dose_gy is not None:
+        if dose is not None and abs(dose - written.total_dose_gy) > DOSE_TOLERANCE_GY:
+            return "", "regimen_contradiction"
+        if fractions is not None and written.fractions not in (None, fractions):
+            return "", "regimen_contradiction"
+        dose = written.total_dose_gy
+        fractions = written.fractions or fractions
+    if dose is None:
+        return "", "no_dose"
+    if fractions is None or fractions != int(fractions):
+        return "", "no_fractions"
+    # The site field names the target more plainly than the prescription does; the words around a
+    # dose let the parser read it as it reads a regimen.
+    place = parse_regimen(f"{treatment_site}, {dose} Gy in 1 fraction")
+    target, side = (place.target, place.side) if place else (None, None)
+    if written is not None:
+        if side and written.side and side != written.side:
+            return "", "regimen_contradiction"
+        target, side = target or written.target, side or written.side
+    if target is None:
+        return "", "no_target"
+    regimen = Regimen(
+        target=target,
+        side=side,
+        total_dose_gy=dose,
+        fractions=int(fractions),
+        technique=technique or (written.technique if written else None),
+        modality=modality,
+        times_a_day=written.times_a_day if written else 1,
+        boost_dose_gy=written.boost_dose_gy if written else None,
+        boost_fractions=written.boost_fractions if written else None,
+    )
+    text = render_regimen(regimen)
+    again = parse_regimen(text)
+    if again is None or (again.total_dose_gy, again.fractions) != (dose, int(fractions)):
+        return "", "regimen_unreadable"
+    return render_regimen(again), ""
+
+
+def code_present(rows: pd.DataFrame) -> pd.Series:
+    """Something of the shape of a code.
+
+    Fills the column `icd10` with the dotted upper-case form.
+    """
+    settled, text = _column(rows, "annotated_icd10"), rows["icd10"]
+    text = text.where(settled == "", settled)
+    codes = _each_distinct(lambda value: normalise_code(value) or "", text)
+    rows["icd10"] = pd.Series(codes, index=rows.index, dtype=object)
+    return _reasons(rows, (_is_blank(text), "no_code"), (rows["icd10"] == "", "code_not_valid"))
+
+
+def code_valid(rows: pd.DataFrame) -> pd.Series:
+    """A leaf of the pinned code table; headers and invented codes cannot be an answer."""
+
+    def read(code: str) -> str:
+        if is_leaf(code):
+            return ""
+        near = nearest_valid(code, 3)
+        return f"code_not_valid: {code}" + (f"; nearest {' '.join(near)}" if near else "")
+
+    return pd.Series(_each_distinct(read, rows["icd10"]), index=rows.index, dtype=object)
+
+
+def text_without_answers(rows: pd.DataFrame) -> pd.Series:
+    """A text that is nothing but the answer asks nothing.
+
+    Fills the columns `diagnosis`, with the case's own answers taken out of it, and `stripped`, with
+    the tasks whose answers were found.
+    """
+    results = _each_distinct(
+        lambda *values: strip_answers(*values),
+        *(rows[name] for name in ("diagnosis", "icd10", "regimen", "modality")),
+    )
+    rows["diagnosis"] = pd.Series([r.text for r in results], index=rows.index, dtype=object)
+    rows["stripped"] = pd.Series([r.found for r in results], index=rows.index, dtype=object)
+    return _reasons(rows, (_is_blank(rows["diagnosis"]), "diagnosis_is_its_answer"))
+
+
+RULES: tuple[Rule, ...] = (
+    patient_known,
+    row_not_repeated,
+    single_diagnosis,
+    annotators_decision,
+    plan_delivered,
+    plan_not_boost,
+    plan_not_replan,
+    plan_not_palliative_of_several,
+    one_primary_plan,
+    diagnosis_present,
+    modality_identifiable,
+    regimen_complete,
+    code_present,
+    code_valid,
+    text_without_answers,
+)
+# They tell plans apart; what annotators settled goes before them.
+ABOUT_PLANS = (
+    plan_delivered,
+    plan_not_boost,
+    plan_not_replan,
+    plan_not_palliative_of_several,
+    one_primary_plan,
+)
+# Reasons that someone who reads the record may resolve.
+UNCERTAIN = (
+    "several_primary_plans",
+    "several_palliative_plans",
+    "modality_unknown",
+    "modality_contradiction",
+    "no_fractions",
+    "no_target",
+    "regimen_contradiction",
+    "regimen_unreadable",
+    "no_code",
+    "code_not_valid",
+)
+# Without what these see to there is no case: a patient, a question and three answers.
+INDISPENSABLE = (
+    patient_known,
+    diagnosis_present,
+    modality_identifiable,
+    regimen_complete,
+    code_present,
+    text_without_answers,
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules of the user's own
+# ---------------------------------------------------------------------------------------------
+
+
+def check_skipped(names: Iterable[str]) -> tuple[str, ...]:
+    """
+    Raises:
+      ValueError: a name is no rule, or a rule that no cohort can do without.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in names))
+    optional = [rule.__name__ for rule in RULES if rule not in INDISPENSABLE]
+    for name in names:
+        if name in optional:
+            continue
+        known = name in [rule.__name__ for rule in RULES]
+        problem = "cannot be turned off: no case is complete without it" if known else "is no rule"
+        raise ValueError(f"--skip_rules={name}: {problem}; choose among {', '.join(optional)}")
+    return names
+
+
+def load_rules(path: str | Path) -> list[Rule]:
+    """The rules of a Python file: its functions that take `rows`, in their order.
+
+    A rule gets a copy of the rows that are left, every column text, `modality`, `regimen` and
+    `icd10` in normal form, and returns a Series with the same index: True or a reason for rows that
+    go, False or "" for those that stay.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is no Python, has no rule, or one of a built-in rule's name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a Python file with --rules")
+    specification = importlib.util.spec_from_file_location("rules_of_the_user", path)
+    if specification is None or specification.loader is None:
+        raise ValueError(f"{path}: not a Python file; give one that ends in .py with --rules")
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{path}{_line(path, error)}: {type(error).__name__}; correct it"
+        ) from None
+    rules = [
+        value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+        and list(inspect.signature(value).parameters) == ["rows"]
+    ]
+    if not rules:
+        raise ValueError(
+            f"{path}: no rule in it; write functions `def my_rule(rows): ...` that return True or "
+            "a reason for the rows to leave out"
+        )
+    for rule in rules:
+        if rule.__name__ in [known.__name__ for known in RULES]:
+            raise ValueError(f"{path}: {rule.__name__} is a built-in rule; rename yours")
+    return rules
+
+
+def _line(path: Path, error: BaseException) -> str:
+    """ ", line 12": the last place in the user's file that the error came through."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f", line {error.lineno}"
+    places = [
+        p.lineno for p in traceback.extract_tb(error.__traceback__) if p.filename == str(path)
+    ]
+    return f", line {places[-1]}" if places else ""
+
+
+def _apply_own(rule: Rule, rows: pd.DataFrame) -> pd.Series:
+    path = Path(inspect.getfile(rule))
+    try:
+        given = rule(rows.drop(columns=CASE).copy())
+    except Exception as error:  # its message may quote a record
+        raise ValueError(
+            f"{path}{_line(path, error)}: rule {rule.__name__} failed ({type(error).__name__})"
+        ) from None
+    if isinstance(given, pd.Series) and given.index.equals(rows.index) and not given.isna().any():
+        if pd.api.types.is_bool_dtype(given):
+            return _reasons(rows, (given.astype(bool), rule.__name__))
+        if all(isinstance(reason, str) for reason in given):
+            return given.astype(object)
+    raise ValueError(
+        f"{path}: rule {rule.__name__} must return a Series with the index of `rows`, True or a "
+        'reason for rows that go, False or "" for those that stay'
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rule did.
+
+    Attributes:
+      rule: its name.
+      cases: excluded patient cases by reason: those whose last row this rule took. None where the
+        rule was turned off: how many it would have taken is not known.
+      rows: excluded rows by reason, those of kept patients too; None as above.
+    """
+
+    rule: str
+    cases: dict[str, int] | None = field(default_factory=dict)
+    rows: dict[str, int] | None = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    Attributes:
+      kept: rows that are left, one per patient unless `one_primary_plan` is turned off; `modality`,
+        `regimen`, `icd10` and `diagnosis` as the cohort has them.
+      excluded: columns row, reason, detail, patient_id (as it stands in the extract).
+      cases: the reason of each excluded patient case, that of the rule that took its last row.
+      steps: one for each rule, in order.
+      assessed: number of patient cases.
+    """
+
+    kept: pd.DataFrame
+    excluded: pd.DataFrame
+    cases: pd.Series
+    steps: tuple[Step, ...]
+    assessed: int
+
+
+def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] = ()) -> Selection:
+    """Applies RULES in order, then the user's own.
+
+    Args:
+      extract: as `read_extract` gives it, index "row"; not changed.
+      skip: names of rules to leave out.
+      own: further rules, see `load_rules`.
+
+    Raises:
+      ValueError: as `check_skipped`, or a rule of the user's fails.
+      AssertionError: rows or cases were lost or counted twice.
+    """
+    skip = check_skipped(skip)
+    left = _tidy(extract)
+    case_of_row = left[CASE].to_numpy()
+    assessed = int(case_of_row.max(initial=-1)) + 1
+    row_reasons = np.full(len(left), "", dtype=object)
+    case_reasons = np.full(assessed, "", dtype=object)
+    places = np.arange(len(left))  # of the rows that are left
+    steps = []
+    for rule in (*RULES, *own):
+        if rule.__name__ in skip:
+            steps.append(Step(rule.__name__, None, None))
+            continue
+        reasons = np.array([], dtype=object)
+        if len(left):
+            given = _apply_own(rule, left) if rule in own else rule(left)
+            if rule in ABOUT_PLANS:
+                given = given.where(~_settled(left), "")
+            reasons = given.to_numpy(dtype=object)
+        gone = reasons != ""
+        row_reasons[places[gone]] = reasons[gone]
+        short = np.array([reason.partition(": ")[0] for reason in reasons[gone]], dtype=object)
+        survives = np.zeros(assessed, dtype=bool)
+        survives[case_of_row[places[~gone]]] = True
+        taken = case_of_row[places[gone]]
+        last, first_row = np.unique(taken, return_index=True)
+        fallen = ~survives[last]
+        last, first_row = last[fallen], first_row[fallen]
+        case_reasons[last] = short[first_row]
+        steps.append(Step(rule.__name__, _counts(short[first_row]), _counts(short)))
+        if gone.any():
+            left, places = left[~gone], places[~gone]
+    gone = row_reasons != ""
+    pieces = [reason.partition(": ") for reason in row_reasons[gone]]
+    excluded = pd.DataFrame(
+        {
+            "row": extract.index[gone].to_numpy(),
+            "reason": np.array([piece[0] for piece in pieces], dtype=object),
+            "detail": np.array([piece[2] for piece in pieces], dtype=object),
+            "patient_id": extract["patient_id"].to_numpy()[gone],
+        }
+    )
+    cases = pd.Series(case_reasons[case_reasons != ""], dtype=object, name="reason")
+    assert len(extract) == len(left) + len(excluded), "rows were lost"
+    assert assessed == left[CASE].nunique() + len(cases), "cases were lost"
+    return Selection(left.drop(columns=CASE), excluded, cases, tuple(steps), assessed)
+
+
+def _counts(reasons: np.ndarray) -> dict[str, int]:
+    return {str(reason): int(n) for reason, n in pd.Series(reasons).value_counts().items()}
+
+
+def _tidy(extract: pd.DataFrame) -> pd.DataFrame:
+    """A copy with the columns that rules read trimmed, and CASE."""
+    for name in (CASE, "stripped"):
+        if name in extract.columns:
+            raise ValueError(f"the extract has a column {name!r}, which rules use; rename it")
+    trimmed = {}
+    for name in extract.columns:
+        if name in COLUMNS or name in ANNOTATED:
+            values = extract[name].fillna("").astype("str").str.strip()
+            if not values.equals(extract[name]):  # else a second copy would stay in memory
+                trimmed[name] = values
+    left = extract.assign(**trimmed)
+    numbers, _ = pd.factorize(left["patient_id"])
+    nameless = _is_blank(left["patient_id"]).to_numpy()
+    numbers[nameless] = numbers.max(initial=0) + 1 + np.arange(nameless.sum())
+    left[CASE] = pd.factorize(numbers)[0]
+    return left
