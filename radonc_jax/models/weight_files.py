@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def _load(files, location, parameter: _Parameter, region: Region, devices, dtype
     # What a device of the host needs as it is stored can be read to where it stays.
     stored = {files[location[name]].dtype(name) for name in parameter.names}
     in_place = devices[0].platform == "cpu" and parameter.quantized is None and stored == {dtype}
-    limit = math.inf if in_place else BLOCK_BYTES
+    limit = sys.maxsize if in_place else BLOCK_BYTES
     for layer, row, block in _blocks(files, location, parameter.names, region, limit):
         if block.shape == size and parameter.quantized is None:
             [(kind, shape)] = packed.items()
@@ -240,7 +241,7 @@ def _write(arrays: dict, block, start, axes, quantized) -> dict:
 
 
 def _blocks(
-    files, location, names: list[str], region: Region, limit: float
+    files, location, names: list[str], region: Region, limit: int
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """(layer, row within the region, [layers, rows, columns]) of whole layers, or rows of one.
 
@@ -249,8 +250,8 @@ def _blocks(
     (first, end), columns = region
     file = files[location[names[0]]]
     row_bytes = file.dtype(names[0]).itemsize * (columns[1] - columns[0])
-    layers = int(max(1, min(limit // (row_bytes * (end - first)), len(names))))
-    rows = int(max(1, min(limit // row_bytes, end - first)))
+    layers = max(1, min(limit // (row_bytes * (end - first)), len(names)))
+    rows = max(1, min(limit // row_bytes, end - first))
     for layer in range(0, len(names), layers):
         for row in range(first, end, rows):
             chosen = names[layer : layer + layers]
