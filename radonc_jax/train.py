@@ -265,8 +265,12 @@ def train(config: dict, workdir: Path) -> None:
                     values = validate(state.trainable)
                     run.log(number, "validation", values, show=True)
                     metric = config.train.metric
-                    sign = settings.METRICS[metric]
-                    _judge(progress, sign, config.train.patience, number, values[metric])
+                    progress.judge(
+                        number,
+                        values[metric],
+                        sign=settings.METRICS[metric],
+                        patience=config.train.patience,
+                    )
                 checkpoints.save(number, state, progress)
                 clock = time.monotonic()
     checkpoints.close()
@@ -308,15 +312,6 @@ def train(config: dict, workdir: Path) -> None:
 
 def _every(number: int, period: int) -> bool:
     return period > 0 and number % period == 0
-
-
-def _judge(progress, sign: int, patience: int, number: int, value: float) -> None:
-    """Notes whether a validation is the best so far, and whether patience has run out."""
-    if progress.best_value is None or sign * value > sign * progress.best_value:
-        progress.best_step, progress.best_value, progress.bad_evaluations = number, value, 0
-    else:
-        progress.bad_evaluations += 1
-    progress.stopped_early = 0 < patience <= progress.bad_evaluations
 
 
 if __name__ == "__main__":
