@@ -6,6 +6,7 @@ Started again with the same arguments, it resumes where it was; a finished run o
 has not been answered. One command per host: all of them run this same program.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -175,6 +176,8 @@ def train(config: dict, workdir: Path) -> None:
     }
     run.write_manifest(manifest)
     if main_process:
+        if start:
+            print(f"resumed at step {start} of {steps}")
         trained, frozen = manifest["parameters"].values()
         print(f"{parallel.describe(mesh)}")
         print(
@@ -248,7 +251,8 @@ def train(config: dict, workdir: Path) -> None:
         run.log(number, "train", values, show=show)
         run.advance()
 
-    with jax.set_mesh(mesh):
+    # Closed whatever happens: a checkpoint on its way to the disk is finished first.
+    with jax.set_mesh(mesh), contextlib.closing(run), contextlib.closing(checkpoints):
         pending = None
         for number in range(start + 1, steps + 1):
             if progress.stopped_early:
@@ -273,8 +277,6 @@ def train(config: dict, workdir: Path) -> None:
                     )
                 checkpoints.save(number, state, progress)
                 clock = time.monotonic()
-    checkpoints.close()
-    run.close()
 
     # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------
     manifest["base_fingerprint_after"] = step.fingerprint(base)
