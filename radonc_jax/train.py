@@ -9,13 +9,13 @@ has not been answered. One command per host: all of them run this same program.
 import contextlib
 import functools
 import math
-import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from radonc_jax import command
 from radonc_jax.models import hub
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny_icd.py.")
@@ -23,15 +23,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; made if absent, res
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}; overrides are --config.key=value")
-    try:
-        # Before jax is imported, which takes seconds: a missing model is the commonest mistake.
-        hub.resolve(_CONFIG.value.model)
-        train(_CONFIG.value.to_dict(), Path(_WORKDIR.value))
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+def main():
+    # Before jax is imported, which takes seconds: a missing model is the commonest mistake.
+    hub.resolve(_CONFIG.value.model)
+    train(_CONFIG.value.to_dict(), Path(_WORKDIR.value))
 
 
 def train(config: dict, workdir: Path) -> None:
@@ -317,4 +312,4 @@ def _every(number: int, period: int) -> bool:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, stopped="stopped: the same command goes on from the last checkpoint")

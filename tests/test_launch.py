@@ -21,7 +21,7 @@ case "$*" in
 esac
 """
 PYTHON = """#!/usr/bin/env bash
-echo "worker $WORKER: $RADONC_DISTRIBUTED: $*"
+echo "worker $WORKER: $RADONC_DISTRIBUTED:$(printf ' <%s>' "$@")"
 [ "$WORKER" != "${FAILING:-none}" ] || exit 7
 [ -z "${FAILING:-}" ] || sleep 60
 """
@@ -55,9 +55,10 @@ def launch(tmp_path, *arguments, **environment):
 def test_pod_runs_one_command_on_every_worker(tmp_path):
     result = launch(tmp_path, "--config=configs/mistral_icd.py", "--workdir=/a folder/run")
     assert result.returncode == 0, result.stderr
+    arguments = ["-m", "radonc_jax.train", "--config=configs/mistral_icd.py"]
+    expected = " ".join(f"<{part}>" for part in [*arguments, "--workdir=/a folder/run"])
     for worker in range(3):
         log = (tmp_path / "logs" / f"worker-{worker}.log").read_text()
-        expected = "-m radonc_jax.train --config=configs/mistral_icd.py --workdir=/a folder/run"
         assert log == f"worker {worker}: auto: {expected}\n"
         assert f"worker {worker}: exit code 0" in result.stdout
 

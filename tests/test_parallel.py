@@ -91,7 +91,10 @@ def test_rows_of_a_batch_are_spread_over_data_and_fsdp():
     assert len({shard.index[1].start for shard in placed.addressable_shards}) == 4
 
 
-@pytest.mark.parametrize("name", ["layers/self_attn/z_proj/kernel", "layers/mlp/up_proj/kernels"])
+@pytest.mark.parametrize(
+    "name",
+    ["layers/self_attn/z_proj/kernel", "layers/mlp/up_proj/kernels", "encoder/norm/scale"],
+)
 def test_a_path_without_a_rule_is_an_error(name):
     with pytest.raises(ValueError, match="0 placement rules"):
         partition_spec(name)
