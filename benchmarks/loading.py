@@ -5,9 +5,9 @@
 
 Each load is a process of its own; the loaders take turns. The files are in the page cache for all.
 transformers may leave weights in the mapped file and read them at their first use, so every weight
-is read once before the clock stops, on both sides. Before each load as much memory is touched and given
-back: on a virtual machine the host may have to supply it first, at ten times the cost of the load.
-Prints a table and writes JSON.
+is read once before the clock stops, on both sides. Before each load as much memory is touched and
+given back: a virtual machine may have to get it from its host first, which takes ten times as long
+as filling it. Prints a table and writes JSON.
 """
 
 import json

@@ -3,11 +3,11 @@
 python -m radonc_jax.compare --runs=runs/regimen,runs/modality,runs/icd --output=report
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from radonc_jax import command
 from radonc_jax.evaluation.report import read_run, write_runs
 
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
@@ -17,23 +17,18 @@ _TEXT = flags.DEFINE_bool("include_text", True, "Show example cases with their c
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; every setting is a --flag")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)  # the ROUGE scorer announces itself
-    try:
-        runs = [read_run(Path(folder), _SPLIT.value) for folder in _RUNS.value if folder]
-        if not runs:
-            raise ValueError("--runs names no folder")
-        report = write_runs(
-            runs,
-            Path(_OUTPUT.value),
-            include_text=_TEXT.value,
-            figures=True,
-            seed=_SEED.value,
-        )
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    runs = [read_run(Path(folder), _SPLIT.value) for folder in _RUNS.value if folder]
+    if not runs:
+        raise ValueError("--runs names no folder")
+    report = write_runs(
+        runs,
+        Path(_OUTPUT.value),
+        include_text=_TEXT.value,
+        figures=True,
+        seed=_SEED.value,
+    )
     for task, entry in report["tasks"].items():
         original, tuned = entry["original"]["accuracy"], entry["tuned"]["accuracy"]
         print(
@@ -45,4 +40,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["runs", "output"])
-    app.run(main)
+    command.run(main)

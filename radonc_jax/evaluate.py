@@ -9,13 +9,12 @@ answered. With a config alone the original model answers, and its scores are pri
 names a folder for its answers.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from radonc_jax import loading, parallel, settings, tracking
+from radonc_jax import command, loading, parallel, settings, tracking
 from radonc_jax.answering import answer_split
 from radonc_jax.data import cohort
 from radonc_jax.decoding.scheduler import Scheduler, text_decoder
@@ -32,21 +31,17 @@ _SPLIT = flags.DEFINE_enum("split", "test", cohort.SPLITS, "Whose cases are answ
 _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model answers.")
 
 
-def main(argv):
-    del argv
-    try:
-        if _WORKDIR.value is not None and _CONFIG.value is not None:
-            raise ValueError("pass --workdir or --config, not both: a run has its own config")
-        if _WORKDIR.value is not None:
-            evaluate_run(Path(_WORKDIR.value), _STEP.value, _SPLIT.value, _MODEL.value)
-        elif _CONFIG.value is not None:
-            config = settings.from_mapping(_CONFIG.value.to_dict())
-            output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
-            evaluate_original(config, _SPLIT.value, output)
-        else:
-            raise ValueError("pass --workdir of a run, or --config for the original model")
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+def main():
+    if _WORKDIR.value is not None and _CONFIG.value is not None:
+        raise ValueError("pass --workdir or --config, not both: a run has its own config")
+    if _WORKDIR.value is not None:
+        evaluate_run(Path(_WORKDIR.value), _STEP.value, _SPLIT.value, _MODEL.value)
+    elif _CONFIG.value is not None:
+        config = settings.from_mapping(_CONFIG.value.to_dict())
+        output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
+        evaluate_original(config, _SPLIT.value, output)
+    else:
+        raise ValueError("pass --workdir of a run, or --config for the original model")
 
 
 def evaluate_run(workdir: Path, step: str, split: str, model: str) -> None:
@@ -137,7 +132,9 @@ def answer(
             f"ROUGE-1 {scores['rouge1']['value']:.3f}, {scores['unparseable']} unparseable, "
             f"n {scores['n']}"
         )
+    if output is not None:
+        print(f"answers and scores: {output}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

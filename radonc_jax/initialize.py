@@ -11,15 +11,14 @@ trains all of it. With a real 7B checkpoint neither is needed.
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import sentencepiece
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from radonc_jax import parallel
+from radonc_jax import command, parallel
 from radonc_jax.data import cohort
 from radonc_jax.models import huggingface
 from radonc_jax.models.decoder import Decoder
@@ -38,12 +37,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the random weights.")
 flags.mark_flags_as_required(["cohort", "output"])
 
 
-def main(argv):
-    del argv
-    try:
-        initialize(Path(_OUTPUT.value))
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+def main():
+    initialize(Path(_OUTPUT.value))
 
 
 def initialize(output: Path) -> None:
@@ -133,4 +128,4 @@ def write_config(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -15,10 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from radonc_jax import loading, parallel, settings
+from radonc_jax import command, loading, parallel, settings
 from radonc_jax.data.batches import encode_prompt
 from radonc_jax.data.rows import Rows, open_rows
 from radonc_jax.decoding.scheduler import Scheduler, text_decoder
@@ -42,16 +42,7 @@ ADDED = ("answer", "parsed", "logprob", "finished", "problem")
 CHUNK = 4096  # rows in memory at a time; within them, prompts of like length go together
 
 
-def main(argv):
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected arguments {argv[1:]}")
-        predict()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
-
-
-def predict() -> None:
+def main():
     # ---- what can be wrong is found before a model is loaded -----------------------------------
     if (_WORKDIR.value is None) == (_MODEL.value is None):
         raise ValueError("give either --workdir (a run) or --model (a Hugging Face folder)")
@@ -166,4 +157,4 @@ def answer_rows(
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -5,11 +5,11 @@ python -m radonc_jax.review --score --ratings=a.csv,b.csv --key=key.json --outpu
 """
 
 import json
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from radonc_jax import command
 from radonc_jax.evaluation.report import read_run
 from radonc_jax.evaluation.review import build_review, read_key, read_ratings, score_ratings
 from radonc_jax.evaluation.run import write_file
@@ -27,18 +27,13 @@ _KEY = flags.DEFINE_string("key", None, "Score: the key.json written with the pa
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draw and the order, or of the bootstrap.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; every setting is a --flag")
-    try:
-        if _BUILD.value == _SCORE.value:
-            raise ValueError("give either --build or --score")
-        if _BUILD.value:
-            build()
-        else:
-            score()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    if _BUILD.value == _SCORE.value:
+        raise ValueError("give either --build or --score")
+    if _BUILD.value:
+        build()
+    else:
+        score()
 
 
 def build() -> None:
@@ -71,4 +66,4 @@ def score() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["output"])
-    app.run(main)
+    command.run(main)

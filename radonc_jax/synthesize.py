@@ -6,11 +6,11 @@ Beside it: extract.csv.ceiling.json, the best accuracy that any reader of the di
 reach per task, and extract.csv.ceiling.parquet, the same per patient (`prepare` reads it).
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from radonc_jax import command
 from radonc_jax.data import synthetic
 
 _CASES = flags.DEFINE_integer("cases", 15_724, "Number of patients; rows are one per plan.")
@@ -18,17 +18,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same seed and cases give the same f
 _OUTPUT = flags.DEFINE_string("output", "extract.csv", "The CSV file to write.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; every option is a --flag")
-    try:
-        extract = synthetic.make_extract(_CASES.value, _SEED.value)
-        ceiling = synthetic.write_extract(extract, Path(_OUTPUT.value))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    extract = synthetic.make_extract(_CASES.value, _SEED.value)
+    ceiling = synthetic.write_extract(extract, Path(_OUTPUT.value))
     print(f"{_OUTPUT.value}: {_CASES.value} patients, {len(extract.table)} plan rows")
     print("best reachable: " + ", ".join(f"{task} {value:.3f}" for task, value in ceiling.items()))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -6,15 +6,16 @@ Started again with the same arguments, it resumes where it was; a finished run o
 has not been answered. One command per host: all of them run this same program.
 """
 
+import contextlib
 import functools
 import math
-import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from radonc_jax import command
 from radonc_jax.models import hub
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny_icd.py.")
@@ -22,15 +23,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; made if absent, res
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}; overrides are --config.key=value")
-    try:
-        # Before jax is imported, which takes seconds: a missing model is the commonest mistake.
-        hub.resolve(_CONFIG.value.model, Path(_WORKDIR.value))
-        train(_CONFIG.value.to_dict(), Path(_WORKDIR.value))
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+def main():
+    # Before jax is imported, which takes seconds: a missing model is the commonest mistake.
+    hub.resolve(_CONFIG.value.model, Path(_WORKDIR.value))
+    train(_CONFIG.value.to_dict(), Path(_WORKDIR.value))
 
 
 def train(config: dict, workdir: Path) -> None:
@@ -181,6 +177,8 @@ def train(config: dict, workdir: Path) -> None:
     }
     run.write_manifest(manifest)
     if main_process:
+        if start:
+            print(f"resumed at step {start} of {steps}")
         trained, frozen = manifest["parameters"].values()
         print(f"{parallel.describe(mesh)}")
         print(
@@ -254,7 +252,8 @@ def train(config: dict, workdir: Path) -> None:
         run.log(number, "train", values, show=show)
         run.advance()
 
-    with jax.set_mesh(mesh):
+    # Closed whatever happens: a checkpoint on its way to the disk is finished first.
+    with jax.set_mesh(mesh), contextlib.closing(run), contextlib.closing(checkpoints):
         pending = None
         for number in range(start + 1, steps + 1):
             if progress.stopped_early:
@@ -271,12 +270,14 @@ def train(config: dict, workdir: Path) -> None:
                     values = validate(state.trainable)
                     run.log(number, "validation", values, show=True)
                     metric = config.train.metric
-                    sign = settings.METRICS[metric]
-                    _judge(progress, sign, config.train.patience, number, values[metric])
+                    progress.judge(
+                        number,
+                        values[metric],
+                        sign=settings.METRICS[metric],
+                        patience=config.train.patience,
+                    )
                 checkpoints.save(number, state, progress)
                 clock = time.monotonic()
-    checkpoints.close()
-    run.close()
 
     # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------
     manifest["base_fingerprint_after"] = step.fingerprint(base)
@@ -316,14 +317,5 @@ def _every(number: int, period: int) -> bool:
     return period > 0 and number % period == 0
 
 
-def _judge(progress, sign: int, patience: int, number: int, value: float) -> None:
-    """Notes whether a validation is the best so far, and whether patience has run out."""
-    if progress.best_value is None or sign * value > sign * progress.best_value:
-        progress.best_step, progress.best_value, progress.bad_evaluations = number, value, 0
-    else:
-        progress.bad_evaluations += 1
-    progress.stopped_early = 0 < patience <= progress.bad_evaluations
-
-
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, stopped="stopped: the same command goes on from the last checkpoint")

@@ -21,7 +21,7 @@ case "$*" in
 esac
 """
 PYTHON = """#!/usr/bin/env bash
-echo "worker $WORKER: $RADONC_DISTRIBUTED: $*"
+echo "worker $WORKER: $RADONC_DISTRIBUTED:$(printf ' <%s>' "$@")"
 [ "$WORKER" != "${FAILING:-none}" ] || exit 7
 [ -z "${FAILING:-}" ] || sleep 60
 """
@@ -55,9 +55,10 @@ def launch(tmp_path, *arguments, **environment):
 def test_pod_runs_one_command_on_every_worker(tmp_path):
     result = launch(tmp_path, "--config=configs/mistral_icd.py", "--workdir=/a folder/run")
     assert result.returncode == 0, result.stderr
+    arguments = ["-m", "radonc_jax.train", "--config=configs/mistral_icd.py"]
+    expected = " ".join(f"<{part}>" for part in [*arguments, "--workdir=/a folder/run"])
     for worker in range(3):
         log = (tmp_path / "logs" / f"worker-{worker}.log").read_text()
-        expected = "-m radonc_jax.train --config=configs/mistral_icd.py --workdir=/a folder/run"
         assert log == f"worker {worker}: auto: {expected}\n"
         assert f"worker {worker}: exit code 0" in result.stdout
 
@@ -72,3 +73,47 @@ def test_a_failing_worker_ends_the_others_and_gives_the_exit_code(tmp_path):
 def test_a_missing_setting_is_named(tmp_path, missing):
     result = launch(tmp_path, **{missing: ""})
     assert result.returncode != 0 and missing in result.stderr
+
+
+# Tells what it was started with, and ends as it is told.
+INTERPRETER = """#!/usr/bin/env bash
+echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID"
+printf '%s\\n' "$@"
+exit "${CODE:-0}"
+"""
+
+
+def launch_host(tmp_path, *arguments, **environment):
+    path = tmp_path / "an interpreter"
+    path.write_text(INTERPRETER)
+    path.chmod(0o755)
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        ["bash", "launch/multi_gpu.sh", *arguments],
+        cwd=ROOT,
+        env=inherited | {"PYTHON": str(path)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+def test_a_host_starts_its_process_of_several(tmp_path):
+    hosts = dict(COORDINATOR="host0:8476", NUM_HOSTS="4", HOST_INDEX="2")
+    result = launch_host(tmp_path, "--config=c.py", "--workdir=/a folder/run", **hosts)
+    assert result.returncode == 0, result.stderr
+    expected = ["host0:8476 4 2", "-m", "radonc_jax.train", "--config=c.py"]
+    assert result.stdout.splitlines() == [*expected, "--workdir=/a folder/run"]
+
+
+def test_a_host_alone_joins_nobody_and_gives_its_exit_code(tmp_path):
+    result = launch_host(tmp_path, "--config=c.py", CODE="9")
+    assert result.returncode == 9
+    assert result.stdout.splitlines()[0].strip() == ""
+
+
+@pytest.mark.parametrize("missing", ["NUM_HOSTS", "HOST_INDEX"])
+def test_a_host_among_several_must_know_its_place(tmp_path, missing):
+    hosts = dict(COORDINATOR="host0:8476", NUM_HOSTS="4", HOST_INDEX="2") | {missing: ""}
+    result = launch_host(tmp_path, **hosts)
+    assert result.returncode != 0 and missing in result.stderr and not result.stdout

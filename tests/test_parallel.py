@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -62,7 +63,38 @@ def test_large_arrays_are_split_over_fsdp_and_tensor():
             assert set(filter(None, sharding.spec)) == {"fsdp", "tensor"}
 
 
-@pytest.mark.parametrize("name", ["layers/self_attn/z_proj/kernel", "layers/mlp/up_proj/kernels"])
+@pytest.mark.parametrize("adapter", ["dora", "full"])
+def test_hidden_lies_on_fsdp_and_heads_mlp_and_vocabulary_on_tensor(adapter):
+    """All sizes differ here, so a dimension's size tells what it is, apart from the table."""
+    config = ModelConfig(**(vars(SEVEN_B) | {"head_dim": 96}))
+    axes = {4096: "fsdp", 32 * 96: "tensor", 8 * 96: "tensor", 14336: "tensor", 32000: "tensor"}
+    lora_config = lora.LoRAConfig(16, 32.0, 0.0, tuple(lora.PROJECTIONS), False, True)
+    partition = lora.partition(config, lora_config if adapter == "dora" else None, jnp.bfloat16)
+    mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices()[:8])
+    for tree in (partition.trainable, partition.frozen):
+        placed = jax.tree.leaves(parallel.shardings(tree, mesh))
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(tree), placed, strict=True
+        ):
+            name = parallel.path_name(path)
+            small = name.endswith("norm/scale")
+            expected = [None if small else axes.get(size) for size in leaf.shape]
+            assert list(sharding.spec) == expected, name
+
+
+def test_rows_of_a_batch_are_spread_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    rows = np.arange(2 * 8 * 3).reshape(2, 8, 3)  # microbatches, rows, tokens
+    placed = parallel.put({"tokens": rows}, mesh, None, parallel.BATCH_AXES)["tokens"]
+    np.testing.assert_array_equal(placed, rows)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2, 3)}
+    assert len({shard.index[1].start for shard in placed.addressable_shards}) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layers/self_attn/z_proj/kernel", "layers/mlp/up_proj/kernels", "encoder/norm/scale"],
+)
 def test_a_path_without_a_rule_is_an_error(name):
     with pytest.raises(ValueError, match="0 placement rules"):
         partition_spec(name)

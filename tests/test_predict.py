@@ -162,20 +162,20 @@ ERRORS = [
     (["--workdir={run}", "--output={new}", "--input={place}/x.csv"], "x.csv: no such file"),
     (["--workdir={run}", "--output={new}", "--max_new_tokens=512"], "leaves no room"),
     (["--workdir={run}", "--output={new}", "--batch=0"], "must be at least 1"),
-    (["--workdir={run}", "--output={new}", "stray"], "unexpected arguments"),
+    (["--workdir={run}", "--output={new}", "stray"], "unexpected argument 'stray'"),
 ]
 # The command's own `main` again and again, because starting Python anew takes seconds.
 DRIVER = """
 import json, sys
 from absl import flags
-from radonc_jax import predict
+from radonc_jax import command, predict
 for arguments in json.load(sys.stdin):
     flags.FLAGS.unparse_flags()
     for name in flags.FLAGS.flags_by_module_dict()["radonc_jax.predict"]:
         flags.FLAGS[name.name].unparse()
     left = flags.FLAGS(["predict", *arguments])
     try:
-        predict.main(left)
+        command.guard(predict.main)(left)
         print(json.dumps("no error"))
     except SystemExit as error:
         print(json.dumps(error.code))

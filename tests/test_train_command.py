@@ -1,5 +1,6 @@
 """`train` as people run it: whole runs, killed runs, several processes, bad input."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,10 +11,23 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT, command_environment, run_command
 
-SHORT = ("--config.train.steps=6", "--config.train.evaluate_every=3", "--config.train.save_every=1")
+import radonc_jax
+from radonc_jax import loading
+from radonc_jax.data import batches, cohort
+from radonc_jax.tasks import select
+
+SHORT = (
+    "--config.train.steps=6",  # more than an epoch, which takes five
+    "--config.train.evaluate_every=3",
+    "--config.train.save_every=1",
+    "--config.batch.examples=32",
+    "--config.seed=3",
+)
 
 
 def losses(workdir):
@@ -50,13 +64,59 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
     assert not list(workdir.rglob("*.partial"))
     manifest = json.loads((workdir / "manifest.json").read_text())
     assert manifest["base_fingerprint_before"] == manifest["base_fingerprint_after"]
-    assert set(manifest["base"]["sha256"]) >= {"config.json", "model.safetensors"}
+    assert manifest["base"]["sha256"].keys() >= {"config.json", "model.safetensors"}
+    hashes = {workspace.model / name: value for name, value in manifest["base"]["sha256"].items()}
+    hashes[workspace.cohort / "manifest.json"] = manifest["cohort"]["manifest_sha256"]
+    for path, value in hashes.items():
+        assert value == hashlib.sha256(path.read_bytes()).hexdigest()
     assert manifest["environment"]["versions"]["jax"]
-    entry = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"step", "split", "loss", "tokens", "tokens_per_second"} <= set(entry)
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "split", "loss", "tokens", "tokens_per_second"} <= set(entries[0])
+    rates = [entry["learning_rate"] for entry in entries if entry["split"] == "train"]
+    # Six steps are too few for a warm-up: half a cosine from 2e-3 down.
+    expected = [1e-3 * (1 + math.cos(math.pi * number / 6)) for number in range(6)]
+    assert rates == pytest.approx(expected, rel=1e-5)
     assert list((workdir / "tensorboard").glob("events*"))
     best = json.loads((workdir / "best.json").read_text())
     assert (workdir / "checkpoints" / str(best["step"])).is_dir()
+
+
+def mean_loss(lm, examples):
+    """Cross-entropy of a notebook's model over the answers of examples, each in its own row."""
+    width = max(len(example.prompt) + len(example.answer) for example in examples)
+    tokens, answers = np.zeros((2, len(examples), width), np.int32)
+    for row, example in enumerate(examples):
+        start, stop = len(example.prompt), len(example.prompt) + len(example.answer)
+        tokens[row, :stop] = (*example.prompt, *example.answer)
+        answers[row, start:stop] = 1
+    logits = jax.nn.log_softmax(lm.logits(tokens))[:, :-1]
+    chosen = np.take_along_axis(np.asarray(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    return -(chosen * answers[:, 1:]).sum() / answers.sum()
+
+
+def test_logged_losses_are_those_of_the_models_on_their_cases(quiet, workspace):
+    workdir, logged = quiet[0], losses(quiet[0])
+    config = loading.read_settings(workdir)
+    original = radonc_jax.load(str(workspace.model), dtype="float32")
+    tuned = radonc_jax.load(str(workspace.model), adapter=str(workdir), dtype="float32")
+    records = {split: cohort.load_records(workspace.cohort, split) for split in cohort.SPLITS}
+    examples = {
+        split: batches.task_examples(records[split], select("icd"), tuned.tokenizer, config.batch)[
+            0
+        ]
+        for split in ("train", "validation")
+    }
+    # The first step sees the untouched base, the best checkpoint is that of the first validation.
+    order = batches.Batches(
+        examples["train"], config.batch, epochs=2, seed=config.seed, row_multiple=1
+    )
+    seen = set(order.case_ids(0))
+    first = [example for example in examples["train"] if example.case_id in seen]
+    assert logged[1, "train"] == pytest.approx(mean_loss(original, first), rel=1e-5)
+    best = json.loads((workdir / "best.json").read_text())["step"]
+    expected = mean_loss(tuned, examples["validation"])
+    assert logged[best, "validation"] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - mean_loss(original, examples["validation"])) > 1e-3
 
 
 @pytest.mark.slow
@@ -147,7 +207,8 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(quiet, work
     # Killed in the middle: some steps are done, some are not.
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if (workdir / "metrics.jsonl").is_file() and (2, "train") in losses_or_none(workdir):
+        saved = (workdir / "checkpoints" / "1").is_dir()
+        if saved and (2, "train") in losses_or_none(workdir):
             break
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
@@ -155,7 +216,8 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(quiet, work
     process.wait()
     before = losses_or_none(workdir)
     assert (2, "train") in before and (6, "train") not in before
-    run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    result = run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    assert "resumed at step" in result.stdout
     assert losses(workdir) == expected  # bit for bit
     assert (workdir / "best.json").read_text() == (quiet[0] / "best.json").read_text()
     ours, theirs = (
@@ -167,6 +229,8 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(quiet, work
 
 def losses_or_none(workdir):
     found = {}
+    if not (workdir / "metrics.jsonl").is_file():
+        return found
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         try:
             entry = json.loads(line)
@@ -177,7 +241,7 @@ def losses_or_none(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_trace_of_one(quiet, workspace, tmp_path):
+def test_two_processes_give_the_trace_the_answers_and_the_report_of_one(quiet, workspace, tmp_path):
     expected = losses(quiet[0])
     workdir = tmp_path / "run"
     with socket.socket() as free:
@@ -191,7 +255,6 @@ def test_two_processes_give_the_trace_of_one(quiet, workspace, tmp_path):
                 *workspace.arguments,
                 *SHORT,
                 "--config.mesh.fsdp=2",
-                "--config.final_evaluation=False",
                 f"--workdir={workdir}",
             ],
             cwd=ROOT,
@@ -214,6 +277,26 @@ def test_two_processes_give_the_trace_of_one(quiet, workspace, tmp_path):
     assert got.keys() == expected.keys()
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, rel=1e-5), key
+    assert [output.count("report: ") for output in outputs] == [1, 0]
+    for model in ("original", "tuned"):
+        ours, theirs = (
+            [json.loads(line) for line in path.read_text().splitlines()]
+            for path in (
+                folder / "evaluation" / "test" / model / "predictions.jsonl"
+                for folder in (workdir, quiet[0])
+            )
+        )
+        fields = ("case_id", "output", "answer", "finished", "correct", "rouge1")
+        assert [[x[name] for name in fields] for x in ours] == [
+            [x[name] for name in fields] for x in theirs
+        ]
+        assert [x["logprob"] for x in ours] == pytest.approx(
+            [x["logprob"] for x in theirs], rel=1e-4
+        )
+    ours, theirs = (json.loads((f / "report.json").read_text()) for f in (workdir, quiet[0]))
+    assert ours["tasks"]["icd"]["tests"] == theirs["tasks"]["icd"]["tests"]
+    assert (workdir / "report.html").stat().st_size > 10_000
+    assert not list(workdir.rglob("*.part*"))
 
 
 def test_a_run_folder_of_another_config_is_refused(quiet, workspace):
@@ -231,16 +314,71 @@ def test_a_run_folder_of_another_config_is_refused(quiet, workspace):
     assert sorted((p, p.stat().st_mtime_ns) for p in quiet[0].rglob("*")) == before
 
 
-def test_a_run_is_not_resumed_on_another_cohort(quiet, workspace, tmp_path):
+def test_a_run_is_not_resumed_on_another_cohort_or_base(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(quiet[0], workdir)
     manifest = json.loads((workdir / "manifest.json").read_text())
     manifest["cohort"]["manifest_sha256"] = "0" * 64
+    manifest["base"]["sha256"]["model.safetensors"] = "0" * 64
+    manifest["base_fingerprint_before"] = "0" * 8
     (workdir / "manifest.json").write_text(json.dumps(manifest))
-    for command in (["train", *workspace.arguments, *SHORT], ["evaluate"]):
+    named = ("base", "base_fingerprint_before", "cohort")
+    train = ["train", *workspace.arguments, *SHORT]
+    for command, keys in ((train, named), (["evaluate"], ["cohort"])):
         result = run_command(*command, f"--workdir={workdir}", check=False)
-        assert result.returncode == 1 and "cohort" in last_line(result)
+        assert result.returncode == 1 and f"({', '.join(keys)} differ" in last_line(result)
     assert json.loads((workdir / "manifest.json").read_text()) == manifest
+    with pytest.raises(ValueError, match="base_fingerprint_before differ"):
+        loading.load_run(workdir)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(workspace, tmp_path):
+    workdir = tmp_path / "run"
+    result = run_command(
+        "train",
+        *workspace.arguments,
+        "--config.train.steps=4",
+        "--config.train.save_every=1",
+        "--config.optimizer.learning_rate=1e38",
+        f"--workdir={workdir}",
+        check=False,
+    )
+    assert result.returncode == 1
+    assert last_line(result).startswith("error: step 2: loss nan")
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
+    assert losses(workdir).keys() == {(1, "train")}
+
+
+# `train`, with a fingerprint that tells of another base when it is taken for the second time.
+CHANGED_BASE = """
+from radonc_jax import command, train
+from radonc_jax.training import step
+
+real, seen = step.fingerprint, []
+
+def fingerprint(tree):
+    seen.append(real(tree))
+    return seen[-1] + ("changed" if seen.count(seen[-1]) > 1 else "")
+
+step.fingerprint = fingerprint
+command.run(train.main)
+"""
+
+
+def test_a_base_that_changed_while_training_makes_the_run_void(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    shutil.rmtree(workdir / "evaluation")
+    result = subprocess.run(
+        [sys.executable, "-c", CHANGED_BASE, *workspace.arguments, *SHORT, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1 and "frozen base changed" in last_line(result)
+    assert not (workdir / "evaluation").exists()
 
 
 @pytest.mark.slow
@@ -390,7 +528,8 @@ def test_an_unknown_config_key_stops_at_once(workspace, tmp_path):
         f"--workdir={tmp_path / 'run'}",
         check=False,
     )
-    assert result.returncode != 0 and "rnak" in result.stderr
+    assert result.returncode == 1
+    assert last_line(result).startswith("error: --config has no key 'rnak'. Did you mean \"rank\"")
     assert not (tmp_path / "run").exists()
 
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -104,40 +105,56 @@ def assert_same_trace(got):
 
 
 def cross_entropy(partition, trainable, base, chosen):
-    """The slow way: each example alone, all its logits, the mean over all answer tokens."""
+    """The slow way: each example alone, all its logits, the mean over all answer tokens.
+
+    Padding after an example, which lets all of them share a compilation, is seen by none of its
+    tokens.
+    """
     model = partition.merge(trainable, base)
-    total, count = 0.0, 0
-    for example in chosen:
-        tokens = jnp.array([[*example.prompt, *example.answer]])
-        hidden, _ = model(tokens[:, :-1], jnp.arange(tokens.shape[1] - 1)[None])
+    width = max(example.length for example in chosen) + 1
+    tokens, answers = np.zeros((2, len(chosen), width), np.int32)
+    for row, example in enumerate(chosen):
+        tokens[row, : example.length + 1] = (*example.prompt, *example.answer)
+        answers[row, len(example.prompt) : example.length + 1] = 1
+
+    def alone(row):
+        tokens, answers = row
+        hidden, _ = model(tokens[None, :-1], jnp.arange(width - 1)[None])
         logits = jax.nn.log_softmax(model.logits(hidden)[0])
-        first = len(example.prompt) - 1
-        for offset, target in enumerate(example.answer):
-            total -= logits[first + offset, target]
-            count += 1
-    return total / count
+        return jnp.sum(jnp.take_along_axis(logits, tokens[1:, None], 1)[:, 0] * answers[1:])
+
+    return -jnp.sum(jax.lax.map(alone, (tokens, answers))) / answers.sum()
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["lora", "full"])
 def test_loss_and_gradients_equal_those_of_each_example_alone(adapter):
     partition, trainable, base = start(adapter)
-    batches = Batches(examples(6), batch_config(examples=6), epochs=1, seed=None, row_multiple=1)
-    assert len(batches[0]["tokens"][0]) < 6  # some rows hold several examples
-    part = jax.tree.map(lambda array: jnp.asarray(array[0]), batches[0])
-
-    def loss(trainable):
-        model = partition.merge(trainable, base)
-        return step.answer_loss(model, part) / part["weights"].sum()
-
-    got, gradients = jax.jit(jax.value_and_grad(loss))(trainable)
+    settings = batch_config(examples=6, microbatches=2)
+    batches = Batches(examples(6), settings, epochs=1, seed=None, row_multiple=1)
+    # Some rows hold several examples, and the microbatches differ in their answer tokens.
+    assert (batches[0]["segment_ids"] > 1).any()
+    assert len(set(batches[0]["weights"].sum((1, 2)))) > 1
+    # A step of plain gradient descent tells its gradients.
+    optimizer = optax.sgd(0.5)
+    state = step.TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    after, metrics = jax.jit(functools.partial(step.train_step, partition, optimizer, 0))(
+        state, base, batches[0]
+    )
+    gradients = jax.tree.map(lambda old, new: 2 * (old - new), trainable, after.trainable)
     expected, expected_gradients = jax.jit(
         jax.value_and_grad(lambda tree: cross_entropy(partition, tree, base, examples(6)))
     )(trainable)
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
     for value, wanted in zip(
         jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
     ):
         np.testing.assert_allclose(value, wanted, atol=2e-6, rtol=1e-4)
+    squares = sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(expected_gradients))
+    np.testing.assert_allclose(metrics["gradient_norm"], squares**0.5, rtol=1e-5)
+    evaluate = jax.jit(functools.partial(step.evaluation_step, partition))
+    sums = evaluate(trainable, base, batches[0])
+    assert sums["answer_tokens"] == sum(len(example.answer) for example in examples(6))
+    np.testing.assert_allclose(sums["loss_sum"] / sums["answer_tokens"], expected, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -184,17 +201,32 @@ def test_fingerprint_sees_one_bit_and_an_exchange():
     bits = jax.lax.bitcast_convert_type(tree["a"], jnp.uint32).at[500].add(1)
     flipped = tree | {"a": jax.lax.bitcast_convert_type(bits, jnp.float32)}
     assert step.fingerprint(flipped) != before
+    last = tree | {"b": tree["b"].at[6].set(1 + 2**-7)}
+    assert step.fingerprint(last) != before
     swapped = tree | {"a": tree["a"].at[jnp.array([3, 4])].set(tree["a"][jnp.array([4, 3])])}
     assert step.fingerprint(swapped) != before
 
 
-def test_dropout_differs_by_step_and_is_the_same_when_repeated():
+def test_dropout_is_drawn_anew_for_each_step_microbatch_and_seed():
     adapter = lora.LoRAConfig(4, 8.0, 0.5, ("q_proj", "down_proj"), False, False)
-    first, trained = trace(adapter)
-    second, again = trace(adapter)
-    np.testing.assert_array_equal(first, second)
-    plain, _ = trace(lora.LoRAConfig(4, 8.0, 0.0, ("q_proj", "down_proj"), False, False))
-    assert abs(first[0, 0] - plain[0, 0]) > 1e-5
+    partition, trainable, base = start(adapter)
+    optimizer = optax.sgd(1.0)
+    batch = Batches(examples(6), batch_config(), epochs=1, seed=None, row_multiple=1)[0]
+    # The same rows in two microbatches, of which the second may be left out of the loss.
+    twice = jax.tree.map(lambda array: np.concatenate([array, array]), batch)
+    once = twice | {"weights": np.concatenate([batch["weights"], 0 * batch["weights"]])}
+
+    @jax.jit
+    def run(seed, number, batch):
+        state = step.TrainState(number, trainable, optimizer.init(trainable))
+        after, metrics = step.train_step(partition, optimizer, seed, state, base, batch)
+        return metrics["loss"], after.step
+
+    first, number = run(0, 7, once)
+    assert number == 8
+    assert run(0, 7, once)[0] == first
+    for other in (run(0, 8, once), run(1, 7, once), run(0, 7, twice)):
+        assert abs(float(other[0] - first)) > 1e-4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -209,6 +241,34 @@ def test_schedule_rises_then_falls(schedule):
         assert (np.diff(falling) < 1e-9).all() and falling[-1] < 0.002
     if schedule == "linear":
         np.testing.assert_allclose(falling, 0.1 * (1 - np.arange(90) / 90), atol=1e-6)
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
+def test_updates_are_those_of_adamw_on_clipped_gradients(clip_norm):
+    """Against Loshchilov and Hutter 2019, algorithm 2, written out in float64."""
+    config = OptimizerConfig(0.1, "cosine", 0.25, 0.1, clip_norm, 0.8, 0.95)
+    steps = 8
+    optimizer, rate = make_optimizer(config, steps), make_schedule(config, steps)
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal(12)
+    got = {"w": jnp.asarray(weights, jnp.float32)}
+    state = optimizer.init(got)
+    first = second = np.zeros(12)
+    norms = []
+    for number in range(steps):
+        gradient = rng.standard_normal(12) * (0.1 if number % 2 else 10.0)
+        updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, got)
+        got = optax.apply_updates(got, updates)
+        norms.append(np.linalg.norm(gradient))
+        if clip_norm:
+            gradient = gradient * min(1.0, clip_norm / norms[-1])
+        first = config.b1 * first + (1 - config.b1) * gradient
+        second = config.b2 * second + (1 - config.b2) * gradient**2
+        moment = first / (1 - config.b1 ** (number + 1))
+        scale = np.sqrt(second / (1 - config.b2 ** (number + 1))) + 1e-8
+        weights = weights - float(rate(number)) * (moment / scale + config.weight_decay * weights)
+        np.testing.assert_allclose(got["w"], weights, rtol=2e-5, atol=2e-6)
+    assert min(norms) < 1 < max(norms)
 
 
 def test_training_learns_its_examples():

@@ -36,6 +36,21 @@ class Progress:
     bad_evaluations: int = 0
     stopped_early: bool = False
 
+    def judge(self, step: int, value: float, *, sign: int, patience: int) -> None:
+        """Notes whether a validation is the best so far, and whether patience has run out.
+
+        Args:
+          step: at which it was made.
+          value: of the metric.
+          sign: 1 if more is better, -1 if less is.
+          patience: validations in a row without improvement that stop the run; 0 never does.
+        """
+        if self.best_value is None or sign * value > sign * self.best_value:
+            self.best_step, self.best_value, self.bad_evaluations = step, value, 0
+        else:
+            self.bad_evaluations += 1
+        self.stopped_early = 0 < patience <= self.bad_evaluations
+
 
 class _KeepBest:
     """A preservation policy that keeps the checkpoint of the best validation."""

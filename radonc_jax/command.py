@@ -1,0 +1,57 @@
+"""How a command starts and ends: what a user can get wrong is told in one line."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app
+
+
+def run(main: Callable[[], None], *, stopped: str = "stopped") -> None:
+    """Reads the flags, then runs `main` as `guard` does; ends the process."""
+    app.run(guard(main, stopped=stopped), flags_parser=_parse_flags)
+
+
+def guard(main: Callable[[], None], *, stopped: str = "stopped") -> Callable[[list[str]], None]:
+    """`main` as absl calls it, with the arguments that are no flags.
+
+    One of those, a `ValueError`, an `OSError` (no such file, no permission, disk full) or a
+    `FloatingPointError` becomes `SystemExit("error: ...")`, one line; anything else is a bug and
+    keeps its traceback.
+
+    Args:
+      main: a command, without arguments: all it takes are flags.
+      stopped: told, with exit code 130, when it is interrupted from the keyboard.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected argument {argv[1]!r}; every setting is a --flag=value")
+        try:
+            main()
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"error: {_message(error)}")
+        except KeyboardInterrupt:
+            print(stopped, file=sys.stderr)
+            sys.exit(130)
+
+    return guarded
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # ml_collections, of a key it does not know
+        cause = error
+        while cause.args and isinstance(cause.args[0], Exception):
+            cause = cause.args[0]
+        text = ". ".join(str(cause.args[0]).splitlines())
+        joined = " has no key " if text.startswith("'") else ": "
+        sys.exit(f"error: --config{joined}{text}")
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {_message(error)}")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

@@ -1,0 +1,62 @@
+"""What a user gets wrong is told in one line, whatever the command."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = """
+from absl import flags
+from radonc_jax import command
+
+flags.DEFINE_integer("number", 1, "A number.")
+
+def main():
+    {body}
+
+command.run(main, stopped="stopped: go on with the same command")
+"""
+
+
+def run(body, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(body=body), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise ValueError('two\\n lines')", "two lines"),
+        ("raise FloatingPointError('a loss')", "a loss"),
+        ("raise FileNotFoundError('no run there')", "no run there"),
+        ("open('/proc/none/file', 'w')", "/proc/none/file: No such file or directory"),
+        ("raise OSError(28, 'No space left on device')", "No space left on device"),
+    ],
+    ids=["value", "not finite", "own words", "of the system", "disk full"],
+)
+def test_an_error_is_one_line(body, message):
+    result = run(body)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"error: {message}\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    result = run("raise AssertionError('ours')")
+    assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_an_argument_that_is_no_flag_is_refused():
+    result = run("print('ran')", "--number=2", "extra")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: unexpected argument 'extra'; every setting is a --flag=value\n"
+
+
+def test_an_interruption_is_no_traceback():
+    result = run("raise KeyboardInterrupt")
+    assert (result.returncode, result.stderr) == (130, "stopped: go on with the same command\n")
