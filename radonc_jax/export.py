@@ -11,27 +11,11 @@ folder says how often they agree. A run that trained the whole model has no adap
 written merged.
 """
 
-import os
-import shutil
-import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import jax
-import numpy as np
-from absl import app, flags
+from absl import flags
 
-from radonc_jax import loading, parallel, tracking
-from radonc_jax.data import cohort
-from radonc_jax.data.batches import encode_prompt
-from radonc_jax.decoding.scheduler import Scheduler
-from radonc_jax.models import huggingface, lora, peft, weight_files
-from radonc_jax.settings import Settings
-from radonc_jax.tasks import select
-from radonc_jax.training import checkpoint
-
-REPORT = "export.json"
+from radonc_jax import command, exporting
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, from `train`.")
 _FORMAT = flags.DEFINE_enum("format", None, ["peft", "merged"], "What to write.")
@@ -46,231 +30,15 @@ _CHECK_CASES = flags.DEFINE_integer(
 flags.mark_flags_as_required(["workdir", "format", "output"])
 
 
-def main(argv):
-    del argv
-    try:
-        export(
-            Path(_WORKDIR.value),
-            _FORMAT.value,
-            Path(_OUTPUT.value),
-            _STEP.value,
-            _CHECK_CASES.value,
-        )
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
-
-
-def export(
-    workdir: Path, kind: str, output: Path, step: str | int = "best", check_cases: int = 50
-) -> None:
-    """Writes the folder; its errors say what is missing or does not fit."""
-    if output.exists():
-        raise FileExistsError(f"{output} exists: choose another output folder or remove it")
-    run = loading.read_settings(workdir)
-    if kind == "peft" and run.adapter is None:
-        raise ValueError(
-            f'{workdir} trained the whole model (trainable="full"), so it has no adapter: '
-            "use --format=merged"
-        )
-    number = checkpoint.find_step(workdir, step)
-    folder = huggingface.resolve(run.model, workdir)
-    base = loading.base_origin(run.model, folder, True)
-    loading.check_origin(workdir, {"base": base})
-    config = huggingface.read_config(folder)
-    records = []
-    if kind == "merged" and run.adapter is not None and check_cases:
-        records = _check_records(run, check_cases)
-
-    # Shapes alone: the base is not needed as a model, its tensors are read when they are written.
-    parts = lora.partition(config, run.adapter, np.float32)
-    placements = parallel.shardings(parts.trainable, loading.default_mesh())
-    _, trained = checkpoint.restore_trainable(workdir, parts.trainable, placements, number)
-    leaves = {
-        parallel.path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
-    }
-    if kind == "peft":
-        peft.save_adapter(output, trained, run.adapter, run.model)
-    else:
-        # Until it has been checked, the folder has another name.
-        aside = output.with_name(output.name + ".unchecked")
-        shutil.rmtree(aside, ignore_errors=True)
-        report = {"run": str(workdir), "step": number, "base": base}
-        if run.adapter is None:
-            huggingface.save_folder(
-                aside, source=folder, weights=leaves, num_layers=config.num_layers
-            )
-        else:
-            rounding = Rounding()
-            tensors = merged_tensors(folder, leaves, run.adapter, config.num_layers, rounding)
-            huggingface.save_tensors(aside, source=folder, tensors=tensors)
-            report["rounding"] = rounding.report()
-            if records:
-                answers = compare_answers(run, workdir, number, aside, records)
-                report["validation"] = answers
-                print(
-                    f"{answers['identical']:.1%} of {answers['answers']} answers to "
-                    f"{answers['cases']} validation cases are the same as with the adapter; "
-                    f"largest logit difference {answers['largest_logit_difference']:.2g}; "
-                    f"rounding took {report['rounding']['share_of_update']:.2%} of the update"
-                )
-        tracking.write_json(aside / REPORT, report | {"environment": tracking.environment()})
-        os.replace(aside, output)
-    print(f"{output}: {kind} of step {number} of {workdir}, base {run.model}")
-
-
-class Rounding:
-    """How much of the adapter's update is lost when sums are rounded to the base's dtype."""
-
-    def __init__(self):
-        self._squares: dict[str, np.ndarray] = {}  # by projection: of the loss, of the update
-
-    def add(self, name: str, base: np.ndarray, exact: np.ndarray, rounded: np.ndarray) -> None:
-        """Notes one merged tensor; `exact` is its float32 sum."""
-        lost, update = rounded.astype(np.float32) - exact, exact - base.astype(np.float32)
-        squares = [np.sum(np.square(part, dtype=np.float64)) for part in (lost, update)]
-        projection = name.split(".")[-2]
-        self._squares[projection] = self._squares.get(projection, 0) + np.array(squares)
-
-    def report(self) -> dict:
-        """Frobenius norm of what was lost over that of the update; null where nothing changed."""
-
-        def share(squares):
-            return float(np.sqrt(squares[0] / squares[1])) if squares[1] else None
-
-        return {
-            "share_of_update": share(sum(self._squares.values())),
-            "by_projection": {name: share(s) for name, s in sorted(self._squares.items())},
-        }
-
-
-def merged_tensors(
-    folder: Path,
-    adapter: dict[str, jax.Array],
-    config: lora.LoRAConfig,
-    num_layers: int,
-    rounding: Rounding,
-) -> dict[str, weight_files.Tensor]:
-    """The base's tensors with the adapter added, to be read one by one.
-
-    Args:
-      folder: of the base.
-      adapter: {path: array}, stacked over layers.
-      config: of the adapter.
-      num_layers: of the model.
-      rounding: told of each tensor when it is read.
-
-    Raises:
-      ValueError: a projection of the adapter is not in the base.
-    """
-    tensors = weight_files.stored_tensors(folder)
-    for place in sorted({path.rsplit("/", 1)[0] for path in adapter}):
-        parts = [adapter.get(f"{place}/{kind}") for kind in ("a", "b", "magnitude")]
-        for layer, name in enumerate(weight_files.tensor_names(f"{place}/kernel", num_layers)):
-            if name not in tensors:
-                raise ValueError(f"{folder} has no tensor {name}, which the adapter changes")
-            base = tensors[name]
-            row = [None if part is None else part[layer] for part in parts]
-            own = config.of(place.rsplit("/", 1)[1])
-            read = partial(_merge, name, base, row, own, rounding)
-            tensors[name] = weight_files.Tensor(base.shape, base.dtype, read)
-    return tensors
-
-
-def _merge(
-    name: str, base: weight_files.Tensor, row: list, config: lora.LoRAConfig, rounding: Rounding
-) -> np.ndarray:
-    stored = base.read()
-    exact = np.asarray(lora.adapted_kernel(stored, *row, config))
-    rounded = exact.astype(base.dtype)
-    rounding.add(name, stored, exact, rounded)
-    return rounded
-
-
-def _check_records(run: Settings, count: int) -> list:
-    try:
-        return cohort.load_records(run.cohort, "validation")[:count]
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"the merged model is compared on validation cases, but {error}; "
-            "--check_cases=0 leaves the comparison out"
-        ) from None
-
-
-def compare_answers(
-    run: Settings, workdir: Path, step: int, merged: Path, records: Sequence
-) -> dict:
-    """Lets base with adapter, then the merged folder, answer the same prompts.
-
-    Args:
-      run: settings; arithmetic is in its `precision.compute`, the base in floating point.
-      workdir, step: where the adapter is.
-      merged: the merged folder.
-      records: cases of the validation split, each asked every task of the run.
-
-    Returns:
-      Counts, the share of identical answers, and the largest difference of logits wherever a token
-      of the first model's answers was chosen. No text.
-    """
-    dtype = run.precision.stored
-    folder = huggingface.resolve(run.model, workdir)
-    loaded = loading.load_model(str(folder), str(workdir), dtype, step=step)
-    prompts = [
-        encode_prompt(loaded.tokenizer, task.prompt(record.diagnosis))
-        for record in records
-        for task in select(run.task)
-    ]
-    first = _answers(loaded, run, prompts)
-    before = _answer_logits(loaded, prompts, first)
-    del loaded  # one model at a time
-    loaded = loading.load_model(str(merged), dtype=dtype)
-    second = _answers(loaded, run, prompts)
-    after = _answer_logits(loaded, prompts, first)
-    return {
-        "cases": len(records),
-        "answers": len(prompts),
-        "identical": float(np.mean([one == two for one, two in zip(first, second, strict=True)])),
-        "largest_logit_difference": max(
-            float(np.abs(one - two).max()) for one, two in zip(before, after, strict=True)
-        ),
-        "compute": dtype,
-    }
-
-
-def _answers(loaded: loading.LoadedModel, run: Settings, prompts) -> list[list[int]]:
-    scheduler = Scheduler(
-        loaded.partition,
-        loaded.mesh,
-        batch=run.decode.batch,
-        max_new_tokens=run.decode.max_new_tokens,
-        stops=loaded.stops,
-        context=loaded.config.max_position_embeddings,
+def main() -> None:
+    exporting.export(
+        Path(_WORKDIR.value),
+        _FORMAT.value,
+        Path(_OUTPUT.value),
+        _STEP.value,
+        _CHECK_CASES.value,
     )
-    answers = scheduler(loaded.trainable, loaded.frozen, prompts, progress="comparing")
-    return [tokens for tokens, _, _ in answers]
-
-
-def _answer_logits(loaded: loading.LoadedModel, prompts, answers) -> list[np.ndarray]:
-    """Float32 logits [answer tokens + 1, V] of each answer: at its prompt's end and its tokens."""
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    longest = max(len(answer) for answer in answers) + 1
-
-    @jax.jit
-    def run(trainable, frozen, tokens, asking):
-        model = loaded.partition.merge(trainable, frozen)
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-        return model.logits(model(tokens, positions, asking=asking)[0])
-
-    logits = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : len(prompt) + len(answer)] = [*prompt, *answer]
-        asking = np.minimum(len(prompt) - 1 + np.arange(longest), width - 1).astype(np.int32)
-        with jax.set_mesh(loaded.mesh):
-            rows = run(loaded.trainable, loaded.frozen, tokens, asking[None])
-        logits.append(np.asarray(rows)[0, : len(answer) + 1])
-    return logits
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

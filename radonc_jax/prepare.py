@@ -13,12 +13,12 @@ deid_audit.jsonl (identifiers by class and place), table1.csv and .html, and man
 hashes, rules).
 """
 
-import sys
 from pathlib import Path
 
 import pandas as pd
-from absl import app, flags
+from absl import flags
 
+from radonc_jax import command
 from radonc_jax.data import annotation, batches, cohort, deidentify, flow, rules, splits, table1
 from radonc_jax.data.extract import UNITS, check_unit, parse_columns, read_extract
 from radonc_jax.data.rows import find_layout
@@ -288,16 +288,10 @@ def print_counts(manifest: dict) -> None:
         print(f"best reachable on test: {best}")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; every option is a --flag")
-    try:
-        manifest = prepare()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print_counts(manifest)
+def main() -> None:
+    print_counts(prepare())
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["input", "output"])
-    app.run(main)
+    command.run(main)

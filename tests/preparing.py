@@ -4,7 +4,7 @@ import json
 
 from absl import flags
 
-from radonc_jax import prepare
+from radonc_jax import command, prepare
 
 NAMES = [flag.name for flag in flags.FLAGS.flags_by_module_dict()[prepare.__name__]]
 
@@ -15,7 +15,7 @@ def run_prepare(folder, source, *options):
         flags.FLAGS[name].unparse()
     flags.FLAGS(["prepare", f"--input={source}", f"--output={folder / 'cohort'}", *options])
     try:
-        prepare.main(["prepare"])
+        command.guard(prepare.main)(["prepare"])
     except SystemExit as error:
         assert isinstance(error.code, str) and error.code.startswith("error: ")
         assert len(error.code.splitlines()) == 1

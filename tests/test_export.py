@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from configs import tiny_icd
-from radonc_jax import export, settings
+from radonc_jax import exporting, settings
 from radonc_jax.models import hub, lora
 from radonc_jax.parallel import path_name
 from radonc_jax.training.checkpoint import Checkpoints, Progress
@@ -51,7 +51,7 @@ def write_run(path, dtype=torch.float32, trainable="lora", dora=False):
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_for_peft(tmp_path, dora):
     expected, _ = write_run(tmp_path, dora=dora)
-    export.export(tmp_path / "run", "peft", tmp_path / "out")
+    exporting.export(tmp_path / "run", "peft", tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     logits = checkpoints.reference_logits(model, checkpoints.tokens())
@@ -61,7 +61,7 @@ def test_an_adapter_for_peft(tmp_path, dora):
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_merged_model_for_transformers(tmp_path, dora):
     expected, _ = write_run(tmp_path, dora=dora)
-    export.export(tmp_path / "run", "merged", tmp_path / "out", step="latest", check_cases=0)
+    exporting.export(tmp_path / "run", "merged", tmp_path / "out", step="latest", check_cases=0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     logits = checkpoints.reference_logits(model.eval(), checkpoints.tokens())
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
@@ -70,7 +70,7 @@ def test_a_merged_model_for_transformers(tmp_path, dora):
 
 def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
     _, trained = write_run(tmp_path, dtype=torch.bfloat16)
-    export.export(tmp_path / "run", "merged", tmp_path / "out", check_cases=0)
+    exporting.export(tmp_path / "run", "merged", tmp_path / "out", check_cases=0)
     base = load_file(tmp_path / "base" / hub.WEIGHTS)
     merged = load_file(tmp_path / "out" / hub.WEIGHTS)
     arrays = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(trained)}
@@ -93,7 +93,7 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
         updates += np.sum((5 / 3 * b @ a) ** 2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    rounding = json.loads((tmp_path / "out" / export.REPORT).read_text())["rounding"]
+    rounding = json.loads((tmp_path / "out" / exporting.REPORT).read_text())["rounding"]
     assert rounding["share_of_update"] == pytest.approx(np.sqrt(lost / updates), rel=1e-3)
     assert set(rounding["by_projection"]) == set(lora.PROJECTIONS)
 
@@ -101,25 +101,25 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
 def test_a_merged_export_without_its_cohort_says_what_to_do(tmp_path):
     write_run(tmp_path)
     with pytest.raises(ValueError, match="--check_cases=0 leaves the comparison out"):
-        export.export(tmp_path / "run", "merged", tmp_path / "out")
+        exporting.export(tmp_path / "run", "merged", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_run_that_trained_everything(tmp_path):
     expected, _ = write_run(tmp_path, trainable="full")
     with pytest.raises(ValueError, match="--format=merged"):
-        export.export(tmp_path / "run", "peft", tmp_path / "out")
-    export.export(tmp_path / "run", "merged", tmp_path / "out", step=7)
+        exporting.export(tmp_path / "run", "peft", tmp_path / "out")
+    exporting.export(tmp_path / "run", "merged", tmp_path / "out", step=7)
     logits = checkpoints.logits(checkpoints.model(tmp_path / "out"), checkpoints.tokens())
     np.testing.assert_array_equal(logits, expected)
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a run folder"):
-        export.export(tmp_path, "peft", tmp_path / "out")
+        exporting.export(tmp_path, "peft", tmp_path / "out")
     write_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 8; it has \[7\]"):
-        export.export(tmp_path / "run", "peft", tmp_path / "out", step=8)
+        exporting.export(tmp_path / "run", "peft", tmp_path / "out", step=8)
     with pytest.raises(FileExistsError, match="choose another output"):
-        export.export(tmp_path / "run", "peft", tmp_path / "run")
+        exporting.export(tmp_path / "run", "peft", tmp_path / "run")
     assert not list(tmp_path.glob("out*"))

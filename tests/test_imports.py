@@ -34,6 +34,7 @@ LEVELS = {
     "settings": 4,
     "loading": 5,
     "answering": 5,
+    "exporting": 6,
     "notebook": 6,
 }
 
