@@ -125,7 +125,7 @@ def random_base(config: ModelConfig, base: str):
         elif quantized is None:
             drawn[name] = draw(key, leaf.shape, leaf.shape[-1] ** -0.5, None)
         else:
-            tile = quantize.tile_size(leaf.shape[-1], base)
+            tile = quantize.tile_size(leaf.shape[-1])
             codes = draw(key, leaf.shape, leaf.shape[-1] ** -0.5, tile)
             drawn |= {name.removesuffix("kernel") + kind: x for kind, x in codes.items()}
     frozen = jax.tree_util.tree_map_with_path(

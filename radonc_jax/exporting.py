@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from radonc_jax.tasks import select
 from radonc_jax.training import checkpoint
 
 REPORT = "export.json"
+LOGITS = 2**28  # held of each model at most: 1 GiB
 
 
 def export(
@@ -50,7 +52,8 @@ def export(
     loading.check_origin(workdir, {"base": base})
     config = huggingface.read_config(folder)
     records = []
-    if kind == "merged" and run.adapter is not None and check_cases:
+    asks = select(run.task)[0].name != "text"
+    if kind == "merged" and run.adapter is not None and check_cases and asks:
         records = _check_records(run, check_cases)
 
     # Shapes alone: the base is not needed as a model, its tensors are read when they are written.
@@ -62,33 +65,41 @@ def export(
         for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
     }
     if kind == "peft":
-        peft.save_adapter(output, trained, run.adapter, run.model)
+        name = run.model if base["revision"] is None else run.model.partition("@")[0]
+        peft.save_adapter(output, trained, run.adapter, name, base["revision"])
     else:
         # Until it has been checked, the folder has another name.
         aside = output.with_name(output.name + ".unchecked")
         shutil.rmtree(aside, ignore_errors=True)
-        report = {"run": str(workdir), "step": number, "base": base}
-        if run.adapter is None:
-            huggingface.save_folder(
-                aside, source=folder, weights=leaves, num_layers=config.num_layers
-            )
-        else:
-            rounding = Rounding()
-            tensors = merged_tensors(folder, leaves, run.adapter, config.num_layers, rounding)
-            huggingface.save_tensors(aside, source=folder, tensors=tensors)
-            report["rounding"] = rounding.report()
-            if records:
-                answers = compare_answers(run, workdir, number, aside, records)
-                report["validation"] = answers
-                print(
-                    f"{answers['identical']:.1%} of {answers['answers']} answers to "
-                    f"{answers['cases']} validation cases are the same as with the adapter; "
-                    f"largest logit difference {answers['largest_logit_difference']:.2g}; "
-                    f"rounding took {report['rounding']['share_of_update']:.2%} of the update"
+        try:
+            report = {"run": str(workdir), "step": number, "base": base}
+            if run.adapter is None:
+                huggingface.save_folder(
+                    aside, source=folder, weights=leaves, num_layers=config.num_layers
                 )
-        tracking.write_json(aside / REPORT, report | {"environment": tracking.environment()})
-        os.replace(aside, output)
+            else:
+                rounding = Rounding()
+                tensors = merged_tensors(folder, leaves, run.adapter, config.num_layers, rounding)
+                huggingface.save_tensors(aside, source=folder, tensors=tensors)
+                report["rounding"] = rounding.report()
+                if records:
+                    report["validation"] = compare_answers(run, workdir, number, aside, records)
+                    print(_tell(report))
+            tracking.write_json(aside / REPORT, report | {"environment": tracking.environment()})
+            os.replace(aside, output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     print(f"{output}: {kind} of step {number} of {workdir}, base {run.model}")
+
+
+def _tell(report: dict) -> str:
+    answers, lost = report["validation"], report["rounding"]["share_of_update"]
+    share = "nothing" if lost is None else f"{lost:.2%}"
+    return (
+        f"{answers['identical']:.1%} of {answers['answers']} answers to {answers['cases']} "
+        "validation cases are the same as with the adapter; largest logit difference "
+        f"{answers['largest_logit_difference']:.2g}; rounding took {share} of the update"
+    )
 
 
 class Rounding:
@@ -172,10 +183,13 @@ def _check_records(run: Settings, count: int) -> list:
 def compare_answers(
     run: Settings, workdir: Path, step: int, merged: Path, records: Sequence
 ) -> dict:
-    """Lets base with adapter, then the merged folder, answer the same prompts.
+    """Lets the tuned model of a run, then the merged folder, answer the same prompts.
+
+    The first is the model that the run chose and reported, a quantised base included; the second
+    keeps the weights as they were merged. Both calculate as `precision.compute` says.
 
     Args:
-      run: settings; arithmetic is in its `precision.compute`, the base in floating point.
+      run: settings.
       workdir, step: where the adapter is.
       merged: the merged folder.
       records: cases of the validation split, each asked every task of the run.
@@ -183,21 +197,39 @@ def compare_answers(
     Returns:
       Counts, the share of identical answers, and the largest difference of logits wherever a token
       of the first model's answers was chosen. No text.
+
+    Raises:
+      ValueError: the devices have no room for one of the two.
     """
-    dtype = run.precision.stored
-    folder = huggingface.resolve(run.model, workdir)
-    loaded = loading.load_model(str(folder), str(workdir), dtype, step=step)
-    prompts = [
-        encode_prompt(loaded.tokenizer, task.prompt(record.diagnosis))
-        for record in records
-        for task in select(run.task)
-    ]
-    first = _answers(loaded, run, prompts)
-    before = _answer_logits(loaded, prompts, first)
-    del loaded  # one model at a time
-    loaded = loading.load_model(str(merged), dtype=dtype)
-    second = _answers(loaded, run, prompts)
-    after = _answer_logits(loaded, prompts, first)
+    try:
+        mesh = parallel.make_mesh(run.mesh)
+    except ValueError:  # the run was trained on other hardware
+        mesh = loading.default_mesh()
+    precision = run.precision
+    float_base = precision.compute if precision.quantized else precision.base
+    plain = replace(
+        run, model=str(merged), precision=replace(precision, base=float_base), trainable="lora"
+    )
+    try:
+        loaded = loading.load_run(workdir, step, mesh)
+        prompts = [
+            encode_prompt(loaded.tokenizer, task.prompt(record.diagnosis))
+            for record in records
+            for task in select(run.task)
+        ]
+        first = _answers(loaded, run, prompts)
+        before = _answer_logits(loaded, prompts, first)
+        del loaded  # one model at a time
+        loaded = loading.load_original(plain, mesh)
+        second = _answers(loaded, run, prompts)
+        after = _answer_logits(loaded, prompts, first)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            "the devices have no room to compare the merged model with the run's own: export on "
+            "larger ones, or leave the comparison out with --check_cases=0"
+        ) from None
     return {
         "cases": len(records),
         "answers": len(prompts),
@@ -205,7 +237,9 @@ def compare_answers(
         "largest_logit_difference": max(
             float(np.abs(one - two).max()) for one, two in zip(before, after, strict=True)
         ),
-        "compute": dtype,
+        "compute": precision.compute,
+        "base": precision.base,
+        "merged_base": float_base,
     }
 
 
@@ -223,7 +257,13 @@ def _answers(loaded: loading.LoadedModel, run: Settings, prompts) -> list[list[i
 
 
 def _answer_logits(loaded: loading.LoadedModel, prompts, answers) -> list[np.ndarray]:
-    """Float32 logits [answer tokens + 1, V] of each answer: at its prompt's end and its tokens."""
+    """Float32 logits [answer tokens + 1, V] of each answer: at its prompt's end and its tokens.
+
+    Of the first answers only, as many as LOGITS numbers take.
+    """
+    room = LOGITS // loaded.config.vocab_size
+    kept = int(np.searchsorted(np.cumsum([len(a) + 1 for a in answers]), room, side="right"))
+    prompts, answers = prompts[: max(kept, 1)], answers[: max(kept, 1)]
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     longest = max(len(answer) for answer in answers) + 1
 

@@ -140,8 +140,16 @@ def find_adapter(folder: str | Path, num_layers: int, step: str | int = "best") 
     return Adapter(folder, config, num_layers, checkpoint.find_step(folder, step))
 
 
-def starting_adapter(config: lora.LoRAConfig, num_layers: int) -> Adapter | None:
+def starting_adapter(
+    config: lora.LoRAConfig, num_layers: int, begun: dict | None = None
+) -> Adapter | None:
     """The adapter that `lora.init_from` names; None for a fresh one.
+
+    Args:
+      config: of the run's adapter.
+      num_layers: of the model.
+      begun: the `init_from` of the manifest of a run that has checkpoints: its arrays have long
+        been taken over, so it may have gone or moved on since; None is returned then.
 
     Raises:
       FileNotFoundError, ValueError: as `find_adapter`; or it is another adapter than the
@@ -150,8 +158,11 @@ def starting_adapter(config: lora.LoRAConfig, num_layers: int) -> Adapter | None
     if not config.init_from:
         return None
     try:
-        given = find_adapter(config.init_from, num_layers)
+        step = "best" if begun is None or begun["step"] is None else begun["step"]
+        given = find_adapter(config.init_from, num_layers, step)
     except (ValueError, FileNotFoundError) as error:
+        if begun is not None:
+            return None
         raise type(error)(f"lora.init_from: {error}") from None
     differences = []
     for name in ("rslora", "dora"):
@@ -203,7 +214,13 @@ def load_run(workdir: str | Path, step: str | int = "best", mesh: Mesh | None = 
     frozen = partition.frozen
     if config.adapter is not None:
         frozen = load_base(folder, architecture, partition, config.precision.stored, mesh)
-        check_origin(workdir, {"base_fingerprint_before": step_module.fingerprint(frozen)})
+        # Codes may differ in the last bit between kinds of devices; then the files are compared.
+        check_origin(
+            workdir,
+            {"base_fingerprint_before": step_module.fingerprint(frozen)}
+            if config.precision.quantized is None
+            else {"base": base_origin(config.model, folder, parallel.is_main_process())},
+        )
     _, trainable = checkpoint.restore_trainable(
         workdir, partition.trainable, parallel.shardings(partition.trainable, mesh), number
     )
@@ -235,6 +252,14 @@ def base_origin(model: str, folder: Path, main: bool) -> dict:
     }
 
 
+def begun_from(workdir: Path) -> dict | None:
+    """The adapter that a run with checkpoints began from, as its manifest tells it, or None."""
+    manifest = Path(workdir) / "manifest.json"
+    if not manifest.is_file() or not any((Path(workdir) / "checkpoints").glob("[0-9]*")):
+        return None
+    return json.loads(manifest.read_text(encoding="utf-8")).get("init_from")
+
+
 def check_origin(workdir: str | Path, now: dict) -> None:
     """Compares what a run was made from with what is there now.
 
@@ -249,6 +274,11 @@ def check_origin(workdir: str | Path, now: dict) -> None:
     if not path.is_file():
         return
     then = json.loads(path.read_text(encoding="utf-8"))
+    # The same base may lie elsewhere now.
+    then, now = (
+        side | {"base": (side["base"] or {}).get("sha256")} if "base" in side else side
+        for side in (then, now)
+    )
     changed = [key for key, value in now.items() if value is not None and then.get(key) != value]
     if changed:
         raise ValueError(
@@ -297,7 +327,10 @@ def load_model(
       FileNotFoundError, ValueError: what is missing or does not fit, named.
     """
     mesh = default_mesh() if mesh is None else mesh
-    folder = huggingface.resolve(model)
+    workdir = Path(adapter) if adapter and (Path(adapter) / "config.json").is_file() else None
+    folder = huggingface.resolve(model, workdir)
+    if workdir is not None:
+        check_origin(workdir, {"base": base_origin(model, folder, parallel.is_main_process())})
     architecture = huggingface.read_config(folder)
     if adapter is None:
         partition = lora.partition(architecture, None, huggingface.as_dtype(dtype), quantized)

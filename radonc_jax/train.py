@@ -101,7 +101,8 @@ def train(config: dict, workdir: Path) -> None:
     tracking.check_folder(workdir, config.as_dict())
     compute = huggingface.as_dtype(config.precision.compute)
     partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
-    given = loading.starting_adapter(config.lora, architecture.num_layers)
+    begun = loading.begun_from(workdir)
+    given = loading.starting_adapter(config.lora, architecture.num_layers, begun)
     optimizer = make_optimizer(config.optimizer, steps)
     schedule = make_schedule(config.optimizer, steps)
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
@@ -141,10 +142,17 @@ def train(config: dict, workdir: Path) -> None:
     }
     if given is not None:
         origin["init_from"] = given.origin()
+        if given.step is not None:
+            loading.check_origin(given.folder, {"base": origin["base"] if main_process else None})
+    elif begun is not None:
+        origin["init_from"] = begun
 
     # ---- the run folder; resume: 1) its newest checkpoint  2) the model as it was loaded ---------
     if (workdir / "checkpoints").is_dir():
-        loading.check_origin(workdir, origin if main_process else origin | {"base": None})
+        compared = origin if main_process else origin | {"base": None}
+        if config.precision.quantized:  # codes may differ in a bit on another kind of device
+            compared = compared | {"base_fingerprint_before": None}
+        loading.check_origin(workdir, compared)
     run = tracking.Run(workdir, config.as_dict(), main=main_process)
     checkpoints = checkpoint.Checkpoints(workdir)
     start = checkpoints.latest()

@@ -90,12 +90,31 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(tmp_path):
         # Half a unit in the last of bfloat16's 8 bits, and float32's own rounding.
         assert (error <= np.abs(exact) * (2**-9 * 2 + 1e-6) + 1e-6).all(), name
         lost += np.sum(error**2)
-        updates += np.sum((5 / 3 * b @ a) ** 2)
+        updates += np.sum((scale * b @ a) ** 2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     rounding = json.loads((tmp_path / "out" / exporting.REPORT).read_text())["rounding"]
     assert rounding["share_of_update"] == pytest.approx(np.sqrt(lost / updates), rel=1e-3)
     assert set(rounding["by_projection"]) == set(lora.PROJECTIONS)
+
+
+def test_an_adapter_names_its_base_and_revision(tmp_path):
+    write_run(tmp_path)
+    snapshot = tmp_path / "models--some--base" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "base").rename(snapshot)
+    settings_file = tmp_path / "run" / "config.json"
+    run = json.loads(settings_file.read_text()) | {"model": str(snapshot)}
+    settings_file.write_text(json.dumps(run))
+    (snapshot / "chat_template.jinja").write_text("{{ messages }}")
+    exporting.export(tmp_path / "run", "peft", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["revision"] == "0" * 40
+    assert written["base_model_name_or_path"] == str(snapshot)
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "out" / "adapter_config.json").stat().st_mode
+    exporting.export(tmp_path / "run", "merged", tmp_path / "merged", check_cases=0)
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_merged_export_without_its_cohort_says_what_to_do(tmp_path):

@@ -17,7 +17,8 @@ import sentencepiece
 import torch
 from safetensors.numpy import load_file, save_file
 
-from radonc_jax.models import hub, huggingface, weight_files
+from radonc_jax import parallel
+from radonc_jax.models import hub, huggingface, lora, weight_files
 from radonc_jax.models.tokenizer import load_tokenizer
 from tests import checkpoints
 
@@ -114,6 +115,46 @@ def test_an_index_that_points_to_the_wrong_shard(many):
     (many / hub.INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"{name} into {second}, which does not hold it"):
         checkpoints.load(many)
+
+
+def test_a_tensor_in_two_shards_is_named(many):
+    first, second = weight_files.file_paths(many)[:2]
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: load_file(first)[name] + 1}, second)
+    with pytest.raises(ValueError, match=f"unexpected tensor {name} in {second.name}"):
+        checkpoints.load(many)
+
+
+def test_a_tied_head_that_only_the_index_knows_is_named(tmp_path):
+    checkpoints.write(tmp_path, "llama3_scaled_tied", shard="30KB")
+    index = json.loads((tmp_path / hub.INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = next(iter(index["weight_map"].values()))
+    (tmp_path / hub.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lm_head.weight into .*, which does not hold it"):
+        checkpoints.load(tmp_path)
+
+
+def test_columns_of_other_devices_are_left_out(tmp_path):
+    """A cut along the columns is read from the mapped file, in blocks of a few rows."""
+    checkpoints.write(tmp_path, "llama2", hidden_size=64, num_attention_heads=4, vocab_size=98)
+    one = checkpoints.load(tmp_path)[2]
+    config = huggingface.read_config(tmp_path)
+    partition = lora.partition(config, None, np.dtype("float32"))
+    mesh = parallel.make_mesh(parallel.MeshConfig(1, 4, 2))
+    placements = parallel.shardings(partition.trainable, mesh)
+    cut = weight_files.load_weights(
+        tmp_path, partition.trainable, placements, np.dtype("float32"), config.num_layers
+    )
+    jax.tree.map(np.testing.assert_array_equal, cut, one)
+
+
+def test_blocks_of_any_size_make_the_same_arrays(one, monkeypatch):
+    whole = checkpoints.load(one, dtype="bfloat16")[2]
+    for size in (1, 100, 1000):
+        monkeypatch.setattr(weight_files, "BLOCK_BYTES", size)
+        jax.tree.map(
+            np.testing.assert_array_equal, checkpoints.load(one, dtype="bfloat16")[2], whole
+        )
 
 
 def test_pickled_weights_are_not_read(one):

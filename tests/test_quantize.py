@@ -179,7 +179,9 @@ def test_what_does_not_suit_is_refused():
         intermediate_size=64, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
         sliding_window=None, tie_word_embeddings=False, max_position_embeddings=8,
     )  # fmt: skip
-    with pytest.raises(ValueError, match='size of 36 has no tiles .* choose "bfloat16"'):
+    with pytest.raises(
+        ValueError, match='size of 36 has no tiles .* set precision.base="bfloat16"'
+    ):
         lora.partition(ModelConfig(**sizes), None, jnp.float32, "nf4")
     with pytest.raises(ValueError, match="int8 or nf4, not 'fp4'"):
         lora.partition(ModelConfig(**sizes), None, jnp.float32, "fp4")
@@ -190,6 +192,31 @@ MISTRAL_7B = ModelConfig(
     intermediate_size=14336, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
     sliding_window=4096, tie_word_embeddings=False, max_position_embeddings=32768,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tile"),
+    [
+        ((4096, 5120, 8192, 14336, 28672, 3072, 2048), 64),
+        ((11008,), 32),  # LLaMA-2-7B
+        ((13824,), 64),  # LLaMA-2-13B
+    ],
+)
+def test_eight_devices_can_share_every_input_of_the_published_models(sizes, tile):
+    for size in sizes:
+        assert quantize.tile_size(size) == tile
+        assert size // tile % 8 == 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", None])
+def test_a_fresh_dora_adapter_needs_one_layer_of_the_base_at_a_time(kind):
+    config = lora.LoRAConfig(3, 5.0, 0.0, ("up_proj",), False, True)
+    sizes = dict(vars(MISTRAL_7B), num_layers=16, hidden_size=64, intermediate_size=256, head_dim=8)
+    partition = lora.partition(ModelConfig(**sizes), config, jnp.float32, kind)
+    start = jax.jit(lambda frozen: lora.init(partition.trainable, frozen, 0))
+    memory = start.lower(partition.frozen).compile().memory_analysis()
+    whole = 16 * 64 * 256 * 4
+    assert memory.temp_size_in_bytes < whole / 4
 
 
 @pytest.mark.slow

@@ -578,3 +578,14 @@ def test_other_ways_to_train_run_to_their_report(changes, workspace, tmp_path):
     tasks = json.loads((workdir / "report.json").read_text())["tasks"]
     assert set(tasks) == ({"regimen", "modality", "icd"} if "task=all" in changes[0] else {"icd"})
     assert all(math.isfinite(loss) for loss in losses(workdir).values())
+    if "nf4" not in changes[0]:
+        return
+    # Such a run goes on to answers and to other programs as any other does.
+    run_command("evaluate", f"--workdir={workdir}", "--split=validation")
+    output = tmp_path / "merged"
+    arguments = (f"--workdir={workdir}", "--format=merged", f"--output={output}")
+    run_command("export", *arguments, "--check_cases=20")
+    validation = json.loads((output / "export.json").read_text())["validation"]
+    assert (validation["base"], validation["merged_base"]) == ("nf4", "bfloat16")
+    # Four bits a weight are not sixteen: the comparison must show it.
+    assert validation["identical"] < 1 and validation["largest_logit_difference"] > 0.01

@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
     tokenizer.SETTINGS,
     tokenizer.ADDED,
     "special_tokens_map.json",
+    "chat_template.jinja",
 )
 # What a hub id is asked for; without the second copies of the weights that some repositories keep.
 DOWNLOADED = ("config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER_FILES)

@@ -264,10 +264,10 @@ def init(abstract: nnx.State, frozen: nnx.State, seed: int) -> nnx.State:
     """
     base = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)}
 
-    def kernel(place):
-        if f"{place}/kernel" in base:
-            return base[f"{place}/kernel"].astype(jnp.float32)
-        return quantize.decode(base[f"{place}/codes"], base[f"{place}/scales"])
+    def row_norms(place):
+        # Layer by layer: a whole stack in float32 would be twice the size of a bfloat16 base.
+        parts = {kind: base.get(f"{place}/{kind}") for kind in ("kernel", "codes", "scales")}
+        return jax.lax.map(_row_norms, {kind: x for kind, x in parts.items() if x is not None})
 
     def draw(path, leaf):
         name = path_name(path)
@@ -277,10 +277,16 @@ def init(abstract: nnx.State, frozen: nnx.State, seed: int) -> nnx.State:
             bound = leaf.shape[-1] ** -0.5
             return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
         if kind == "magnitude":
-            return jnp.linalg.norm(kernel(name.removesuffix("magnitude") + "base"), axis=-1)
+            return row_norms(name.removesuffix("magnitude") + "base")
         return jnp.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def _row_norms(layer: dict[str, jax.Array]) -> jax.Array:
+    """Float32 norm [out] of each row of one layer's kernel, plain or quantised."""
+    kernel = layer["kernel"] if "kernel" in layer else quantize.decode(**layer)
+    return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-1)
 
 
 def adapted_kernel(kernel, a, b, magnitude, config: LoRAConfig) -> jax.Array:

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from radonc_jax.models import weight_files
 from radonc_jax.models.lora import PROJECTIONS, LoRAConfig
 from radonc_jax.parallel import path_name
 
@@ -58,7 +59,9 @@ ONLY = {
 }
 
 
-def save_adapter(folder: Path, adapter, config: LoRAConfig, base_model: str) -> None:
+def save_adapter(
+    folder: Path, adapter, config: LoRAConfig, base_model: str, revision: str | None = None
+) -> None:
     """Writes a PEFT folder.
 
     Args:
@@ -66,6 +69,7 @@ def save_adapter(folder: Path, adapter, config: LoRAConfig, base_model: str) -> 
       adapter: tree of arrays, as `lora.partition(...).trainable`.
       config: of the adapter.
       base_model: folder or hub id of the base, for `base_model_name_or_path`.
+      revision: of the base on the hub.
 
     Raises:
       FileExistsError: `folder` exists.
@@ -82,8 +86,10 @@ def save_adapter(folder: Path, adapter, config: LoRAConfig, base_model: str) -> 
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+    weight_files.as_readable_as_others(aside / WEIGHTS)
     settings = {
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "alpha_pattern": {name: _plain(alpha) for name, alpha in config.alpha_pattern},
         "bias": "none",
         "fan_in_fan_out": False,

@@ -5,9 +5,9 @@ they wrap a plain `Linear`. Embedding, head and norms stay floating point, as in
 al. 2023, arXiv 2305.14314). Arithmetic is floating point throughout: a kernel is turned back, layer
 by layer, when it is used.
 
-Scales belong to tiles along the input axis: of 128 (int8) or 64 (nf4) weights, or the greatest
-common divisor of that and the axis. So a kernel can be split over devices, or quantised row by row
-while it is read, with the very same result.
+Scales belong to tiles of at most 64 weights along the input axis, such that eight devices can share
+the axis. So a kernel can be split over devices, or quantised row by row while it is read, with the
+very same result.
 """
 
 import math
@@ -20,17 +20,23 @@ from flax import nnx
 from radonc_jax.models.decoder import PROJECTIONS, Decoder, Linear
 
 KINDS = ("int8", "nf4")
-TILE = {"int8": 128, "nf4": 64}
+TILE, SMALLEST_TILE = 64, 8
 PACKED = {"int8": 1, "nf4": 2}  # codes a byte
 
 
-def tile_size(in_size: int, kind: str) -> int:
-    """Weights that share a scale; ValueError for a size that cannot be quantised well."""
-    tile = math.gcd(in_size, TILE[kind])
-    if tile < 8:
+def tile_size(in_size: int) -> int:
+    """Weights that share a scale; ValueError for a size that cannot be quantised well.
+
+    Of LLaMA-2-7B's 11008 inputs to `down_proj` 32, so that they can be split into eight; elsewhere
+    in the families that this code runs 64.
+    """
+    tile = math.gcd(in_size // 8, TILE) if in_size % 8 == 0 else 0
+    if tile < SMALLEST_TILE:  # a small model is not split into eight
+        tile = math.gcd(in_size, TILE)
+    if tile < SMALLEST_TILE:
         raise ValueError(
-            f"an input size of {in_size} has no tiles of at least 8 weights that divide it, so "
-            f'precision.base="{kind}" does not suit this model: choose "bfloat16"'
+            f"an input size of {in_size} has no tiles of at least {SMALLEST_TILE} weights that "
+            'divide it, so a quantised base does not suit this model: set precision.base="bfloat16"'
         )
     return tile
 
@@ -89,7 +95,7 @@ class QuantizedLinear(Linear):
 
     def __init__(self, shape: tuple[int, int, int], kind: str):
         layers, out_size, in_size = self.shape = shape
-        tile = tile_size(in_size, kind)
+        tile = tile_size(in_size)
         dtype = jnp.int8 if kind == "int8" else jnp.uint8
         self.codes = nnx.Param(jnp.zeros((layers, out_size, in_size // PACKED[kind]), dtype))
         self.scales = nnx.Param(jnp.ones((layers, out_size, in_size // tile)))

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import math
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -158,13 +159,17 @@ def _check(folder: Path, location, files, parameters: dict[str, _Parameter]) -> 
     """ValueError, with all of them named, unless tensors and parameters fit one another."""
     wanted = {name: p.shape for p in parameters.values() for name in p.names}
     present = {name for name in location if not name.endswith(DERIVED)}
-    tied_twice = HEAD not in wanted and HEAD in present
+    tied_twice = HEAD not in wanted and HEAD in present and EMBEDDING in wanted
     if tied_twice:
-        present.discard(HEAD)
+        wanted[HEAD] = wanted[EMBEDDING]
     problems = [f"missing tensor {name}" for name in sorted(set(wanted) - present)]
     problems += [f"unexpected tensor {name}" for name in sorted(present - set(wanted))]
     for file, held in sorted(files.items()):
-        unlisted = sorted(n for n in held.tensors if n not in location and not n.endswith(DERIVED))
+        unlisted = sorted(
+            name
+            for name in held.tensors
+            if location.get(name) != file and not name.endswith(DERIVED)
+        )
         problems += [f"unexpected tensor {name} in {file}" for name in unlisted]
     for name in sorted(present & set(wanted)):
         held = files[location[name]].tensors
@@ -301,6 +306,7 @@ class _File:
         self.tensors = json.loads(self._file.read(header_bytes))
         self.tensors.pop("__metadata__", None)
         self._start = 8 + header_bytes
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __enter__(self):
         return self
@@ -320,8 +326,13 @@ class _File:
         if columns[1] - columns[0] == width:
             self._fill(buffer, start + rows[0] * width * size)
             return
-        for number, line in enumerate(buffer, start=rows[0]):
-            self._fill(line, start + (number * width + columns[0]) * size)
+        # A cut of columns lies scattered; the file is mapped for it, and its pages given back.
+        matrix = np.frombuffer(self._map, self.dtype(name), rows[1] * width, start).reshape(
+            rows[1], width
+        )
+        out[:] = matrix[rows[0] :, columns[0] : columns[1]]
+        first = (start + rows[0] * width * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, first, start + rows[1] * width * size - first)
 
     def _fill(self, buffer: np.ndarray, offset: int) -> None:
         view = memoryview(buffer).cast("B")
@@ -370,6 +381,8 @@ def open_file(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{path} cannot be read: ask for permission to read it") from None
         raise ValueError(
             f"{path} is damaged or cut short ({error}): copy or download it again"
         ) from None
@@ -412,11 +425,19 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> 
         file = WEIGHTS if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {name: np.ascontiguousarray(tensors[name].read()) for name in shard}
         save_file(arrays, folder / file, metadata={"format": "pt"})
+        as_readable_as_others(folder / file)
         weight_map.update({name: file for name in shard})
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def as_readable_as_others(path: Path) -> None:
+    """Gives a file the permissions that new files have; safetensors lets only its owner read it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
