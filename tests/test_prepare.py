@@ -344,11 +344,13 @@ GOOD = "patient_id,diagnosis,icd10,prescription\n"
         ("map.csv", GOOD.encode() + b"1,2,3,4\n", ["diagnosis=Dz"], ["'Dz'", "Columns there"]),
         ("map.csv", GOOD.encode() + b"1,2,3,4\n", ["dx=Dz"], ["'dx'", "diagnosis"]),
         ("map.csv", GOOD.encode() + b"1,2,3,4\n", ["diagnosis"], ["NAME=HEADER"]),
+        ("obeyed.csv", b"patient_id,icd10,diagnosis,prescription,annotated_decision\n1,2,3,4,5\n",
+         [], ["'annotated_decision' in row 1", "--annotations"]),
         ("book.xlsx", b"not a workbook", [], ["book.xlsx", "workbook"]),
         ("cut.parquet", b"PAR1 cut", [], ["cut.parquet", "Parquet"]),
         ("bad.jsonl", b'{"patient_id": "1"}\n{oops\n', [], ["line 2 is not JSON"]),
     ],
-)
+)  # fmt: skip
 def test_bad_input_names_the_place(tmp_path, name, content, columns, parts):
     if content is not None:
         (tmp_path / name).write_bytes(content)

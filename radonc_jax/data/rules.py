@@ -20,19 +20,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from radonc_jax.data.extract import COLUMNS
+from radonc_jax.data.extract import ANNOTATED, COLUMNS
 from radonc_jax.data.splits import strip_answers
 from radonc_jax.tasks.icd import is_leaf, nearest_valid, normalise_code
 from radonc_jax.tasks.modality import identify_modality
 from radonc_jax.tasks.regimen import DOSE_TOLERANCE_GY, Regimen, parse_regimen, render_regimen
 
-ANNOTATED = (
-    "annotated_decision",
-    "annotated_reason",
-    "annotated_modality",
-    "annotated_regimen",
-    "annotated_icd10",
-)
 # Patient cases by number: rows with one number are of one patient. Nameless rows are a case each.
 CASE = "case_number"
 
