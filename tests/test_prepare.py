@@ -206,6 +206,8 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
         ({"icd10": "C50.4"}, "code_not_valid"),
         ({"icd10": "C61.0"}, "code_not_valid"),
         ({"icd10": "see chart"}, "code_not_valid"),
+        ({"icd10": "C50.411; C61"}, "code_contradiction"),
+        ({"icd10": "c50411/C7951"}, "code_contradiction"),
     ],
 )
 def test_each_reason(columns, reason):

@@ -80,6 +80,14 @@ def test_a_near_miss_is_named_with_its_nearest_codes(code, near):
     assert detail.split()[2:][: len(near)] == near or detail.split()[2].startswith(near[0])
 
 
+@pytest.mark.parametrize(
+    ("cell", "code"),
+    [("C50.411, c50411", "C50.411"), ("C79.51 (T10, T12)", "C79.51"), ("C61 - prostate", "C61")],
+)
+def test_one_code_that_is_written_twice_or_beside_a_vertebra_is_one_code(cell, code):
+    assert list(rules.select(table(icd10=cell)).kept["icd10"]) == [code]
+
+
 def test_contradictions_say_what_contradicts():
     (detail,) = rules.select(table(energy="9 MeV")).excluded["detail"]
     assert "photon" in detail and "electron" in detail

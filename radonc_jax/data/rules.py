@@ -22,7 +22,7 @@ import pandas as pd
 
 from radonc_jax.data.extract import ANNOTATED, COLUMNS
 from radonc_jax.data.splits import strip_answers
-from radonc_jax.tasks.icd import is_leaf, nearest_valid, normalise_code
+from radonc_jax.tasks.icd import distinct_codes, is_leaf, nearest_valid, normalise_code
 from radonc_jax.tasks.modality import identify_modality
 from radonc_jax.tasks.regimen import DOSE_TOLERANCE_GY, Regimen, parse_regimen, render_regimen
 
@@ -301,7 +301,7 @@ def _read_regimen(
 
 
 def code_present(rows: pd.DataFrame) -> pd.Series:
-    """Something of the shape of a code.
+    """Something of the shape of a code, and no second one: which of two is the answer?
 
     Fills the column `icd10` with the dotted upper-case form.
     """
@@ -309,7 +309,13 @@ def code_present(rows: pd.DataFrame) -> pd.Series:
     text = text.where(settled == "", settled)
     codes = _each_distinct(lambda value: normalise_code(value) or "", text)
     rows["icd10"] = pd.Series(codes, index=rows.index, dtype=object)
-    return _reasons(rows, (_is_blank(text), "no_code"), (rows["icd10"] == "", "code_not_valid"))
+    several = _each_distinct(lambda value: len(distinct_codes(value)) > 1, text)
+    return _reasons(
+        rows,
+        (_is_blank(text), "no_code"),
+        (rows["icd10"] == "", "code_not_valid"),
+        (pd.Series(several, index=rows.index, dtype=bool), "code_contradiction"),
+    )
 
 
 def code_valid(rows: pd.DataFrame) -> pd.Series:
@@ -376,6 +382,7 @@ UNCERTAIN = (
     "regimen_unreadable",
     "no_code",
     "code_not_valid",
+    "code_contradiction",
 )
 # Without what these see to there is no case: a patient, a question and three answers.
 INDISPENSABLE = (
