@@ -202,6 +202,14 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
         ({"total_dose_cgy": "5000"}, "regimen_contradiction"),
         ({"fractions": "16"}, "regimen_contradiction"),
         ({"treatment_site": "Left breast"}, "regimen_contradiction"),
+        ({"prescription": "R breast", "total_dose_gy": "6000", "fractions": "30"},
+         "dose_implausible"),
+        ({"prescription": "R breast", "total_dose_cgy": "60", "fractions": "30"},
+         "dose_implausible"),
+        ({"prescription": "R breast", "total_dose_gy": "504", "fractions": "28"},
+         "dose_implausible"),
+        ({"prescription": "R breast", "total_dose_gy": "60", "fractions": "1"},
+         "dose_implausible"),
         ({"icd10": "n/a"}, "no_code"),
         ({"icd10": "C50.4"}, "code_not_valid"),
         ({"icd10": "C61.0"}, "code_not_valid"),
@@ -209,7 +217,7 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
         ({"icd10": "C50.411; C61"}, "code_contradiction"),
         ({"icd10": "c50411/C7951"}, "code_contradiction"),
     ],
-)
+)  # fmt: skip
 def test_each_reason(columns, reason):
     table = minimal(**columns)
     done = rules.select(table)
@@ -232,6 +240,21 @@ def test_each_reason(columns, reason):
             {"prescription": "", "total_dose_gy": "40.05", "fractions": "15",
              "treatment_site": "Rt breast", "technique": "3DCRT tangents"},
             "Right breast, 40.05 Gy in 15 fractions, 3DCRT tangents",
+        ),
+        (
+            {"prescription": "", "total_dose_gy": "50,4", "fractions": "28",
+             "treatment_site": "Rt breast"},
+            "Right breast, 50.4 Gy in 28 fractions",
+        ),
+        (
+            {"prescription": "", "total_dose_cgy": "5,040", "fractions": "28",
+             "treatment_site": "Rt breast"},
+            "Right breast, 50.4 Gy in 28 fractions",
+        ),
+        (
+            {"prescription": "", "total_dose_gy": "85", "fractions": "1",
+             "treatment_site": "Rt trigeminal nerve", "technique": "SRS"},
+            "Right trigeminal nerve, 85 Gy in 1 fraction, SRS",
         ),
         (
             {"modality": "Proton", "prescription": "50 Gy(RBE)/25 fx PBS to left chest wall"},

@@ -43,7 +43,7 @@ COLUMNS = {
     "institution": "hospital or machine site, for a split by site",
     "start_date": "first day of treatment, for a split by date",
 }
-# What annotators settled. Rules obey these before all else, so they come from annotation sheets only.
+# What annotators settled. Rules obey these before all else, so only annotation sheets bring them.
 ANNOTATED = (
     "annotated_decision",
     "annotated_reason",

@@ -12,6 +12,7 @@ have settled stands in columns `annotated_*` and goes before what can be read fr
 
 import importlib.util
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,15 @@ CASE = "case_number"
 NO_TEXT = frozenset(
     {"", "-", "--", "n/a", "na", "nan", "none", "null", "unknown", ".", "?", "<na>", "nat"}
 )
+
+# What is given outside implants; beyond it a unit or a comma was most likely misread.
+MOST_GY_A_FRACTION = 34
+MOST_GY_OF_RADIOSURGERY = 100  # in one fraction: 70 to 90 Gy to the trigeminal nerve
+MOST_GY = 120  # of a course
+LEAST_GY_A_FRACTION = 0.1  # less is Gy in a column of cGy
+_RADIOSURGERY = re.compile(r"\bsrs\b|radiosurg|gamma.?knife|\bgkr?s?\b", re.IGNORECASE)
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"\d+,\d{1,2}")
 
 Rule = Callable[[pd.DataFrame], pd.Series]
 
@@ -239,8 +249,13 @@ def regimen_complete(rows: pd.DataFrame) -> pd.Series:
 
 
 def _number(text: str) -> float | None:
+    """ "1,250" is a thousand and more, "50,4" has a decimal comma; None for what is no number."""
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    elif _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
     try:
-        value = float(text.replace(",", ""))
+        value = float(text)
     except ValueError:
         return None
     return value if 0 < value < float("inf") else None
@@ -293,11 +308,22 @@ def _read_regimen(
         boost_dose_gy=written.boost_dose_gy if written else None,
         boost_fractions=written.boost_fractions if written else None,
     )
+    if not _is_plausible(regimen, f"{technique} {prescription}"):
+        return "", "dose_implausible"
     text = render_regimen(regimen)
     again = parse_regimen(text)
     if again is None or (again.total_dose_gy, again.fractions) != (dose, int(fractions)):
         return "", "regimen_unreadable"
     return render_regimen(again), ""
+
+
+def _is_plausible(regimen: Regimen, said: str) -> bool:
+    if regimen.implant:
+        return True
+    each = regimen.total_dose_gy / regimen.fractions
+    if regimen.fractions == 1 and _RADIOSURGERY.search(said):
+        return LEAST_GY_A_FRACTION <= each <= MOST_GY_OF_RADIOSURGERY
+    return LEAST_GY_A_FRACTION <= each <= MOST_GY_A_FRACTION and regimen.course_dose_gy <= MOST_GY
 
 
 def code_present(rows: pd.DataFrame) -> pd.Series:
@@ -380,6 +406,7 @@ UNCERTAIN = (
     "no_target",
     "regimen_contradiction",
     "regimen_unreadable",
+    "dose_implausible",
     "no_code",
     "code_not_valid",
     "code_contradiction",
