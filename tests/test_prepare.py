@@ -201,6 +201,10 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
         ({"prescription": "Right breast, 40.05 Gy"}, "no_fractions"),
         ({"total_dose_cgy": "5000"}, "regimen_contradiction"),
         ({"fractions": "16"}, "regimen_contradiction"),
+        ({"prescription": "R breast", "total_dose_gy": "60", "total_dose_cgy": "4500",
+          "fractions": "30"}, "regimen_contradiction"),
+        ({"prescription": "R breast 50 Gy in 25 fx + boost 10 Gy in 5 fx", "total_dose_gy": "60",
+          "fractions": "28"}, "regimen_contradiction"),
         ({"treatment_site": "Left breast"}, "regimen_contradiction"),
         ({"prescription": "R breast", "total_dose_gy": "6000", "fractions": "30"},
          "dose_implausible"),
@@ -244,12 +248,17 @@ def test_each_reason(columns, reason):
         (
             {"prescription": "", "total_dose_gy": "50,4", "fractions": "28",
              "treatment_site": "Rt breast"},
-            "Right breast, 50.4 Gy in 28 fractions",
+            "Right breast, 50.4 Gy in 28 fractions, photons",
         ),
         (
             {"prescription": "", "total_dose_cgy": "5,040", "fractions": "28",
              "treatment_site": "Rt breast"},
-            "Right breast, 50.4 Gy in 28 fractions",
+            "Right breast, 50.4 Gy in 28 fractions, photons",
+        ),
+        (  # the fields hold the whole course
+            {"prescription": "R breast 50 Gy in 25 fx + boost 10 Gy in 5 fx",
+             "total_dose_gy": "60", "total_dose_cgy": "6000", "fractions": "30"},
+            "Right breast, 50 Gy in 25 fractions, photons + boost 10 Gy in 5 fractions",
         ),
         (
             {"prescription": "", "total_dose_gy": "85", "fractions": "1",

@@ -273,16 +273,22 @@ def _read_regimen(
     if written is not None and written.conflict:
         return "", f"regimen_contradiction: {written.conflict}"
     dose = _number(gray)
-    if dose is None and (hundredths := _number(centigray)) is not None:
-        dose = hundredths / 100
+    if (hundredths := _number(centigray)) is not None:
+        if dose is not None and abs(dose - hundredths / 100) > DOSE_TOLERANCE_GY:
+            return "", "regimen_contradiction"
+        dose = hundredths / 100 if dose is None else dose
     fractions = _number(fraction_field)
     if written is not None and written.total_dose_gy is not None:
-        if dose is not None and abs(dose - written.total_dose_gy) > DOSE_TOLERANCE_GY:
-            return "", "regimen_contradiction"
-        if fractions is not None and written.fractions not in (None, fractions):
+        if _fields_agree(dose, fractions, written.total_dose_gy, written.fractions):
+            fractions = written.fractions or fractions
+        elif written.fractions and written.boost_fractions and _fields_agree(
+            # Some exports have all phases together in the number fields.
+            dose, fractions, written.course_dose_gy, written.fractions + written.boost_fractions
+        ):  # fmt: skip
+            fractions = written.fractions
+        else:
             return "", "regimen_contradiction"
         dose = written.total_dose_gy
-        fractions = written.fractions or fractions
     if dose is None:
         return "", "no_dose"
     if fractions is None or fractions != int(fractions):
@@ -315,6 +321,15 @@ def _read_regimen(
     if again is None or (again.total_dose_gy, again.fractions) != (dose, int(fractions)):
         return "", "regimen_unreadable"
     return render_regimen(again), ""
+
+
+def _fields_agree(
+    dose: float | None, fractions: float | None, written_dose: float, written_fractions: int | None
+) -> bool:
+    """Whether the number fields say, where they say anything, what the prescription says."""
+    return (dose is None or abs(dose - written_dose) <= DOSE_TOLERANCE_GY) and (
+        fractions is None or written_fractions in (None, fractions)
+    )
 
 
 def _is_plausible(regimen: Regimen, said: str) -> bool:
