@@ -40,6 +40,18 @@ def extract():
         # A re-plan of the same course goes on with the plan that it adapts ...
         ({"plan_name": ["R_BREAST", "R_BREAST_REPLAN"]}, [2], {3: "replan"}),
         ({"plan_name": ["PROST adapt1", "PROST"]}, [3], {2: "replan"}),
+        # ... or, where that one is superseded, may hold no more than what was left to give ...
+        (
+            {"plan_name": ["PROST", "PROST REPLAN"], "plan_status": ["Retired", "Completed"]},
+            [],
+            {2: "plan_superseded", 3: "replan_of_superseded"},
+        ),
+        (
+            {"plan_name": ["PROST", "PROST", "PROST REPLAN"],
+             "plan_status": ["Retired", "Completed", "Completed"]},
+            [3],
+            {2: "plan_superseded", 4: "replan"},
+        ),
         # ... and stands for itself where nothing else does.
         ({"plan_name": ["R BREAST REPLAN"]}, [2], {}),
         ({"plan_name": ["PELVIS PH1", "PELVIS PH2"]}, [2], {3: "later_phase"}),
@@ -78,6 +90,15 @@ def test_a_near_miss_is_named_with_its_nearest_codes(code, near):
     (detail,) = rules.select(table(icd10=code)).excluded["detail"]
     assert detail.startswith(f"{code}; nearest ")
     assert detail.split()[2:][: len(near)] == near or detail.split()[2].startswith(near[0])
+
+
+def test_statuses_that_nobody_knows_are_counted_and_no_text_of_one_patient_is_told():
+    odd = ["Awaiting physics"] * 11 + ["Jane Doe"] * 10 + ["see note of 3 May"] * 11
+    known = ["Completed", "TreatmentApproved", "", "Replanned", "PlanningApproved", "Treated"]
+    patients = [str(number) for number in range(len(odd) + len(known))]
+    done = rules.select(table(patient_id=patients, plan_status=odd + known))
+    assert done.statuses == {"(other)": 21, "awaiting physics": 11}
+    assert flow.count_flow(done, split(done))["statuses_not_recognised"] == done.statuses
 
 
 @pytest.mark.parametrize(

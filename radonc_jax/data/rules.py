@@ -29,6 +29,9 @@ from radonc_jax.tasks.regimen import DOSE_TOLERANCE_GY, Regimen, parse_regimen, 
 
 # Patient cases by number: rows with one number are of one patient. Nameless rows are a case each.
 CASE = "case_number"
+REPLACED = "replaced_original"  # see plan_delivered
+
+LEAST_PATIENTS = 11  # fewer could be known by what they share
 
 NO_TEXT = frozenset(
     {"", "-", "--", "n/a", "na", "nan", "none", "null", "unknown", ".", "?", "<na>", "nat"}
@@ -147,15 +150,36 @@ def _settled(rows: pd.DataFrame) -> pd.Series:
     return _column(rows, "annotated_decision") == "primary"
 
 
+# How systems word a plan's status; runs of letters too ("PlanningApproved").
+_CANCELLED = r"cancel|un[ -]?approv|reject|abort|not[ -]?(?:treated|delivered)|draft|planning[ -]?only|\bvoid"
+_NOT_COMPLETED = r"discontinu|completed[ -]?early|\bon[ -]?hold|not[ -]?started|^planned$|^planning"
+_SUPERSEDED = r"supersed|re-?plan|retired|replaced|obsolete"
+_TREATED = (
+    r"^(?:treatment[ -]?|externally[ -]?|plan[ -]?)?approved$|^(?:treatment[ -]?)?completed?$"
+    r"|^(?:treated|delivered|active|in[ -]?progress|finished|done|reviewed|closed|yes)$"
+)
+_QA = r"\b(?:qa|phantom|test)\b"
+_INTEGRATED = r"\bsib\b|\bintegrated\b|\bconcomitant (?:boost|bst)\b"
+
+
 def plan_delivered(rows: pd.DataFrame) -> pd.Series:
-    """Plans that were given up or replaced are not what the patient was treated with."""
-    cancelled = r"cancel|unapprov|reject|abort|not treated|draft|planning only"
-    superseded = r"supersed|replan|retired|replaced|obsolete"
+    """Plans that were given up or replaced are not what the patient was treated with.
+
+    Fills the column `replaced_original`: "yes" where the course had a superseded plan that was no
+    re-plan itself.
+    """
+    cancelled = _has(rows, _CANCELLED, "plan_status")
+    partly = _has(rows, _NOT_COMPLETED, "plan_status")
+    superseded = _has(rows, _SUPERSEDED, "plan_status")
+    quality = _has(rows, _QA, "plan_name")
+    replaced = _of_case(rows, superseded & ~_is_replan(rows) & ~quality, "course_id")
+    rows[REPLACED] = replaced.map({True: "yes", False: ""}).astype(object)
     return _reasons(
         rows,
-        (_has(rows, cancelled, "plan_status"), "plan_cancelled"),
-        (_has(rows, superseded, "plan_status"), "plan_superseded"),
-        (_has(rows, r"\b(?:qa|phantom|test)\b", "plan_name"), "qa_plan"),
+        (cancelled, "plan_cancelled"),
+        (superseded, "plan_superseded"),
+        (partly, "plan_not_completed"),
+        (quality, "qa_plan"),
     )
 
 
@@ -171,12 +195,18 @@ def plan_not_boost(rows: pd.DataFrame) -> pd.Series:
     return _reasons(rows, (boost, "boost_plan"), (later, "later_phase"))
 
 
+def _is_replan(rows: pd.DataFrame) -> pd.Series:
+    return _has(rows, r"\bre-?plan|\badapt|\brp ?\d\b", "plan_name", "plan_intent")
+
+
 def plan_not_replan(rows: pd.DataFrame) -> pd.Series:
     """A re-plan during the course goes on with the plan that it adapts, whose regimen counts. One
-    that stands alone in its course is the plan."""
-    again = _has(rows, r"\bre-?plan|\badapt|\brp ?\d\b", "plan_name", "plan_intent")
+    that stands alone in its course is the plan; one whose original is superseded may hold no more
+    than what was left to give."""
+    again = _is_replan(rows)
     original = _of_case(rows, ~again, "course_id")
-    return _reasons(rows, (again & original, "replan"))
+    replaced = _column(rows, REPLACED) == "yes"
+    return _reasons(rows, (again & original, "replan"), (again & replaced, "replan_of_superseded"))
 
 
 def plan_not_palliative_of_several(rows: pd.DataFrame) -> pd.Series:
@@ -413,6 +443,7 @@ ABOUT_PLANS = (
 )
 # Reasons that someone who reads the record may resolve.
 UNCERTAIN = (
+    "replan_of_superseded",
     "several_primary_plans",
     "several_palliative_plans",
     "modality_unknown",
@@ -514,7 +545,7 @@ def _line(path: Path, error: BaseException) -> str:
 def _apply_own(rule: Rule, rows: pd.DataFrame) -> pd.Series:
     path = Path(inspect.getfile(rule))
     try:
-        given = rule(rows.drop(columns=CASE).copy())
+        given = rule(rows.drop(columns=[CASE, REPLACED], errors="ignore").copy())
     except Exception as error:  # its message may quote a record
         raise ValueError(
             f"{path}{_line(path, error)}: rule {rule.__name__} failed ({type(error).__name__})"
@@ -561,6 +592,8 @@ class Selection:
       cases: the reason of each excluded patient case, that of the rule that took its last row.
       steps: one for each rule, in order.
       assessed: number of patient cases.
+      statuses: rows by plan status that no rule knows and that counts as treated, see
+        `statuses_not_recognised`.
     """
 
     kept: pd.DataFrame
@@ -568,6 +601,7 @@ class Selection:
     cases: pd.Series
     steps: tuple[Step, ...]
     assessed: int
+    statuses: dict[str, int]
 
 
 def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] = ()) -> Selection:
@@ -584,6 +618,7 @@ def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] 
     """
     skip = check_skipped(skip)
     left = _tidy(extract)
+    statuses = statuses_not_recognised(left)
     case_of_row = left[CASE].to_numpy()
     assessed = int(case_of_row.max(initial=-1)) + 1
     row_reasons = np.full(len(left), "", dtype=object)
@@ -626,7 +661,23 @@ def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] 
     cases = pd.Series(case_reasons[case_reasons != ""], dtype=object, name="reason")
     assert len(extract) == len(left) + len(excluded), "rows were lost"
     assert assessed == left[CASE].nunique() + len(cases), "cases were lost"
-    return Selection(left.drop(columns=CASE), excluded, cases, tuple(steps), assessed)
+    left = left.drop(columns=[CASE, REPLACED], errors="ignore")
+    return Selection(left, excluded, cases, tuple(steps), assessed, statuses)
+
+
+def statuses_not_recognised(rows: pd.DataFrame) -> dict[str, int]:
+    """Rows by plan status that no rule knows, commonest first.
+
+    A field may hold anything, so a status is named only where it is a word or two that at least
+    LEAST_PATIENTS patients share; the rest are counted together as "(other)".
+    """
+    statuses = _words(rows, "plan_status").str.split().str.join(" ")
+    known = "|".join((_CANCELLED, _NOT_COMPLETED, _SUPERSEDED, _TREATED))
+    unknown = statuses[~statuses.isin(NO_TEXT) & ~statuses.str.contains(known)]
+    patients = rows.loc[unknown.index, CASE].groupby(unknown).nunique()
+    shared = patients.index[patients >= LEAST_PATIENTS]
+    named = unknown.isin(shared) & unknown.str.fullmatch(r"[a-z]{2,16}(?:[ -][a-z]{2,16})?")
+    return _counts(unknown.where(named, "(other)").to_numpy())
 
 
 def _counts(reasons: np.ndarray) -> dict[str, int]:
@@ -635,7 +686,7 @@ def _counts(reasons: np.ndarray) -> dict[str, int]:
 
 def _tidy(extract: pd.DataFrame) -> pd.DataFrame:
     """A copy with the columns that rules read trimmed, and CASE."""
-    for name in (CASE, "stripped"):
+    for name in (CASE, REPLACED, "stripped"):
         if name in extract.columns:
             raise ValueError(f"the extract has a column {name!r}, which rules use; rename it")
     trimmed = {}
