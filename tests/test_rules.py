@@ -57,6 +57,14 @@ def extract():
         ({"plan_name": ["PELVIS PH1", "PELVIS PH2"]}, [2], {3: "later_phase"}),
         ({"plan_name": ["PELVIS_BST", "PELVIS"]}, [3], {2: "boost_plan"}),
         ({"plan_name": ["PH2 only"]}, [2], {}),
+        # An integrated boost is part of the plan ...
+        ({"plan_name": ["R BREAST SIB boost"]}, [2], {}),
+        ({"plan_intent": ["Boost"], "technique": ["VMAT"],
+          "prescription": ["R breast 40 Gy in 15 fx, simultaneous integrated boost"]}, [2], {}),
+        ({"plan_name": ["R BREAST", "TEST"]}, [2], {3: "qa_plan"}),
+        # ... and someone must look where only a boost or a test is left.
+        ({"plan_name": ["R TEST", "R BREAST"], "plan_status": ["Completed", "Cancelled"]}, [],
+         {2: "only_qa_plan", 3: "plan_cancelled"}),
         (
             {"plan_intent": ["Curative", "Palliative"], "course_id": ["1", "2"]},
             [2],
@@ -99,6 +107,20 @@ def test_statuses_that_nobody_knows_are_counted_and_no_text_of_one_patient_is_to
     done = rules.select(table(patient_id=patients, plan_status=odd + known))
     assert done.statuses == {"(other)": 21, "awaiting physics": 11}
     assert flow.count_flow(done, split(done))["statuses_not_recognised"] == done.statuses
+
+
+def test_what_someone_may_resolve_is_uncertain():
+    found = {
+        reasons(rules.select(table(**columns)))[2]
+        for columns in (
+            {"plan_name": "TEST"},
+            {"plan_name": "BST"},
+            {"plan_name": ["REPLAN", "PROST"], "plan_status": ["", "Retired"]},
+            {"icd10": "C50.411 C61"},
+            {"prescription": "R breast", "total_dose_gy": "6000", "fractions": "30"},
+        )
+    }
+    assert len(found) == 5 and found <= set(rules.UNCERTAIN)
 
 
 @pytest.mark.parametrize(

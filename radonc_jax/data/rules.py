@@ -151,7 +151,10 @@ def _settled(rows: pd.DataFrame) -> pd.Series:
 
 
 # How systems word a plan's status; runs of letters too ("PlanningApproved").
-_CANCELLED = r"cancel|un[ -]?approv|reject|abort|not[ -]?(?:treated|delivered)|draft|planning[ -]?only|\bvoid"
+_CANCELLED = (
+    r"cancel|un[ -]?approv|reject|abort|not[ -]?(?:treated|delivered)|draft|planning[ -]?only"
+    r"|\bvoid"
+)
 _NOT_COMPLETED = r"discontinu|completed[ -]?early|\bon[ -]?hold|not[ -]?started|^planned$|^planning"
 _SUPERSEDED = r"supersed|re-?plan|retired|replaced|obsolete"
 _TREATED = (
@@ -179,6 +182,7 @@ def plan_delivered(rows: pd.DataFrame) -> pd.Series:
         (cancelled, "plan_cancelled"),
         (superseded, "plan_superseded"),
         (partly, "plan_not_completed"),
+        (quality & ~_of_case(rows, ~(quality | cancelled | superseded | partly)), "only_qa_plan"),
         (quality, "qa_plan"),
     )
 
@@ -189,10 +193,17 @@ def plan_not_boost(rows: pd.DataFrame) -> pd.Series:
     boost = _has(rows, r"boost|cone.?down", "plan_intent") | _has(
         rows, r"\b(?:boost|bst|cd)\b|cone.?down", "plan_name"
     )
+    # An integrated boost is given with the primary plan, in it.
+    boost &= ~_has(rows, _INTEGRATED, "plan_name", "plan_intent", "prescription")
     later = _has(rows, r"\bph(?:ase)? ?[2-9]\b", "plan_name", "plan_intent")
     first = _has(rows, r"\bph(?:ase)? ?1\b", "plan_name", "plan_intent")
     later &= _of_case(rows, first, "course_id")
-    return _reasons(rows, (boost, "boost_plan"), (later, "later_phase"))
+    return _reasons(
+        rows,
+        (boost & ~_of_case(rows, ~boost), "only_boost_plan"),
+        (boost, "boost_plan"),
+        (later, "later_phase"),
+    )
 
 
 def _is_replan(rows: pd.DataFrame) -> pd.Series:
@@ -443,6 +454,8 @@ ABOUT_PLANS = (
 )
 # Reasons that someone who reads the record may resolve.
 UNCERTAIN = (
+    "only_qa_plan",  # a "TEST" plan may be that of a testis
+    "only_boost_plan",
     "replan_of_superseded",
     "several_primary_plans",
     "several_palliative_plans",
