@@ -189,9 +189,16 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
         ({"plan_status": "Cancelled"}, "plan_cancelled"),
         ({"plan_status": "unapproved"}, "plan_cancelled"),
         ({"plan_status": "Superseded"}, "plan_superseded"),
-        ({"plan_name": "QA phantom"}, "qa_plan"),
-        ({"plan_intent": "BOOST"}, "boost_plan"),
-        ({"plan_name": "R BRST BST"}, "boost_plan"),
+        ({"plan_status": "Voided"}, "plan_cancelled"),
+        ({"plan_status": "Discontinued"}, "plan_not_completed"),
+        ({"plan_status": "On hold"}, "plan_not_completed"),
+        ({"plan_status": "Not started"}, "plan_not_completed"),
+        ({"plan_status": "Planned"}, "plan_not_completed"),
+        ({"plan_status": "Planning Approved"}, "plan_not_completed"),
+        ({"plan_status": "CompletedEarly"}, "plan_not_completed"),
+        ({"plan_name": "QA phantom"}, "only_qa_plan"),
+        ({"plan_intent": "BOOST"}, "only_boost_plan"),
+        ({"plan_name": "R BRST BST"}, "only_boost_plan"),
         ({"course_id": ["1", "2"]}, "several_courses"),
         ({"plan_id": ["1", "2"]}, "several_primary_plans"),
         ({"diagnosis": " - "}, "no_diagnosis_text"),
@@ -201,13 +208,27 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
         ({"prescription": "Right breast, 40.05 Gy"}, "no_fractions"),
         ({"total_dose_cgy": "5000"}, "regimen_contradiction"),
         ({"fractions": "16"}, "regimen_contradiction"),
+        ({"prescription": "R breast", "total_dose_gy": "60", "total_dose_cgy": "4500",
+          "fractions": "30"}, "regimen_contradiction"),
+        ({"prescription": "R breast 50 Gy in 25 fx + boost 10 Gy in 5 fx", "total_dose_gy": "60",
+          "fractions": "28"}, "regimen_contradiction"),
         ({"treatment_site": "Left breast"}, "regimen_contradiction"),
+        ({"prescription": "R breast", "total_dose_gy": "6000", "fractions": "30"},
+         "dose_implausible"),
+        ({"prescription": "R breast", "total_dose_cgy": "60", "fractions": "30"},
+         "dose_implausible"),
+        ({"prescription": "R breast", "total_dose_gy": "504", "fractions": "28"},
+         "dose_implausible"),
+        ({"prescription": "R breast", "total_dose_gy": "60", "fractions": "1"},
+         "dose_implausible"),
         ({"icd10": "n/a"}, "no_code"),
         ({"icd10": "C50.4"}, "code_not_valid"),
         ({"icd10": "C61.0"}, "code_not_valid"),
         ({"icd10": "see chart"}, "code_not_valid"),
+        ({"icd10": "C50.411; C61"}, "code_contradiction"),
+        ({"icd10": "c50411/C7951"}, "code_contradiction"),
     ],
-)
+)  # fmt: skip
 def test_each_reason(columns, reason):
     table = minimal(**columns)
     done = rules.select(table)
@@ -230,6 +251,26 @@ def test_each_reason(columns, reason):
             {"prescription": "", "total_dose_gy": "40.05", "fractions": "15",
              "treatment_site": "Rt breast", "technique": "3DCRT tangents"},
             "Right breast, 40.05 Gy in 15 fractions, 3DCRT tangents",
+        ),
+        (
+            {"prescription": "", "total_dose_gy": "50,4", "fractions": "28",
+             "treatment_site": "Rt breast"},
+            "Right breast, 50.4 Gy in 28 fractions, photons",
+        ),
+        (
+            {"prescription": "", "total_dose_cgy": "5,040", "fractions": "28",
+             "treatment_site": "Rt breast"},
+            "Right breast, 50.4 Gy in 28 fractions, photons",
+        ),
+        (  # the fields hold the whole course
+            {"prescription": "R breast 50 Gy in 25 fx + boost 10 Gy in 5 fx",
+             "total_dose_gy": "60", "total_dose_cgy": "6000", "fractions": "30"},
+            "Right breast, 50 Gy in 25 fractions, photons + boost 10 Gy in 5 fractions",
+        ),
+        (
+            {"prescription": "", "total_dose_gy": "85", "fractions": "1",
+             "treatment_site": "Rt trigeminal nerve", "technique": "SRS"},
+            "Right trigeminal nerve, 85 Gy in 1 fraction, SRS",
         ),
         (
             {"modality": "Proton", "prescription": "50 Gy(RBE)/25 fx PBS to left chest wall"},
@@ -344,11 +385,13 @@ GOOD = "patient_id,diagnosis,icd10,prescription\n"
         ("map.csv", GOOD.encode() + b"1,2,3,4\n", ["diagnosis=Dz"], ["'Dz'", "Columns there"]),
         ("map.csv", GOOD.encode() + b"1,2,3,4\n", ["dx=Dz"], ["'dx'", "diagnosis"]),
         ("map.csv", GOOD.encode() + b"1,2,3,4\n", ["diagnosis"], ["NAME=HEADER"]),
+        ("obeyed.csv", b"patient_id,icd10,diagnosis,prescription,annotated_decision\n1,2,3,4,5\n",
+         [], ["'annotated_decision' in row 1", "--annotations"]),
         ("book.xlsx", b"not a workbook", [], ["book.xlsx", "workbook"]),
         ("cut.parquet", b"PAR1 cut", [], ["cut.parquet", "Parquet"]),
         ("bad.jsonl", b'{"patient_id": "1"}\n{oops\n', [], ["line 2 is not JSON"]),
     ],
-)
+)  # fmt: skip
 def test_bad_input_names_the_place(tmp_path, name, content, columns, parts):
     if content is not None:
         (tmp_path / name).write_bytes(content)

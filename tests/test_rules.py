@@ -40,11 +40,31 @@ def extract():
         # A re-plan of the same course goes on with the plan that it adapts ...
         ({"plan_name": ["R_BREAST", "R_BREAST_REPLAN"]}, [2], {3: "replan"}),
         ({"plan_name": ["PROST adapt1", "PROST"]}, [3], {2: "replan"}),
+        # ... or, where that one is superseded, may hold no more than what was left to give ...
+        (
+            {"plan_name": ["PROST", "PROST REPLAN"], "plan_status": ["Retired", "Completed"]},
+            [],
+            {2: "plan_superseded", 3: "replan_of_superseded"},
+        ),
+        (
+            {"plan_name": ["PROST", "PROST", "PROST REPLAN"],
+             "plan_status": ["Retired", "Completed", "Completed"]},
+            [3],
+            {2: "plan_superseded", 4: "replan"},
+        ),
         # ... and stands for itself where nothing else does.
         ({"plan_name": ["R BREAST REPLAN"]}, [2], {}),
         ({"plan_name": ["PELVIS PH1", "PELVIS PH2"]}, [2], {3: "later_phase"}),
         ({"plan_name": ["PELVIS_BST", "PELVIS"]}, [3], {2: "boost_plan"}),
         ({"plan_name": ["PH2 only"]}, [2], {}),
+        # An integrated boost is part of the plan ...
+        ({"plan_name": ["R BREAST SIB boost"]}, [2], {}),
+        ({"plan_intent": ["Boost"], "technique": ["VMAT"],
+          "prescription": ["R breast 40 Gy in 15 fx, simultaneous integrated boost"]}, [2], {}),
+        ({"plan_name": ["R BREAST", "TEST"]}, [2], {3: "qa_plan"}),
+        # ... and someone must look where only a boost or a test is left.
+        ({"plan_name": ["R TEST", "R BREAST"], "plan_status": ["Completed", "Cancelled"]}, [],
+         {2: "only_qa_plan", 3: "plan_cancelled"}),
         (
             {"plan_intent": ["Curative", "Palliative"], "course_id": ["1", "2"]},
             [2],
@@ -78,6 +98,37 @@ def test_a_near_miss_is_named_with_its_nearest_codes(code, near):
     (detail,) = rules.select(table(icd10=code)).excluded["detail"]
     assert detail.startswith(f"{code}; nearest ")
     assert detail.split()[2:][: len(near)] == near or detail.split()[2].startswith(near[0])
+
+
+def test_statuses_that_nobody_knows_are_counted_and_no_text_of_one_patient_is_told():
+    odd = ["Awaiting physics"] * 11 + ["Jane Doe"] * 10 + ["see note of 3 May"] * 11
+    known = ["Completed", "TreatmentApproved", "", "Replanned", "PlanningApproved", "Treated"]
+    patients = [str(number) for number in range(len(odd) + len(known))]
+    done = rules.select(table(patient_id=patients, plan_status=odd + known))
+    assert done.statuses == {"(other)": 21, "awaiting physics": 11}
+    assert flow.count_flow(done, split(done))["statuses_not_recognised"] == done.statuses
+
+
+def test_what_someone_may_resolve_is_uncertain():
+    found = {
+        reasons(rules.select(table(**columns)))[2]
+        for columns in (
+            {"plan_name": "TEST"},
+            {"plan_name": "BST"},
+            {"plan_name": ["REPLAN", "PROST"], "plan_status": ["", "Retired"]},
+            {"icd10": "C50.411 C61"},
+            {"prescription": "R breast", "total_dose_gy": "6000", "fractions": "30"},
+        )
+    }
+    assert len(found) == 5 and found <= set(rules.UNCERTAIN)
+
+
+@pytest.mark.parametrize(
+    ("cell", "code"),
+    [("C50.411, c50411", "C50.411"), ("C79.51 (T10, T12)", "C79.51"), ("C61 - prostate", "C61")],
+)
+def test_one_code_that_is_written_twice_or_beside_a_vertebra_is_one_code(cell, code):
+    assert list(rules.select(table(icd10=cell)).kept["icd10"]) == [code]
 
 
 def test_contradictions_say_what_contradicts():

@@ -43,6 +43,14 @@ COLUMNS = {
     "institution": "hospital or machine site, for a split by site",
     "start_date": "first day of treatment, for a split by date",
 }
+# What annotators settled. Rules obey these before all else, so only annotation sheets bring them.
+ANNOTATED = (
+    "annotated_decision",
+    "annotated_reason",
+    "annotated_modality",
+    "annotated_regimen",
+    "annotated_icd10",
+)
 REQUIRED = ("patient_id", "diagnosis", "icd10")
 ALTERNATIVES = (
     ("prescription", "total_dose_gy", "total_dose_cgy"),
@@ -191,6 +199,12 @@ def _name_columns(path: Path, header: list[str], columns: dict[str, str]) -> lis
         raise ValueError(
             f"{path}: column {repeated!r} stands {header.count(repeated)} times in row 1; rename "
             f"all but one. Columns there: {there}"
+        )
+    obeyed = next((name for name in header if name in ANNOTATED), None)
+    if obeyed is not None:
+        raise ValueError(
+            f"{path}: column {obeyed!r} in row 1 is kept for what annotators settled; rename or "
+            "remove it, and give annotation sheets with --annotations"
         )
     renames: dict[str, str] = {}
     for name, wanted in columns.items():

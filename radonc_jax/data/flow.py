@@ -57,6 +57,7 @@ def count_flow(
         "assessed": selection.assessed,
         "excluded": total,
         "excluded_by_rule": excluded,
+        "statuses_not_recognised": selection.statuses,
         "kept": kept,
         "annotated": annotated,
         "splits": splits,

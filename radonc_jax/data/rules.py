@@ -12,6 +12,7 @@ have settled stands in columns `annotated_*` and goes before what can be read fr
 
 import importlib.util
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,25 +21,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from radonc_jax.data.extract import COLUMNS
+from radonc_jax.data.extract import ANNOTATED, COLUMNS
 from radonc_jax.data.splits import strip_answers
-from radonc_jax.tasks.icd import is_leaf, nearest_valid, normalise_code
+from radonc_jax.tasks.icd import distinct_codes, is_leaf, nearest_valid, normalise_code
 from radonc_jax.tasks.modality import identify_modality
 from radonc_jax.tasks.regimen import DOSE_TOLERANCE_GY, Regimen, parse_regimen, render_regimen
 
-ANNOTATED = (
-    "annotated_decision",
-    "annotated_reason",
-    "annotated_modality",
-    "annotated_regimen",
-    "annotated_icd10",
-)
 # Patient cases by number: rows with one number are of one patient. Nameless rows are a case each.
 CASE = "case_number"
+REPLACED = "replaced_original"  # see plan_delivered
+
+LEAST_PATIENTS = 11  # fewer could be known by what they share
 
 NO_TEXT = frozenset(
     {"", "-", "--", "n/a", "na", "nan", "none", "null", "unknown", ".", "?", "<na>", "nat"}
 )
+
+# What is given outside implants; beyond it a unit or a comma was most likely misread.
+MOST_GY_A_FRACTION = 34
+MOST_GY_OF_RADIOSURGERY = 100  # in one fraction: 70 to 90 Gy to the trigeminal nerve
+MOST_GY = 120  # of a course
+LEAST_GY_A_FRACTION = 0.1  # less is Gy in a column of cGy
+_RADIOSURGERY = re.compile(r"\bsrs\b|radiosurg|gamma.?knife|\bgkr?s?\b", re.IGNORECASE)
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"\d+,\d{1,2}")
 
 Rule = Callable[[pd.DataFrame], pd.Series]
 
@@ -144,15 +150,40 @@ def _settled(rows: pd.DataFrame) -> pd.Series:
     return _column(rows, "annotated_decision") == "primary"
 
 
+# How systems word a plan's status; runs of letters too ("PlanningApproved").
+_CANCELLED = (
+    r"cancel|un[ -]?approv|reject|abort|not[ -]?(?:treated|delivered)|draft|planning[ -]?only"
+    r"|\bvoid"
+)
+_NOT_COMPLETED = r"discontinu|completed[ -]?early|\bon[ -]?hold|not[ -]?started|^planned$|^planning"
+_SUPERSEDED = r"supersed|re-?plan|retired|replaced|obsolete"
+_TREATED = (
+    r"^(?:treatment[ -]?|externally[ -]?|plan[ -]?)?approved$|^(?:treatment[ -]?)?completed?$"
+    r"|^(?:treated|delivered|active|in[ -]?progress|finished|done|reviewed|closed|yes)$"
+)
+_QA = r"\b(?:qa|phantom|test)\b"
+_INTEGRATED = r"\bsib\b|\bintegrated\b|\bconcomitant (?:boost|bst)\b"
+
+
 def plan_delivered(rows: pd.DataFrame) -> pd.Series:
-    """Plans that were given up or replaced are not what the patient was treated with."""
-    cancelled = r"cancel|unapprov|reject|abort|not treated|draft|planning only"
-    superseded = r"supersed|replan|retired|replaced|obsolete"
+    """Plans that were given up or replaced are not what the patient was treated with.
+
+    Fills the column `replaced_original`: "yes" where the course had a superseded plan that was no
+    re-plan itself.
+    """
+    cancelled = _has(rows, _CANCELLED, "plan_status")
+    partly = _has(rows, _NOT_COMPLETED, "plan_status")
+    superseded = _has(rows, _SUPERSEDED, "plan_status")
+    quality = _has(rows, _QA, "plan_name")
+    replaced = _of_case(rows, superseded & ~_is_replan(rows) & ~quality, "course_id")
+    rows[REPLACED] = replaced.map({True: "yes", False: ""}).astype(object)
     return _reasons(
         rows,
-        (_has(rows, cancelled, "plan_status"), "plan_cancelled"),
-        (_has(rows, superseded, "plan_status"), "plan_superseded"),
-        (_has(rows, r"\b(?:qa|phantom|test)\b", "plan_name"), "qa_plan"),
+        (cancelled, "plan_cancelled"),
+        (superseded, "plan_superseded"),
+        (partly, "plan_not_completed"),
+        (quality & ~_of_case(rows, ~(quality | cancelled | superseded | partly)), "only_qa_plan"),
+        (quality, "qa_plan"),
     )
 
 
@@ -162,18 +193,31 @@ def plan_not_boost(rows: pd.DataFrame) -> pd.Series:
     boost = _has(rows, r"boost|cone.?down", "plan_intent") | _has(
         rows, r"\b(?:boost|bst|cd)\b|cone.?down", "plan_name"
     )
+    # An integrated boost is given with the primary plan, in it.
+    boost &= ~_has(rows, _INTEGRATED, "plan_name", "plan_intent", "prescription")
     later = _has(rows, r"\bph(?:ase)? ?[2-9]\b", "plan_name", "plan_intent")
     first = _has(rows, r"\bph(?:ase)? ?1\b", "plan_name", "plan_intent")
     later &= _of_case(rows, first, "course_id")
-    return _reasons(rows, (boost, "boost_plan"), (later, "later_phase"))
+    return _reasons(
+        rows,
+        (boost & ~_of_case(rows, ~boost), "only_boost_plan"),
+        (boost, "boost_plan"),
+        (later, "later_phase"),
+    )
+
+
+def _is_replan(rows: pd.DataFrame) -> pd.Series:
+    return _has(rows, r"\bre-?plan|\badapt|\brp ?\d\b", "plan_name", "plan_intent")
 
 
 def plan_not_replan(rows: pd.DataFrame) -> pd.Series:
     """A re-plan during the course goes on with the plan that it adapts, whose regimen counts. One
-    that stands alone in its course is the plan."""
-    again = _has(rows, r"\bre-?plan|\badapt|\brp ?\d\b", "plan_name", "plan_intent")
+    that stands alone in its course is the plan; one whose original is superseded may hold no more
+    than what was left to give."""
+    again = _is_replan(rows)
     original = _of_case(rows, ~again, "course_id")
-    return _reasons(rows, (again & original, "replan"))
+    replaced = _column(rows, REPLACED) == "yes"
+    return _reasons(rows, (again & original, "replan"), (again & replaced, "replan_of_superseded"))
 
 
 def plan_not_palliative_of_several(rows: pd.DataFrame) -> pd.Series:
@@ -246,8 +290,13 @@ def regimen_complete(rows: pd.DataFrame) -> pd.Series:
 
 
 def _number(text: str) -> float | None:
+    """ "1,250" is a thousand and more, "50,4" has a decimal comma; None for what is no number."""
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    elif _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
     try:
-        value = float(text.replace(",", ""))
+        value = float(text)
     except ValueError:
         return None
     return value if 0 < value < float("inf") else None
@@ -265,16 +314,22 @@ def _read_regimen(
     if written is not None and written.conflict:
         return "", f"regimen_contradiction: {written.conflict}"
     dose = _number(gray)
-    if dose is None and (hundredths := _number(centigray)) is not None:
-        dose = hundredths / 100
+    if (hundredths := _number(centigray)) is not None:
+        if dose is not None and abs(dose - hundredths / 100) > DOSE_TOLERANCE_GY:
+            return "", "regimen_contradiction"
+        dose = hundredths / 100 if dose is None else dose
     fractions = _number(fraction_field)
     if written is not None and written.total_dose_gy is not None:
-        if dose is not None and abs(dose - written.total_dose_gy) > DOSE_TOLERANCE_GY:
-            return "", "regimen_contradiction"
-        if fractions is not None and written.fractions not in (None, fractions):
+        if _fields_agree(dose, fractions, written.total_dose_gy, written.fractions):
+            fractions = written.fractions or fractions
+        elif written.fractions and written.boost_fractions and _fields_agree(
+            # Some exports have all phases together in the number fields.
+            dose, fractions, written.course_dose_gy, written.fractions + written.boost_fractions
+        ):  # fmt: skip
+            fractions = written.fractions
+        else:
             return "", "regimen_contradiction"
         dose = written.total_dose_gy
-        fractions = written.fractions or fractions
     if dose is None:
         return "", "no_dose"
     if fractions is None or fractions != int(fractions):
@@ -300,6 +355,8 @@ def _read_regimen(
         boost_dose_gy=written.boost_dose_gy if written else None,
         boost_fractions=written.boost_fractions if written else None,
     )
+    if not _is_plausible(regimen, f"{technique} {prescription}"):
+        return "", "dose_implausible"
     text = render_regimen(regimen)
     again = parse_regimen(text)
     if again is None or (again.total_dose_gy, again.fractions) != (dose, int(fractions)):
@@ -307,8 +364,26 @@ def _read_regimen(
     return render_regimen(again), ""
 
 
+def _fields_agree(
+    dose: float | None, fractions: float | None, written_dose: float, written_fractions: int | None
+) -> bool:
+    """Whether the number fields say, where they say anything, what the prescription says."""
+    return (dose is None or abs(dose - written_dose) <= DOSE_TOLERANCE_GY) and (
+        fractions is None or written_fractions in (None, fractions)
+    )
+
+
+def _is_plausible(regimen: Regimen, said: str) -> bool:
+    if regimen.implant:
+        return True
+    each = regimen.total_dose_gy / regimen.fractions
+    if regimen.fractions == 1 and _RADIOSURGERY.search(said):
+        return LEAST_GY_A_FRACTION <= each <= MOST_GY_OF_RADIOSURGERY
+    return LEAST_GY_A_FRACTION <= each <= MOST_GY_A_FRACTION and regimen.course_dose_gy <= MOST_GY
+
+
 def code_present(rows: pd.DataFrame) -> pd.Series:
-    """Something of the shape of a code.
+    """Something of the shape of a code, and no second one: which of two is the answer?
 
     Fills the column `icd10` with the dotted upper-case form.
     """
@@ -316,7 +391,13 @@ def code_present(rows: pd.DataFrame) -> pd.Series:
     text = text.where(settled == "", settled)
     codes = _each_distinct(lambda value: normalise_code(value) or "", text)
     rows["icd10"] = pd.Series(codes, index=rows.index, dtype=object)
-    return _reasons(rows, (_is_blank(text), "no_code"), (rows["icd10"] == "", "code_not_valid"))
+    several = _each_distinct(lambda value: len(distinct_codes(value)) > 1, text)
+    return _reasons(
+        rows,
+        (_is_blank(text), "no_code"),
+        (rows["icd10"] == "", "code_not_valid"),
+        (pd.Series(several, index=rows.index, dtype=bool), "code_contradiction"),
+    )
 
 
 def code_valid(rows: pd.DataFrame) -> pd.Series:
@@ -373,6 +454,9 @@ ABOUT_PLANS = (
 )
 # Reasons that someone who reads the record may resolve.
 UNCERTAIN = (
+    "only_qa_plan",  # a "TEST" plan may be that of a testis
+    "only_boost_plan",
+    "replan_of_superseded",
     "several_primary_plans",
     "several_palliative_plans",
     "modality_unknown",
@@ -381,8 +465,10 @@ UNCERTAIN = (
     "no_target",
     "regimen_contradiction",
     "regimen_unreadable",
+    "dose_implausible",
     "no_code",
     "code_not_valid",
+    "code_contradiction",
 )
 # Without what these see to there is no case: a patient, a question and three answers.
 INDISPENSABLE = (
@@ -472,7 +558,7 @@ def _line(path: Path, error: BaseException) -> str:
 def _apply_own(rule: Rule, rows: pd.DataFrame) -> pd.Series:
     path = Path(inspect.getfile(rule))
     try:
-        given = rule(rows.drop(columns=CASE).copy())
+        given = rule(rows.drop(columns=[CASE, REPLACED], errors="ignore").copy())
     except Exception as error:  # its message may quote a record
         raise ValueError(
             f"{path}{_line(path, error)}: rule {rule.__name__} failed ({type(error).__name__})"
@@ -519,6 +605,8 @@ class Selection:
       cases: the reason of each excluded patient case, that of the rule that took its last row.
       steps: one for each rule, in order.
       assessed: number of patient cases.
+      statuses: rows by plan status that no rule knows and that counts as treated, see
+        `statuses_not_recognised`.
     """
 
     kept: pd.DataFrame
@@ -526,6 +614,7 @@ class Selection:
     cases: pd.Series
     steps: tuple[Step, ...]
     assessed: int
+    statuses: dict[str, int]
 
 
 def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] = ()) -> Selection:
@@ -542,6 +631,7 @@ def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] 
     """
     skip = check_skipped(skip)
     left = _tidy(extract)
+    statuses = statuses_not_recognised(left)
     case_of_row = left[CASE].to_numpy()
     assessed = int(case_of_row.max(initial=-1)) + 1
     row_reasons = np.full(len(left), "", dtype=object)
@@ -584,7 +674,23 @@ def select(extract: pd.DataFrame, skip: Iterable[str] = (), own: Sequence[Rule] 
     cases = pd.Series(case_reasons[case_reasons != ""], dtype=object, name="reason")
     assert len(extract) == len(left) + len(excluded), "rows were lost"
     assert assessed == left[CASE].nunique() + len(cases), "cases were lost"
-    return Selection(left.drop(columns=CASE), excluded, cases, tuple(steps), assessed)
+    left = left.drop(columns=[CASE, REPLACED], errors="ignore")
+    return Selection(left, excluded, cases, tuple(steps), assessed, statuses)
+
+
+def statuses_not_recognised(rows: pd.DataFrame) -> dict[str, int]:
+    """Rows by plan status that no rule knows, commonest first.
+
+    A field may hold anything, so a status is named only where it is a word or two that at least
+    LEAST_PATIENTS patients share; the rest are counted together as "(other)".
+    """
+    statuses = _words(rows, "plan_status").str.split().str.join(" ")
+    known = "|".join((_CANCELLED, _NOT_COMPLETED, _SUPERSEDED, _TREATED))
+    unknown = statuses[~statuses.isin(NO_TEXT) & ~statuses.str.contains(known)]
+    patients = rows.loc[unknown.index, CASE].groupby(unknown).nunique()
+    shared = patients.index[patients >= LEAST_PATIENTS]
+    named = unknown.isin(shared) & unknown.str.fullmatch(r"[a-z]{2,16}(?:[ -][a-z]{2,16})?")
+    return _counts(unknown.where(named, "(other)").to_numpy())
 
 
 def _counts(reasons: np.ndarray) -> dict[str, int]:
@@ -593,7 +699,7 @@ def _counts(reasons: np.ndarray) -> dict[str, int]:
 
 def _tidy(extract: pd.DataFrame) -> pd.DataFrame:
     """A copy with the columns that rules read trimmed, and CASE."""
-    for name in (CASE, "stripped"):
+    for name in (CASE, REPLACED, "stripped"):
         if name in extract.columns:
             raise ValueError(f"the extract has a column {name!r}, which rules use; rename it")
     trimmed = {}

@@ -33,10 +33,23 @@ def normalise_code(text: str) -> str | None:
     "c50411" gives "C50.411". Only the shape is looked at: see `is_leaf` for validity.
     """
     found = _CODE.search(text)
-    if found is None:
-        return None
+    return None if found is None else _dotted(found)
+
+
+def _dotted(found: re.Match) -> str:
     category, rest = found.groups()
     return (f"{category}.{rest}" if rest else category).upper()
+
+
+def distinct_codes(text: str) -> list[str]:
+    """The codes that `text` holds, each once, in normal form: "C50.411; c61" gives both.
+
+    Only those whose category is in the table, for "T10" may be a vertebra.
+    """
+    found = dict.fromkeys(_dotted(match) for match in _CODE.finditer(text))
+    if len(found) < 2:  # no need for the table
+        return list(found)
+    return [code for code in found if _table().is_valid_item(code[:3])]
 
 
 def is_leaf(code: str) -> bool:
