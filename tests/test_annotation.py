@@ -78,6 +78,12 @@ def test_the_sheet_holds_the_uncertain_rows_with_a_proposal_for_each_field(sheet
     assert sheet["record"].is_unique
 
 
+def test_the_sheet_tells_nothing_of_patient_ids(extract, sheet):
+    renamed = extract.assign(patient_id="MRN-" + extract["patient_id"])
+    other = propose(renamed, rules.select(renamed)).set_index("row", drop=False)
+    pd.testing.assert_frame_equal(other, sheet)
+
+
 @pytest.mark.parametrize("kind", ["csv", "xlsx"])
 def test_settled_rows_are_kept_or_leave_with_the_annotators_reason(extract, sheet, tmp_path, kind):
     file = fill(
