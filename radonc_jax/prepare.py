@@ -84,10 +84,7 @@ _OVER_LENGTH = flags.DEFINE_enum(
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a finished cohort.")
 
 # Everything of the extract that may come to stand in a file of the cohort.
-SCANNED = (
-    "diagnosis", "prescription", "treatment_site", "technique", "energy", "modality", "plan_name",
-    "plan_status", "plan_intent", *cohort.CARRIED,
-)  # fmt: skip
+SCANNED = (*annotation.GIVEN, *cohort.CARRIED)
 
 
 def prepare() -> dict:

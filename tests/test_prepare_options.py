@@ -8,7 +8,8 @@ from preparing import run_prepare
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from radonc_jax.data import cohort, synthetic
+from radonc_jax import prepare
+from radonc_jax.data import annotation, cohort, synthetic
 from radonc_jax.data.batches import BatchConfig, task_examples
 from radonc_jax.data.splits import SPLITS, find_duplicates
 from radonc_jax.models.tokenizer import load_tokenizer
@@ -82,6 +83,16 @@ def test_two_annotators_and_an_adjudicator_settle_what_the_rules_left_open(tmp_p
     _, message = run_prepare(tmp_path, source, "--overwrite", annotations)
     assert f"b.xlsx: row {one + 2}, column icd10: not valid" in message
     assert "carcinoma" not in message
+
+
+def test_identifiers_are_looked_for_in_every_column_that_a_sheet_shows(tmp_path, extract):
+    assert set(prepare.SCANNED) >= {*annotation.GIVEN, *cohort.CARRIED}
+    for column in ("icd10", "course_id", "plan_id", "total_dose_gy", "total_dose_cgy", "fractions"):
+        held = extract[column] if column in extract else pd.Series("", index=extract.index)
+        table = extract.assign(**{column: held.astype(str).where(held.index > 0, "MRN 4482913")})
+        table.to_csv(tmp_path / "e.csv", index=False)
+        _, message = run_prepare(tmp_path, tmp_path / "e.csv")
+        assert f"identifiers found in {column}: mrn 1 (row 2)" in message
 
 
 def test_a_sheet_can_be_a_workbook(tmp_path, source):
