@@ -177,6 +177,43 @@ def test_two_annotators_agree_or_an_adjudicator_settles(extract, sheet, tmp_path
         settle(extract, [first, second], tmp_path / "c.csv")
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ({"r5": {"keep": "yes"}}, {"r6": {"keep": "yes"}}),
+        ({"r5": {"keep": "yes"}}, {"r5": {"keep": "no"}, "r6": {"keep": "yes"}}),
+        ({"r5": {"keep": "yes"}, "r6": {"keep": "no"}}, {"r6": {"keep": "yes"}}),
+    ],
+)
+def test_annotators_who_keep_another_row_of_a_patient_settle_none_of_them(
+    extract, sheet, tmp_path, choices
+):
+    files = [fill(sheet, tmp_path / "a.csv", **choices[0], r3={"keep": "yes"})]
+    files += [fill(sheet, tmp_path / "b.csv", **choices[1])]
+    settled = settle(extract, files)
+    assert list(settled.columns.index) == [3]
+    assert list(settled.disagreements["row"]) == ["5", "6"]
+    assert settled.facts["disagreements"] == settled.facts["open_disagreements"] == 2
+    open_ = settled.disagreements.set_index("row", drop=False)
+    for title, entries in zip(("first", "second"), choices, strict=True):
+        for row in ("5", "6"):
+            assert open_.loc[row, f"{title}_keep"] == entries.get(f"r{row}", {}).get("keep", "")
+    assert list(open_["given_plan_name"]) == ["R BREAST A", "R BREAST B"]
+    assert (open_["case"] == sheet.loc["5", "case"]).all()
+
+    answers = {"keep": "yes", "modality": "photon", "regimen": REGIMEN, "icd10": "C50.411"}
+    final = fill(open_, tmp_path / "c.csv", r6=answers, r5={"keep": "no"})
+    done = settle(extract, files, final)
+    assert list(done.columns.index) == [3, 5, 6] and done.disagreements.empty
+    assert list(decided(extract, done).kept.index) == [2, 3, 6]
+    final = fill(open_, tmp_path / "c.csv", r6=answers, r5=answers)
+    with pytest.raises(ValueError, match=r"c\.csv: rows 5 and 6 .* are of one patient"):
+        settle(extract, files, final)
+    # Where a patient can have several, rows that one alone filled in are settled.
+    several = settle(extract, files, one_per_patient=False)
+    assert len(several.disagreements) == len(set(choices[0]) & set(choices[1]))
+
+
 SECRET = "angiosarcoma of the scalp"
 
 

@@ -217,7 +217,8 @@ def settle(
 
     A row that one annotator alone filled in is settled by that entry; one that both filled in, by
     what they agree on (decision, and for a kept row all three answers in normal form), else by the
-    adjudicator. Cohen's kappa is scikit-learn's.
+    adjudicator. Where both keep a row of a patient but not the same one, the adjudicator settles
+    all rows of that patient. Cohen's kappa is scikit-learn's.
 
     Args:
       extract: index "row", as it was when the sheets were written.
@@ -229,8 +230,8 @@ def settle(
       FileNotFoundError: no such file.
       ValueError: not one or two annotators, a sheet that is damaged, lacks columns, has a row twice
         or belongs to another extract, an entry that is not valid (file, row and column are named,
-        never what stands there), an adjudication of what nobody disagrees on, or two kept rows of
-        one patient.
+        never what stands there), an adjudication of what nobody disagrees on, or two rows of one
+        patient that the same person keeps.
     """
     files = [Path(file) for file in files]
     if len(files) not in (1, 2):
@@ -251,11 +252,15 @@ def settle(
     second = sheets[1] if len(sheets) == 2 else first.iloc[:0]
     both = first.index.intersection(second.index)
     differ = both[~_agree(first.loc[both], second.loc[both])]
-    settled = pd.concat([first.drop(differ), second.drop(both)])
+    if one_per_patient:
+        for file, sheet in zip(files, sheets, strict=True):
+            _check_one_each(extract, sheet, file)
+        differ = differ.union(_of_other_primary(extract, first, second))
+    settled = pd.concat([first, second.drop(both)]).drop(differ)
     facts["annotated_twice"] = len(both)
     facts["agreement"] = _agreement(first.loc[both], second.loc[both])
     facts["disagreements"] = len(differ)
-    disagreements = _for_adjudication(first.loc[differ], second.loc[differ])
+    disagreements = _for_adjudication(first.reindex(differ), second.reindex(differ))
     if adjudication is not None:
         path = Path(adjudication)
         final = _read_sheet(path, extract)
@@ -266,6 +271,8 @@ def settle(
                 "extract, on which the annotators do not disagree; take it out, or correct their "
                 "sheets"
             )
+        if one_per_patient:
+            _check_one_each(extract, final, path)
         settled = pd.concat([settled, final])
         disagreements = disagreements[~disagreements["row"].astype(int).isin(final.index)]
         facts["adjudication"] = {
@@ -273,8 +280,6 @@ def settle(
         }  # fmt: skip
     settled = settled.sort_index()
     primary = settled["decision"] == "primary"
-    if one_per_patient:
-        _check_one_each(extract, settled.index[primary], files)
     facts["settled"] = {
         "primary": int(primary.sum()),
         "exclude": settled.loc[~primary, "exclude_reason"].value_counts().sort_index().to_dict(),
@@ -401,28 +406,41 @@ def _kappa(first: pd.Series, second: pd.Series) -> dict:
     return {"n": len(first), "equal": float((first == second).mean()), "kappa": kappa}
 
 
+def _of_other_primary(extract: pd.DataFrame, first: pd.DataFrame, second: pd.DataFrame) -> pd.Index:
+    """Rows, filled in by anybody, of patients of whom each annotator keeps another row."""
+    rows = first.index.union(second.index)
+    patients = extract.loc[rows, "patient_id"].str.strip()
+    primary = [sheet.index[sheet["decision"] == "primary"] for sheet in (first, second)]
+    one, two = (pd.Series(kept, index=patients[kept]) for kept in primary)
+    twice = one.index.intersection(two.index)
+    return rows[patients.isin(twice[(one[twice] != two[twice]).to_numpy()])]
+
+
 def _for_adjudication(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    sheet = first[list(COLUMNS)].copy()
+    """Of two sheets with the same index; the rows that one annotator left empty are NaN in it."""
+    sheet = first[list(COLUMNS)].fillna(second[list(COLUMNS)])
     for name in FIELDS:
         agreed = (first[name] == second[name]) & (first[name] != "")
         sheet[f"proposed_{name}"] = first[name].where(agreed, "")
+    keep = {"primary": "yes", "exclude": "no"}
     for title, entries in (("first", first), ("second", second)):
-        sheet[f"{title}_keep"] = np.where(entries["decision"] == "primary", "yes", "no")
+        sheet[f"{title}_keep"] = entries["decision"].map(keep).fillna("")
         for name in (*FIELDS, "exclude_reason"):
-            sheet[f"{title}_{name}"] = entries[name].str.removeprefix("annotated_")
+            sheet[f"{title}_{name}"] = entries[name].fillna("").str.removeprefix("annotated_")
     sheet[list(ENTRIES)] = ""
     seen = [name for name in sheet.columns if name not in ENTRIES]
     return sheet[[*seen, *ENTRIES]]
 
 
-def _check_one_each(extract: pd.DataFrame, primary: pd.Index, files: Sequence[Path]) -> None:
+def _check_one_each(extract: pd.DataFrame, sheet: pd.DataFrame, file: Path) -> None:
+    primary = sheet.index[sheet["decision"] == "primary"]
     patients = extract.loc[primary, "patient_id"].str.strip()
     again = patients[patients.duplicated(keep=False)]
     if len(again):
         rows = again.index[again == again.iloc[0]]
         raise ValueError(
-            f"{', '.join(map(str, files))}: rows {' and '.join(map(str, rows))} of the extract are "
-            "of one patient and both are kept; keep one of them"
+            f"{file}: rows {' and '.join(map(str, rows))} of the extract are of one patient and "
+            "all are kept; keep one of them"
         )
 
 
