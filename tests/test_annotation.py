@@ -280,6 +280,23 @@ def test_a_sheet_saved_by_a_spreadsheet_program_comes_back(extract, sheet, tmp_p
     assert set(book["given_plan_name"]) == {"=1+1"} and set(book["given_plan_id"]) == {"a b"}
 
 
+def test_no_cell_of_a_csv_sheet_is_a_formula_or_a_number_to_spreadsheet_programs(
+    extract, sheet, tmp_path
+):
+    assert sheet["record"].str.fullmatch(r"r[0-9a-f]{12}").all()
+    names = ["=1+1", "+1", "@SUM(A1)", "-", "'=1+1", "'69 plan"]
+    sheet["given_plan_name"] = names
+    sheet["keep"] = "no"
+    (tmp_path / "a.csv").write_bytes(to_bytes(sheet, "csv"))
+    written = pd.read_csv(tmp_path / "a.csv", dtype=str, keep_default_na=False)
+    assert list(written["given_plan_name"]) == [
+        "'=1+1", "'+1", "'@SUM(A1)", "'-", "''=1+1", "'69 plan"
+    ]  # fmt: skip
+    assert not written.map(lambda text: text[:1] in tuple("=+-@")).any(axis=None)
+    read = annotation._read_sheet(tmp_path / "a.csv", extract)
+    assert list(read["given_plan_name"]) == names
+
+
 def test_proposals_are_what_the_record_was_made_from(tmp_path):
     made = synthetic.make_extract(1500, 3)
     extract = made.table.set_index(pd.RangeIndex(2, len(made.table) + 2, name="row"))

@@ -45,6 +45,7 @@ _YES = frozenset({"yes", "y", "keep", "1", "true", "x", "ja", "oui"})
 _NO = frozenset({"no", "n", "exclude", "0", "false", "nein", "non"})
 _LONGEST_CELL = 32_767  # characters, in Excel
 _CUT = " [the rest does not fit into a cell]"
+_FORMULA = re.compile(r"'*[=+@\-\t\r]")  # to spreadsheet programs, or with apostrophes before it
 _NOT_IN_WORKBOOKS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -95,7 +96,8 @@ def _fingerprints(rows: pd.DataFrame) -> pd.Series:
     prints = []
     for row, *values in zip(rows.index, *columns, strict=True):
         whole = "\x1f".join([str(row), *values]).encode("utf-8", "replace")
-        prints.append(hashlib.sha256(whole).hexdigest()[:12])
+        # The letter keeps spreadsheet programs from reading 12 digits, or 1e5, as a number.
+        prints.append("r" + hashlib.sha256(whole).hexdigest()[:12])
     return pd.Series(prints, index=rows.index, dtype="str")
 
 
@@ -159,8 +161,12 @@ def _without_other_modality(regimen: str, modality: str) -> str:
 
 
 def to_bytes(sheet: pd.DataFrame, kind: str) -> bytes:
-    """The sheet as a file that spreadsheet programs open: csv (UTF-8 with its mark) or xlsx."""
+    """The sheet as a file that spreadsheet programs open: csv (UTF-8 with its mark) or xlsx.
+
+    In csv a text that would be a formula begins with an apostrophe, which reading takes off.
+    """
     if kind == "csv":
+        sheet = sheet.map(lambda text: "'" + text if _FORMULA.match(text) else text)
         return sheet.to_csv(index=False, lineterminator="\r\n").encode("utf-8-sig", "replace")
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
@@ -300,6 +306,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _without_quote(text: str) -> str:
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
 def _read_sheet(path: Path, extract: pd.DataFrame) -> pd.DataFrame:
     """The filled-in rows of a sheet: index the extract's row, columns COLUMNS, `line` (row of the
     sheet), `decision`; FIELDS in normal form, `exclude_reason` as a slug."""
@@ -317,7 +327,7 @@ def _read_sheet(path: Path, extract: pd.DataFrame) -> pd.DataFrame:
         )
     table = [(line, *values) for line, values in lines]
     sheet = pd.DataFrame(table, columns=["line", *header]).reindex(columns=["line", *COLUMNS])
-    sheet[list(COLUMNS)] = sheet[list(COLUMNS)].fillna("")
+    sheet[list(COLUMNS)] = sheet[list(COLUMNS)].fillna("").map(_without_quote)
     for name in needed:
         sheet[name] = sheet[name].str.strip()
     filled = (sheet[list(ENTRIES)] != "").any(axis=1)
