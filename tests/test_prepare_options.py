@@ -114,6 +114,7 @@ def test_a_hospital_that_is_named_is_the_whole_test_and_nothing_else(tmp_path, e
         "by": "site",
         "column": "institution",
         "sites": ["South"],
+        "sites_chosen": 1,
         "external_cases": int(of_south.sum()),
         "external_cases_not_tested": 0,
     }

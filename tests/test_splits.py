@@ -241,6 +241,29 @@ def test_external_tests_that_cannot_be(by, columns, message):
     assert "soon" not in str(caught.value)
 
 
+@pytest.mark.parametrize("by", ["site:diagnosis=Mayo", "site:patient_id=p1,p2", "date:patient_id"])
+def test_columns_of_texts_and_ids_choose_no_test(by):
+    with pytest.raises(ValueError, match="of texts, numbers or ids"):
+        parse_split_by(by)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("remarks", ["Smith saw him", "Jones saw her"] * 100),
+        ("institution", ["Smith saw him " * 9, "Jones saw her"] * 100),
+        ("institution", ["Jones saw her", *(f"Smith {i}" for i in range(199))]),
+    ],
+)
+def test_values_that_may_be_of_patients_are_counted_not_told(column, values):
+    cases = _dated(**{column: values})
+    with pytest.raises(ValueError, match=r"it has \d+ distinct values") as caught:
+        external_cases(cases, parse_split_by(f"site:{column}=West"), 0.15)
+    assert "Smith" not in str(caught.value) and "Jones" not in str(caught.value)
+    external, facts = external_cases(cases, parse_split_by(f"site:{column}=jones saw her"), 0.15)
+    assert external.any() and facts == {"by": "site", "column": column, "sites_chosen": 1}
+
+
 # ---------------------------------------------------------------------------------------------
 # Repeated texts
 # ---------------------------------------------------------------------------------------------

@@ -125,6 +125,18 @@ def _evenly(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 
 
+# Texts and numbers of single patients: no choice of a test set, and nothing to show.
+_NOT_TO_SPLIT_BY = frozenset({
+    "case_id", "patient_id", "diagnosis", "diagnosis_id", "icd10", "prescription", "regimen",
+    "total_dose_gy", "total_dose_cgy", "fractions", "course_id", "plan_id", "plan_name",
+})  # fmt: skip
+# Columns whose values are named in messages and the manifest, where they are few and short.
+_PLACES = frozenset(
+    {"institution", "site", "hospital", "centre", "center", "clinic", "facility", "campus"}
+)
+_MOST_PLACES, _LONGEST_PLACE = 50, 40
+
+
 @dataclass(frozen=True)
 class SplitBy:
     """How the test set is chosen: "patient" (drawn), "date" (the latest) or "site" (named)."""
@@ -138,7 +150,7 @@ def parse_split_by(text: str) -> SplitBy:
     """ "patient", "date:COLUMN", "date:COLUMN=2023-01-01" or "site:COLUMN=NAME,NAME".
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: it is none of these, or the column is one of texts or ids.
     """
     kind, _, rest = text.partition(":")
     column, equals, value = (part.strip() for part in rest.partition("="))
@@ -152,6 +164,11 @@ def parse_split_by(text: str) -> SplitBy:
             f"--split_by is {text!r}; give patient, date:COLUMN, date:COLUMN=FIRST_DATE_OF_TEST or "
             "site:COLUMN=NAME,NAME"
         )
+    if column.casefold() in _NOT_TO_SPLIT_BY:
+        raise ValueError(
+            f"--split_by names the column {column}, which is of texts, numbers or ids of single "
+            "patients; name one of places or of dates"
+        )
     return SplitBy(kind, column, value)
 
 
@@ -160,7 +177,8 @@ def external_cases(cases: pd.DataFrame, by: SplitBy, test: float) -> tuple[pd.Se
 
     By date: cases from the given date on, else from the date that leaves as nearly as possible
     `test` of the patients behind it; a patient counts by the earliest case, and cases of one date
-    stay together. By site: cases of the named institutions.
+    stay together. By site: cases of the named institutions. Values of the column are told only
+    where it is one of places, with few and short ones; else their number is.
 
     Args:
       cases: with columns case_id, patient_id and the one that `by` names.
@@ -180,14 +198,22 @@ def external_cases(cases: pd.DataFrame, by: SplitBy, test: float) -> tuple[pd.Se
         wanted = {name.strip().casefold() for name in by.value.split(",")}
         folded = values.str.casefold()
         absent = sorted(wanted - set(folded))
+        distinct = values.value_counts().index
+        shown = (
+            by.column.casefold() in _PLACES
+            and len(distinct) <= _MOST_PLACES
+            and distinct.str.len().max() <= _LONGEST_PLACE
+        )
         if absent:
-            there = values.value_counts().index[:10]
+            there = f"the commonest values are {', '.join(map(repr, distinct[:10]))}"
             raise ValueError(
-                f"--split_by: no case has {absent[0]!r} in column {by.column}; the commonest "
-                f"values are {', '.join(map(repr, there))}"
+                f"--split_by: no case has {absent[0]!r} in column {by.column}; "
+                + (there if shown else f"it has {len(distinct)} distinct values")
             )
         external = folded.isin(wanted)
-        facts["sites"] = sorted(values[external].unique())
+        if shown:
+            facts["sites"] = sorted(values[external].unique())
+        facts["sites_chosen"] = int(folded[external].nunique())
     else:
         dates = _dates(values, cases["case_id"], by.column)
         earliest = dates.groupby(cases["patient_id"]).min()
