@@ -1,6 +1,8 @@
 """Annotators, external tests, near duplicates, published tables and the preflight, through the
 command."""
 
+from importlib import metadata
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -99,6 +101,8 @@ def test_a_sheet_can_be_a_workbook(tmp_path, source):
     manifest, _ = run_prepare(tmp_path, source, "--annotation_format=xlsx")
     book = pd.read_excel(tmp_path / "cohort" / "annotation.xlsx", dtype=str)
     assert len(book) == manifest["annotation"]["rows_offered"]
+    table = {"name": "simple_icd_10_cm", "version": metadata.version("simple_icd_10_cm")}
+    assert manifest["code_table"] == table
     assert not (tmp_path / "cohort" / "annotation.csv").exists()
 
 
@@ -202,8 +206,11 @@ def test_preflight_tells_what_training_will_do(tmp_path, source, tokenizer_folde
     assert not any(word in lists for word in texts if len(word) > 7)
 
 
-def test_a_wrong_tokenizer_is_told_before_the_work(tmp_path, source):
+def test_a_wrong_option_is_told_before_the_work(tmp_path, source):
     _, message = run_prepare(tmp_path, source, f"--tokenizer={tmp_path}")
     assert "holds neither tokenizer.json nor tokenizer.model" in message
+    for option in ("--seed=-1", "--test_fraction=1.5", "--validation_fraction=0"):
+        _, message = run_prepare(tmp_path, tmp_path / "not_read.csv", option)
+        assert message.startswith(f"error: {option.partition('=')[0]} is ")
     _, message = run_prepare(tmp_path, source, "--split_by=month")
     assert "--split_by is 'month'" in message

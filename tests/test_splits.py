@@ -85,6 +85,17 @@ def test_impossible_splits(test, validation, n, message):
         assign_splits(patients, labels, 0, test, validation)
 
 
+def test_ids_that_differ_by_case_or_blanks_are_one_patient():
+    patients, labels = _cases(200, 5)
+    other = patients.where(patients.index % 2 == 0, " " + patients.str.upper())
+    split = assign_splits(other, labels, 3, 0.2, 0.1)
+    assert split.groupby(patients).nunique().eq(1).all()
+    assert split.equals(assign_splits(patients, labels, 3, 0.2, 0.1))
+    crossing = pd.DataFrame({"patient_id": ["ab1", "AB1"], "split": ["train", "test"]})
+    with pytest.raises(ValueError, match="1 patients are in more than one split"):
+        check_no_patient_crosses(crossing)
+
+
 def test_leak_check():
     cases = pd.DataFrame({"patient_id": ["a", "b", "a"], "split": ["train", "test", "train"]})
     check_no_patient_crosses(cases)

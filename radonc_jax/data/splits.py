@@ -26,7 +26,8 @@ def assign_splits(
     groups: pd.Series | None = None,
     external: pd.Series | None = None,
 ) -> pd.Series:
-    """The split of each case; all cases of a patient, and of a group, share one.
+    """The split of each case; all cases of a patient, and of a group, share one. Patient ids that
+    differ by case or by blanks around them alone count as one.
 
     Units (patients, or patients joined by groups) are put in order of their labels (columns of
     `labels`, most important first; those of a unit's first case count), in random order among
@@ -46,16 +47,10 @@ def assign_splits(
         the test holds nothing but external cases.
 
     Raises:
-      ValueError: a share is not between 0 and 1, nothing is left to train on, or a split would
-        hold no patient.
+      ValueError: as `check_draw`, or a split would hold no patient.
     """
-    for name, share in (("test_fraction", test), ("validation_fraction", validation)):
-        if not 0 < share < 1:
-            raise ValueError(f"{name} is {share}; it must lie between 0 and 1")
-    if test + validation >= 1:
-        raise ValueError(
-            f"test_fraction {test} and validation_fraction {validation} leave nothing to train on"
-        )
+    check_draw(seed, test, validation)
+    patients = _one_spelling(patients)
     rng = np.random.Generator(np.random.PCG64(seed))
     patient = pd.factorize(patients)[0]
     unit = patient if groups is None else _joined(patient, pd.factorize(groups)[0])
@@ -80,6 +75,29 @@ def assign_splits(
                 "more records or other fractions"
             )
     return pd.Series(split[unit], index=patients.index)
+
+
+def check_draw(seed: int, test: float, validation: float) -> None:
+    """
+    Raises:
+      ValueError: the seed is negative, a share is not between 0 and 1, or nothing is left to train
+        on.
+    """
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}; it must not be negative")
+    for name, share in (("test_fraction", test), ("validation_fraction", validation)):
+        if not 0 < share < 1:
+            raise ValueError(f"--{name} is {share}; it must lie between 0 and 1")
+    if test + validation >= 1:
+        raise ValueError(
+            f"--test_fraction={test} and --validation_fraction={validation} leave nothing to train "
+            "on"
+        )
+
+
+def _one_spelling(patients: pd.Series) -> pd.Series:
+    # Two ids that differ so are most likely one patient; at worst two of them share a split.
+    return patients.astype(str).str.strip().str.casefold()
 
 
 def _joined(patient: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -216,7 +234,7 @@ def external_cases(cases: pd.DataFrame, by: SplitBy, test: float) -> tuple[pd.Se
         facts["sites_chosen"] = int(folded[external].nunique())
     else:
         dates = _dates(values, cases["case_id"], by.column)
-        earliest = dates.groupby(cases["patient_id"]).min()
+        earliest = dates.groupby(_one_spelling(cases["patient_id"])).min()
         if by.value:
             first = _dates(pd.Series([by.value]), pd.Series(["--split_by"]), by.column)[0]
             if type(first) is not type(dates.iloc[0]):
@@ -310,7 +328,7 @@ def check_no_patient_crosses(cases: pd.DataFrame) -> None:
     Raises:
       ValueError: a patient of `cases` (columns patient_id, split) is in more than one split.
     """
-    crossing = cases.groupby("patient_id")["split"].nunique() > 1
+    crossing = cases["split"].groupby(_one_spelling(cases["patient_id"])).nunique() > 1
     if crossing.any():
         raise ValueError(
             f"{int(crossing.sum())} patients are in more than one split; scores on held-out cases "
