@@ -13,6 +13,7 @@ deid_audit.jsonl (identifiers by class and place), table1.csv and .html, and man
 hashes, rules).
 """
 
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -83,11 +84,9 @@ _OVER_LENGTH = flags.DEFINE_enum(
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a finished cohort.")
 
+CODE_TABLE = "simple_icd_10_cm"  # its version tells the release of ICD-10-CM
 # Everything of the extract that may come to stand in a file of the cohort.
-SCANNED = (
-    "diagnosis", "prescription", "treatment_site", "technique", "energy", "modality", "plan_name",
-    "plan_status", "plan_intent", *cohort.CARRIED,
-)  # fmt: skip
+SCANNED = (*annotation.GIVEN, *cohort.CARRIED)
 
 
 def prepare() -> dict:
@@ -96,6 +95,7 @@ def prepare() -> dict:
     cohort.check_output(folder, _OVERWRITE.value)
     if folder.exists():
         annotation.check_sheets_are_safe(folder, cohort.load_manifest(folder)["sha256"])
+    splits.check_draw(_SEED.value, _TEST.value, _VALIDATION.value)
     columns = parse_columns(_COLUMNS.value)
     skipped = rules.check_skipped(_SKIP.value)
     own = rules.load_rules(_RULES.value) if _RULES.value else []
@@ -203,6 +203,7 @@ def prepare() -> dict:
         "stripped": stripped,
         "left_in_text": splits.answers_left(cases),
         **split_facts,
+        "code_table": {"name": CODE_TABLE, "version": metadata.version(CODE_TABLE)},
         "seed": _SEED.value,
         "test_fraction": _TEST.value,
         "validation_fraction": _VALIDATION.value,

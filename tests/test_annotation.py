@@ -78,6 +78,12 @@ def test_the_sheet_holds_the_uncertain_rows_with_a_proposal_for_each_field(sheet
     assert sheet["record"].is_unique
 
 
+def test_the_sheet_tells_nothing_of_patient_ids(extract, sheet):
+    renamed = extract.assign(patient_id="MRN-" + extract["patient_id"])
+    other = propose(renamed, rules.select(renamed)).set_index("row", drop=False)
+    pd.testing.assert_frame_equal(other, sheet)
+
+
 @pytest.mark.parametrize("kind", ["csv", "xlsx"])
 def test_settled_rows_are_kept_or_leave_with_the_annotators_reason(extract, sheet, tmp_path, kind):
     file = fill(
@@ -171,6 +177,43 @@ def test_two_annotators_agree_or_an_adjudicator_settles(extract, sheet, tmp_path
         settle(extract, [first, second], tmp_path / "c.csv")
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ({"r5": {"keep": "yes"}}, {"r6": {"keep": "yes"}}),
+        ({"r5": {"keep": "yes"}}, {"r5": {"keep": "no"}, "r6": {"keep": "yes"}}),
+        ({"r5": {"keep": "yes"}, "r6": {"keep": "no"}}, {"r6": {"keep": "yes"}}),
+    ],
+)
+def test_annotators_who_keep_another_row_of_a_patient_settle_none_of_them(
+    extract, sheet, tmp_path, choices
+):
+    files = [fill(sheet, tmp_path / "a.csv", **choices[0], r3={"keep": "yes"})]
+    files += [fill(sheet, tmp_path / "b.csv", **choices[1])]
+    settled = settle(extract, files)
+    assert list(settled.columns.index) == [3]
+    assert list(settled.disagreements["row"]) == ["5", "6"]
+    assert settled.facts["disagreements"] == settled.facts["open_disagreements"] == 2
+    open_ = settled.disagreements.set_index("row", drop=False)
+    for title, entries in zip(("first", "second"), choices, strict=True):
+        for row in ("5", "6"):
+            assert open_.loc[row, f"{title}_keep"] == entries.get(f"r{row}", {}).get("keep", "")
+    assert list(open_["given_plan_name"]) == ["R BREAST A", "R BREAST B"]
+    assert (open_["case"] == sheet.loc["5", "case"]).all()
+
+    answers = {"keep": "yes", "modality": "photon", "regimen": REGIMEN, "icd10": "C50.411"}
+    final = fill(open_, tmp_path / "c.csv", r6=answers, r5={"keep": "no"})
+    done = settle(extract, files, final)
+    assert list(done.columns.index) == [3, 5, 6] and done.disagreements.empty
+    assert list(decided(extract, done).kept.index) == [2, 3, 6]
+    final = fill(open_, tmp_path / "c.csv", r6=answers, r5=answers)
+    with pytest.raises(ValueError, match=r"c\.csv: rows 5 and 6 .* are of one patient"):
+        settle(extract, files, final)
+    # Where a patient can have several, rows that one alone filled in are settled.
+    several = settle(extract, files, one_per_patient=False)
+    assert len(several.disagreements) == len(set(choices[0]) & set(choices[1]))
+
+
 SECRET = "angiosarcoma of the scalp"
 
 
@@ -235,6 +278,23 @@ def test_a_sheet_saved_by_a_spreadsheet_program_comes_back(extract, sheet, tmp_p
     formula = sheet.assign(given_plan_name="=1+1", given_plan_id="a\x02b")
     book = pd.read_excel(io.BytesIO(to_bytes(formula, "xlsx")), dtype=str)
     assert set(book["given_plan_name"]) == {"=1+1"} and set(book["given_plan_id"]) == {"a b"}
+
+
+def test_no_cell_of_a_csv_sheet_is_a_formula_or_a_number_to_spreadsheet_programs(
+    extract, sheet, tmp_path
+):
+    assert sheet["record"].str.fullmatch(r"r[0-9a-f]{12}").all()
+    names = ["=1+1", "+1", "@SUM(A1)", "-", "'=1+1", "'69 plan"]
+    sheet["given_plan_name"] = names
+    sheet["keep"] = "no"
+    (tmp_path / "a.csv").write_bytes(to_bytes(sheet, "csv"))
+    written = pd.read_csv(tmp_path / "a.csv", dtype=str, keep_default_na=False)
+    assert list(written["given_plan_name"]) == [
+        "'=1+1", "'+1", "'@SUM(A1)", "'-", "''=1+1", "'69 plan"
+    ]  # fmt: skip
+    assert not written.map(lambda text: text[:1] in tuple("=+-@")).any(axis=None)
+    read = annotation._read_sheet(tmp_path / "a.csv", extract)
+    assert list(read["given_plan_name"]) == names
 
 
 def test_proposals_are_what_the_record_was_made_from(tmp_path):

@@ -1,6 +1,8 @@
 """Annotators, external tests, near duplicates, published tables and the preflight, through the
 command."""
 
+from importlib import metadata
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,8 @@ from preparing import run_prepare
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from radonc_jax.data import cohort, synthetic
+from radonc_jax import prepare
+from radonc_jax.data import annotation, cohort, synthetic
 from radonc_jax.data.batches import BatchConfig, task_examples
 from radonc_jax.data.splits import SPLITS, find_duplicates
 from radonc_jax.models.tokenizer import load_tokenizer
@@ -84,10 +87,22 @@ def test_two_annotators_and_an_adjudicator_settle_what_the_rules_left_open(tmp_p
     assert "carcinoma" not in message
 
 
+def test_identifiers_are_looked_for_in_every_column_that_a_sheet_shows(tmp_path, extract):
+    assert set(prepare.SCANNED) >= {*annotation.GIVEN, *cohort.CARRIED}
+    for column in ("icd10", "course_id", "plan_id", "total_dose_gy", "total_dose_cgy", "fractions"):
+        held = extract[column] if column in extract else pd.Series("", index=extract.index)
+        table = extract.assign(**{column: held.astype(str).where(held.index > 0, "MRN 4482913")})
+        table.to_csv(tmp_path / "e.csv", index=False)
+        _, message = run_prepare(tmp_path, tmp_path / "e.csv")
+        assert f"identifiers found in {column}: mrn 1 (row 2)" in message
+
+
 def test_a_sheet_can_be_a_workbook(tmp_path, source):
     manifest, _ = run_prepare(tmp_path, source, "--annotation_format=xlsx")
     book = pd.read_excel(tmp_path / "cohort" / "annotation.xlsx", dtype=str)
     assert len(book) == manifest["annotation"]["rows_offered"]
+    table = {"name": "simple_icd_10_cm", "version": metadata.version("simple_icd_10_cm")}
+    assert manifest["code_table"] == table
     assert not (tmp_path / "cohort" / "annotation.csv").exists()
 
 
@@ -103,6 +118,7 @@ def test_a_hospital_that_is_named_is_the_whole_test_and_nothing_else(tmp_path, e
         "by": "site",
         "column": "institution",
         "sites": ["South"],
+        "sites_chosen": 1,
         "external_cases": int(of_south.sum()),
         "external_cases_not_tested": 0,
     }
@@ -190,8 +206,11 @@ def test_preflight_tells_what_training_will_do(tmp_path, source, tokenizer_folde
     assert not any(word in lists for word in texts if len(word) > 7)
 
 
-def test_a_wrong_tokenizer_is_told_before_the_work(tmp_path, source):
+def test_a_wrong_option_is_told_before_the_work(tmp_path, source):
     _, message = run_prepare(tmp_path, source, f"--tokenizer={tmp_path}")
     assert "holds neither tokenizer.json nor tokenizer.model" in message
+    for option in ("--seed=-1", "--test_fraction=1.5", "--validation_fraction=0"):
+        _, message = run_prepare(tmp_path, tmp_path / "not_read.csv", option)
+        assert message.startswith(f"error: {option.partition('=')[0]} is ")
     _, message = run_prepare(tmp_path, source, "--split_by=month")
     assert "--split_by is 'month'" in message

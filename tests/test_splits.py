@@ -85,6 +85,17 @@ def test_impossible_splits(test, validation, n, message):
         assign_splits(patients, labels, 0, test, validation)
 
 
+def test_ids_that_differ_by_case_or_blanks_are_one_patient():
+    patients, labels = _cases(200, 5)
+    other = patients.where(patients.index % 2 == 0, " " + patients.str.upper())
+    split = assign_splits(other, labels, 3, 0.2, 0.1)
+    assert split.groupby(patients).nunique().eq(1).all()
+    assert split.equals(assign_splits(patients, labels, 3, 0.2, 0.1))
+    crossing = pd.DataFrame({"patient_id": ["ab1", "AB1"], "split": ["train", "test"]})
+    with pytest.raises(ValueError, match="1 patients are in more than one split"):
+        check_no_patient_crosses(crossing)
+
+
 def test_leak_check():
     cases = pd.DataFrame({"patient_id": ["a", "b", "a"], "split": ["train", "test", "train"]})
     check_no_patient_crosses(cases)
@@ -239,6 +250,29 @@ def test_external_tests_that_cannot_be(by, columns, message):
     with pytest.raises(ValueError, match=message) as caught:
         split_cases(_dated(**columns), 0, 0.15, 0.1, by=parse_split_by(by))
     assert "soon" not in str(caught.value)
+
+
+@pytest.mark.parametrize("by", ["site:diagnosis=Mayo", "site:patient_id=p1,p2", "date:patient_id"])
+def test_columns_of_texts_and_ids_choose_no_test(by):
+    with pytest.raises(ValueError, match="of texts, numbers or ids"):
+        parse_split_by(by)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("remarks", ["Smith saw him", "Jones saw her"] * 100),
+        ("institution", ["Smith saw him " * 9, "Jones saw her"] * 100),
+        ("institution", ["Jones saw her", *(f"Smith {i}" for i in range(199))]),
+    ],
+)
+def test_values_that_may_be_of_patients_are_counted_not_told(column, values):
+    cases = _dated(**{column: values})
+    with pytest.raises(ValueError, match=r"it has \d+ distinct values") as caught:
+        external_cases(cases, parse_split_by(f"site:{column}=West"), 0.15)
+    assert "Smith" not in str(caught.value) and "Jones" not in str(caught.value)
+    external, facts = external_cases(cases, parse_split_by(f"site:{column}=jones saw her"), 0.15)
+    assert external.any() and facts == {"by": "site", "column": column, "sites_chosen": 1}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ _YES = frozenset({"yes", "y", "keep", "1", "true", "x", "ja", "oui"})
 _NO = frozenset({"no", "n", "exclude", "0", "false", "nein", "non"})
 _LONGEST_CELL = 32_767  # characters, in Excel
 _CUT = " [the rest does not fit into a cell]"
+_FORMULA = re.compile(r"'*[=+@\-\t\r]")  # to spreadsheet programs, or with apostrophes before it
 _NOT_IN_WORKBOOKS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -90,11 +91,13 @@ def _column(rows: pd.DataFrame, name: str) -> pd.Series:
 
 
 def _fingerprints(rows: pd.DataFrame) -> pd.Series:
-    columns = [_column(rows, name) for name in ("patient_id", *GIVEN)]
+    # Of nothing but what the sheet shows: whoever holds it could try out patient ids otherwise.
+    columns = [_column(rows, name) for name in GIVEN]
     prints = []
     for row, *values in zip(rows.index, *columns, strict=True):
         whole = "\x1f".join([str(row), *values]).encode("utf-8", "replace")
-        prints.append(hashlib.sha256(whole).hexdigest()[:12])
+        # The letter keeps spreadsheet programs from reading 12 digits, or 1e5, as a number.
+        prints.append("r" + hashlib.sha256(whole).hexdigest()[:12])
     return pd.Series(prints, index=rows.index, dtype="str")
 
 
@@ -158,8 +161,12 @@ def _without_other_modality(regimen: str, modality: str) -> str:
 
 
 def to_bytes(sheet: pd.DataFrame, kind: str) -> bytes:
-    """The sheet as a file that spreadsheet programs open: csv (UTF-8 with its mark) or xlsx."""
+    """The sheet as a file that spreadsheet programs open: csv (UTF-8 with its mark) or xlsx.
+
+    In csv a text that would be a formula begins with an apostrophe, which reading takes off.
+    """
     if kind == "csv":
+        sheet = sheet.map(lambda text: "'" + text if _FORMULA.match(text) else text)
         return sheet.to_csv(index=False, lineterminator="\r\n").encode("utf-8-sig", "replace")
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
@@ -216,7 +223,8 @@ def settle(
 
     A row that one annotator alone filled in is settled by that entry; one that both filled in, by
     what they agree on (decision, and for a kept row all three answers in normal form), else by the
-    adjudicator. Cohen's kappa is scikit-learn's.
+    adjudicator. Where both keep a row of a patient but not the same one, the adjudicator settles
+    all rows of that patient. Cohen's kappa is scikit-learn's.
 
     Args:
       extract: index "row", as it was when the sheets were written.
@@ -228,8 +236,8 @@ def settle(
       FileNotFoundError: no such file.
       ValueError: not one or two annotators, a sheet that is damaged, lacks columns, has a row twice
         or belongs to another extract, an entry that is not valid (file, row and column are named,
-        never what stands there), an adjudication of what nobody disagrees on, or two kept rows of
-        one patient.
+        never what stands there), an adjudication of what nobody disagrees on, or two rows of one
+        patient that the same person keeps.
     """
     files = [Path(file) for file in files]
     if len(files) not in (1, 2):
@@ -250,11 +258,15 @@ def settle(
     second = sheets[1] if len(sheets) == 2 else first.iloc[:0]
     both = first.index.intersection(second.index)
     differ = both[~_agree(first.loc[both], second.loc[both])]
-    settled = pd.concat([first.drop(differ), second.drop(both)])
+    if one_per_patient:
+        for file, sheet in zip(files, sheets, strict=True):
+            _check_one_each(extract, sheet, file)
+        differ = differ.union(_of_other_primary(extract, first, second))
+    settled = pd.concat([first, second.drop(both)]).drop(differ)
     facts["annotated_twice"] = len(both)
     facts["agreement"] = _agreement(first.loc[both], second.loc[both])
     facts["disagreements"] = len(differ)
-    disagreements = _for_adjudication(first.loc[differ], second.loc[differ])
+    disagreements = _for_adjudication(first.reindex(differ), second.reindex(differ))
     if adjudication is not None:
         path = Path(adjudication)
         final = _read_sheet(path, extract)
@@ -265,6 +277,8 @@ def settle(
                 "extract, on which the annotators do not disagree; take it out, or correct their "
                 "sheets"
             )
+        if one_per_patient:
+            _check_one_each(extract, final, path)
         settled = pd.concat([settled, final])
         disagreements = disagreements[~disagreements["row"].astype(int).isin(final.index)]
         facts["adjudication"] = {
@@ -272,8 +286,6 @@ def settle(
         }  # fmt: skip
     settled = settled.sort_index()
     primary = settled["decision"] == "primary"
-    if one_per_patient:
-        _check_one_each(extract, settled.index[primary], files)
     facts["settled"] = {
         "primary": int(primary.sum()),
         "exclude": settled.loc[~primary, "exclude_reason"].value_counts().sort_index().to_dict(),
@@ -294,6 +306,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _without_quote(text: str) -> str:
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
 def _read_sheet(path: Path, extract: pd.DataFrame) -> pd.DataFrame:
     """The filled-in rows of a sheet: index the extract's row, columns COLUMNS, `line` (row of the
     sheet), `decision`; FIELDS in normal form, `exclude_reason` as a slug."""
@@ -311,7 +327,7 @@ def _read_sheet(path: Path, extract: pd.DataFrame) -> pd.DataFrame:
         )
     table = [(line, *values) for line, values in lines]
     sheet = pd.DataFrame(table, columns=["line", *header]).reindex(columns=["line", *COLUMNS])
-    sheet[list(COLUMNS)] = sheet[list(COLUMNS)].fillna("")
+    sheet[list(COLUMNS)] = sheet[list(COLUMNS)].fillna("").map(_without_quote)
     for name in needed:
         sheet[name] = sheet[name].str.strip()
     filled = (sheet[list(ENTRIES)] != "").any(axis=1)
@@ -400,28 +416,41 @@ def _kappa(first: pd.Series, second: pd.Series) -> dict:
     return {"n": len(first), "equal": float((first == second).mean()), "kappa": kappa}
 
 
+def _of_other_primary(extract: pd.DataFrame, first: pd.DataFrame, second: pd.DataFrame) -> pd.Index:
+    """Rows, filled in by anybody, of patients of whom each annotator keeps another row."""
+    rows = first.index.union(second.index)
+    patients = extract.loc[rows, "patient_id"].str.strip()
+    primary = [sheet.index[sheet["decision"] == "primary"] for sheet in (first, second)]
+    one, two = (pd.Series(kept, index=patients[kept]) for kept in primary)
+    twice = one.index.intersection(two.index)
+    return rows[patients.isin(twice[(one[twice] != two[twice]).to_numpy()])]
+
+
 def _for_adjudication(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    sheet = first[list(COLUMNS)].copy()
+    """Of two sheets with the same index; the rows that one annotator left empty are NaN in it."""
+    sheet = first[list(COLUMNS)].fillna(second[list(COLUMNS)])
     for name in FIELDS:
         agreed = (first[name] == second[name]) & (first[name] != "")
         sheet[f"proposed_{name}"] = first[name].where(agreed, "")
+    keep = {"primary": "yes", "exclude": "no"}
     for title, entries in (("first", first), ("second", second)):
-        sheet[f"{title}_keep"] = np.where(entries["decision"] == "primary", "yes", "no")
+        sheet[f"{title}_keep"] = entries["decision"].map(keep).fillna("")
         for name in (*FIELDS, "exclude_reason"):
-            sheet[f"{title}_{name}"] = entries[name].str.removeprefix("annotated_")
+            sheet[f"{title}_{name}"] = entries[name].fillna("").str.removeprefix("annotated_")
     sheet[list(ENTRIES)] = ""
     seen = [name for name in sheet.columns if name not in ENTRIES]
     return sheet[[*seen, *ENTRIES]]
 
 
-def _check_one_each(extract: pd.DataFrame, primary: pd.Index, files: Sequence[Path]) -> None:
+def _check_one_each(extract: pd.DataFrame, sheet: pd.DataFrame, file: Path) -> None:
+    primary = sheet.index[sheet["decision"] == "primary"]
     patients = extract.loc[primary, "patient_id"].str.strip()
     again = patients[patients.duplicated(keep=False)]
     if len(again):
         rows = again.index[again == again.iloc[0]]
         raise ValueError(
-            f"{', '.join(map(str, files))}: rows {' and '.join(map(str, rows))} of the extract are "
-            "of one patient and both are kept; keep one of them"
+            f"{file}: rows {' and '.join(map(str, rows))} of the extract are of one patient and "
+            "all are kept; keep one of them"
         )
 
 

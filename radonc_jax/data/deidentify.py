@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -1365,44 +1364,6 @@ def audit_lines(
                 "action": actions[span.kind] if policy == "redact" else "none",
             }
             yield json.dumps(line)
-
-
-def write_audit(
-    path: Path, findings: Findings, policy: str, actions: dict[str, str] | None = None
-) -> None:
-    """Writes `audit_lines` to `path`, aside and then renamed."""
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in audit_lines(findings, policy, actions))
-    draft.replace(path)
-
-
-_HEADERS = (
-    ("name", r"(?:first|last|middle|full|maiden|patient|pt|given|family|physician|provider|doctor)"
-             r"_?names?|surname|name|attending|physician|provider|oncologist|guarantor|next_of_kin"),
-    ("date", r"dob|.*birth.*|.*date.*|.*_dt|.*_time|admit\w*|discharge\w*"),
-    ("place", r".*address.*|street.*|city|county|zip.*|post(?:al)?_?code"),
-    ("phone", r".*phone.*|mobile|cell|pager"),
-    ("fax", r".*fax.*"),
-    ("email", r".*e_?mail.*"),
-    ("ssn", r"ssn|social_security.*"),
-    ("mrn", r"mrn|.*medical_record.*|chart_(?:no|number|id)"),
-    ("health_plan", r"(?:member|subscriber|policy|medicare|medicaid|insurance|payer).*"),
-    ("account", r"(?:account|acct|billing|encounter|csn|har|fin)\w*"),
-    ("other_id", r"accession.*|.*_uid|.*uuid.*"),
-)  # fmt: skip
-
-
-def identifying_columns(headers: Iterable[str]) -> dict[str, str]:
-    """Header -> class, for headers that announce identifiers ("Patient Name", "DOB", "MRN")."""
-    found = {}
-    for header in headers:
-        plain = "_".join(re.findall(r"[a-z0-9]+", header.casefold()))
-        for kind, pattern in _HEADERS:
-            if re.fullmatch(pattern, plain):
-                found[header] = kind
-                break
-    return found
 
 
 def pseudonyms(patient_ids: pd.Series, seed: int) -> pd.Series:

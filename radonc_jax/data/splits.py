@@ -26,7 +26,8 @@ def assign_splits(
     groups: pd.Series | None = None,
     external: pd.Series | None = None,
 ) -> pd.Series:
-    """The split of each case; all cases of a patient, and of a group, share one.
+    """The split of each case; all cases of a patient, and of a group, share one. Patient ids that
+    differ by case or by blanks around them alone count as one.
 
     Units (patients, or patients joined by groups) are put in order of their labels (columns of
     `labels`, most important first; those of a unit's first case count), in random order among
@@ -46,16 +47,10 @@ def assign_splits(
         the test holds nothing but external cases.
 
     Raises:
-      ValueError: a share is not between 0 and 1, nothing is left to train on, or a split would
-        hold no patient.
+      ValueError: as `check_draw`, or a split would hold no patient.
     """
-    for name, share in (("test_fraction", test), ("validation_fraction", validation)):
-        if not 0 < share < 1:
-            raise ValueError(f"{name} is {share}; it must lie between 0 and 1")
-    if test + validation >= 1:
-        raise ValueError(
-            f"test_fraction {test} and validation_fraction {validation} leave nothing to train on"
-        )
+    check_draw(seed, test, validation)
+    patients = _one_spelling(patients)
     rng = np.random.Generator(np.random.PCG64(seed))
     patient = pd.factorize(patients)[0]
     unit = patient if groups is None else _joined(patient, pd.factorize(groups)[0])
@@ -80,6 +75,29 @@ def assign_splits(
                 "more records or other fractions"
             )
     return pd.Series(split[unit], index=patients.index)
+
+
+def check_draw(seed: int, test: float, validation: float) -> None:
+    """
+    Raises:
+      ValueError: the seed is negative, a share is not between 0 and 1, or nothing is left to train
+        on.
+    """
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}; it must not be negative")
+    for name, share in (("test_fraction", test), ("validation_fraction", validation)):
+        if not 0 < share < 1:
+            raise ValueError(f"--{name} is {share}; it must lie between 0 and 1")
+    if test + validation >= 1:
+        raise ValueError(
+            f"--test_fraction={test} and --validation_fraction={validation} leave nothing to train "
+            "on"
+        )
+
+
+def _one_spelling(patients: pd.Series) -> pd.Series:
+    # Two ids that differ so are most likely one patient; at worst two of them share a split.
+    return patients.astype(str).str.strip().str.casefold()
 
 
 def _joined(patient: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -125,6 +143,18 @@ def _evenly(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 
 
+# Texts and numbers of single patients: no choice of a test set, and nothing to show.
+_NOT_TO_SPLIT_BY = frozenset({
+    "case_id", "patient_id", "diagnosis", "diagnosis_id", "icd10", "prescription", "regimen",
+    "total_dose_gy", "total_dose_cgy", "fractions", "course_id", "plan_id", "plan_name",
+})  # fmt: skip
+# Columns whose values are named in messages and the manifest, where they are few and short.
+_PLACES = frozenset(
+    {"institution", "site", "hospital", "centre", "center", "clinic", "facility", "campus"}
+)
+_MOST_PLACES, _LONGEST_PLACE = 50, 40
+
+
 @dataclass(frozen=True)
 class SplitBy:
     """How the test set is chosen: "patient" (drawn), "date" (the latest) or "site" (named)."""
@@ -138,7 +168,7 @@ def parse_split_by(text: str) -> SplitBy:
     """ "patient", "date:COLUMN", "date:COLUMN=2023-01-01" or "site:COLUMN=NAME,NAME".
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: it is none of these, or the column is one of texts or ids.
     """
     kind, _, rest = text.partition(":")
     column, equals, value = (part.strip() for part in rest.partition("="))
@@ -152,6 +182,11 @@ def parse_split_by(text: str) -> SplitBy:
             f"--split_by is {text!r}; give patient, date:COLUMN, date:COLUMN=FIRST_DATE_OF_TEST or "
             "site:COLUMN=NAME,NAME"
         )
+    if column.casefold() in _NOT_TO_SPLIT_BY:
+        raise ValueError(
+            f"--split_by names the column {column}, which is of texts, numbers or ids of single "
+            "patients; name one of places or of dates"
+        )
     return SplitBy(kind, column, value)
 
 
@@ -160,7 +195,8 @@ def external_cases(cases: pd.DataFrame, by: SplitBy, test: float) -> tuple[pd.Se
 
     By date: cases from the given date on, else from the date that leaves as nearly as possible
     `test` of the patients behind it; a patient counts by the earliest case, and cases of one date
-    stay together. By site: cases of the named institutions.
+    stay together. By site: cases of the named institutions. Values of the column are told only
+    where it is one of places, with few and short ones; else their number is.
 
     Args:
       cases: with columns case_id, patient_id and the one that `by` names.
@@ -180,17 +216,25 @@ def external_cases(cases: pd.DataFrame, by: SplitBy, test: float) -> tuple[pd.Se
         wanted = {name.strip().casefold() for name in by.value.split(",")}
         folded = values.str.casefold()
         absent = sorted(wanted - set(folded))
+        distinct = values.value_counts().index
+        shown = (
+            by.column.casefold() in _PLACES
+            and len(distinct) <= _MOST_PLACES
+            and distinct.str.len().max() <= _LONGEST_PLACE
+        )
         if absent:
-            there = values.value_counts().index[:10]
+            there = f"the commonest values are {', '.join(map(repr, distinct[:10]))}"
             raise ValueError(
-                f"--split_by: no case has {absent[0]!r} in column {by.column}; the commonest "
-                f"values are {', '.join(map(repr, there))}"
+                f"--split_by: no case has {absent[0]!r} in column {by.column}; "
+                + (there if shown else f"it has {len(distinct)} distinct values")
             )
         external = folded.isin(wanted)
-        facts["sites"] = sorted(values[external].unique())
+        if shown:
+            facts["sites"] = sorted(values[external].unique())
+        facts["sites_chosen"] = int(folded[external].nunique())
     else:
         dates = _dates(values, cases["case_id"], by.column)
-        earliest = dates.groupby(cases["patient_id"]).min()
+        earliest = dates.groupby(_one_spelling(cases["patient_id"])).min()
         if by.value:
             first = _dates(pd.Series([by.value]), pd.Series(["--split_by"]), by.column)[0]
             if type(first) is not type(dates.iloc[0]):
@@ -284,7 +328,7 @@ def check_no_patient_crosses(cases: pd.DataFrame) -> None:
     Raises:
       ValueError: a patient of `cases` (columns patient_id, split) is in more than one split.
     """
-    crossing = cases.groupby("patient_id")["split"].nunique() > 1
+    crossing = cases["split"].groupby(_one_spelling(cases["patient_id"])).nunique() > 1
     if crossing.any():
         raise ValueError(
             f"{int(crossing.sum())} patients are in more than one split; scores on held-out cases "
