@@ -258,6 +258,11 @@ def test_doses_and_fractions(text, expected):
         ("60 Gy in 8 fx, BED 105 Gy", "other_dose"),
         ("70 Gy in 35 fx, 63 Gy in 35 fx", "other_dose"),
         ("30 Gy/10 -> 20 Gy/5", "other_dose"),
+        ("50 Gy in 25 fx, boost 60 Gy in 30 fx", "other_dose"),  # the sum, or not
+        ("36 Gy in 20 fx, boost 37.8 Gy in 21 fx", None),
+        ("max dose 63 Gy, 60 Gy in 30 fx", "other_dose"),
+        ("PTV 60 Gy, max 55 Gy in 30 fx", "other_dose"),
+        ("Spinal cord 30 Gy in 15 fx + boost 10 Gy in 5 fx", None),
         ("Lung 60 Gy in 30 fx, 30 Gy in 10 fx to brain", "other_dose"),
         ("Prior WBRT 30 Gy/10 fx; now SRS 20 Gy in 1 fx to left frontal lobe", "other_dose"),
         ("Prior WBRT 30 Gy/10 fx", "other_dose"),

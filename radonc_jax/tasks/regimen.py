@@ -134,7 +134,7 @@ _BOOST_TO = re.compile(
 _ARROW = re.compile(r"\s?-{1,2}>\s?")
 # A dose beside these words limits, reports or precedes the course, and is no phase of it.
 _NO_PHASE = re.compile(
-    r"\b(?:max|maximum|dmax|min|minimum|mean|median|cord|constraint|limit|tolerance|eqd2"
+    r"\b(?:max|maximum|dmax|min|minimum|mean|median|constraint|limit|tolerance|eqd2"
     r"|complet(?:ed?|ion)|stop(?:ped)?|held|hold|received|cumulative|instead"
     r"|prior|previous(?:ly)?|earlier)\b|\bdelivered\b(?!\s(?:with|by|via|using|to)\b)",
     re.IGNORECASE,
@@ -144,6 +144,7 @@ _INTEGRATED = re.compile(r"\bsib\b|\bintegrated\b|\bconcomitant boost\b", re.IGN
 _IMPLANT = re.compile(r"\bldr\b|\bseeds?\b|\bplaque\b|\bpermanent\b|\bimplant\b", re.IGNORECASE)
 _ONE_FRACTION = re.compile(rf"{_IMPLANT.pattern}|\bsingle\b", re.IGNORECASE)
 _MOST_A_DAY_GY = 5  # a larger dose beside "daily" or "x 15 days" may be the total
+_MOST_ADDED_UP_GY = 90  # of a long boost after a shorter first phase
 _MOST_EACH_GY = 34  # more than this is not given in one fraction outside an implant
 
 
@@ -244,8 +245,10 @@ def _merge_phases(text: str, phases: list[_Phase]) -> tuple[_Phase, _Phase | Non
     parts = _without_sum(text, parts)
     first, later = parts[0], parts[1:]
     conflict = next((part.conflict for part in parts if part.conflict), None)
-    if _EARLIER.search(re.split(r"[,;]|\.\s", text[: first.start])[-1]):
-        conflict = conflict or "other_dose"  # "prior WBRT 30 Gy/10 fx; now ..."
+    own = re.split(r"[,;]|\.\s", text[: first.start])[-1]
+    # "prior WBRT 30 Gy/10 fx", "max dose 63 Gy, 60 Gy in 30 fx"
+    if _EARLIER.search(own) or (later and _NO_PHASE.search(own)):
+        conflict = conflict or "other_dose"
     first = replace(first, conflict=conflict)
     if not later:
         return first, None
@@ -351,6 +354,7 @@ def _are_levels(text: str, first: _Phase, later: list[_Phase]) -> bool:
         and all(p.fractions is None for p in phases[:-1])
         and all(a.dose > b.dose >= first.dose / 2 for a, b in zip(phases, later, strict=False))
         and not _ADDED.search(text[first.end : later[-1].start])
+        and not _NO_PHASE.search(text[first.end : later[-1].start])
     )
 
 
@@ -367,10 +371,12 @@ def _is_phase(text: str, phases: list[_Phase], first: _Phase, later: _Phase) -> 
         return False
     if _ARROW.fullmatch(lead):  # "45 Gy/25 -> 50.4 Gy/28" names the sum
         return later.dose > first.dose and (later.fractions or 0) > (first.fractions or 99)
-    if any(found.search(lead) for found in (_ADDED, _INTEGRATED)):
+    if _INTEGRATED.search(lead) or _INTEGRATED.search(tail) or _BOOST_TO.search(lead):
         return True
-    if any(_BOOST.search(words) or _INTEGRATED.search(words) for words in (later.words, tail)):
-        return True
+    if _ADDED.search(lead) or _BOOST.search(later.words) or _BOOST.search(tail):
+        # "50 Gy in 25 fx, boost 60 Gy in 30 fx" may name the sum.
+        longer = later.dose > first.dose and (later.fractions or 0) > (first.fractions or 99)
+        return not longer or later.dose + first.dose <= _MOST_ADDED_UP_GY
     _, separator, own = re.sub(r"[,:]", ";", lead).rpartition(";")
     return (
         bool(separator)
