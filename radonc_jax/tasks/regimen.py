@@ -358,6 +358,13 @@ def _are_levels(text: str, first: _Phase, later: list[_Phase]) -> bool:
     )
 
 
+def _more_fractions(first: _Phase, later: _Phase) -> int | None:
+    """Fractions that `later` counts beyond those of `first`; None where it counts none more."""
+    if first.fractions is None or later.fractions is None:
+        return None
+    return max(later.fractions - first.fractions, 0) or None
+
+
 def _is_phase(text: str, phases: list[_Phase], first: _Phase, later: _Phase) -> bool:
     """Whether a later dose is surely given on top of the first one.
 
@@ -369,13 +376,14 @@ def _is_phase(text: str, phases: list[_Phase], first: _Phase, later: _Phase) -> 
     tail = re.split(r"[,;+]|\.\s", text[later.end : following])[0]
     if _NO_PHASE.search(lead) or _NO_PHASE.search(tail):
         return False
+    more = _more_fractions(first, later)
     if _ARROW.fullmatch(lead):  # "45 Gy/25 -> 50.4 Gy/28" names the sum
-        return later.dose > first.dose and (later.fractions or 0) > (first.fractions or 99)
+        return later.dose > first.dose and more is not None
     if _INTEGRATED.search(lead) or _INTEGRATED.search(tail) or _BOOST_TO.search(lead):
         return True
     if _ADDED.search(lead) or _BOOST.search(later.words) or _BOOST.search(tail):
         # "50 Gy in 25 fx, boost 60 Gy in 30 fx" may name the sum.
-        longer = later.dose > first.dose and (later.fractions or 0) > (first.fractions or 99)
+        longer = later.dose > first.dose and more is not None
         return not longer or later.dose + first.dose <= _MOST_ADDED_UP_GY
     _, separator, own = re.sub(r"[,:]", ";", lead).rpartition(";")
     return (
@@ -396,8 +404,7 @@ def _sum_of_boosts(text: str, first: _Phase, later: list[_Phase]) -> _Phase | No
     names_sum = integrated or _BOOST_TO.search(lead) or _ARROW.fullmatch(lead)
     if len(later) == 1 and dose > first.dose and names_sum:
         dose -= first.dose
-        more = (counts[0] or 0) - (first.fractions or 99)
-        counts = [more if more > 0 and not integrated else None]
+        counts = [None if integrated else _more_fractions(first, later[0])]
     elif integrated:
         return None  # lower levels of the same fractions
     return _Phase(
