@@ -193,6 +193,17 @@ def test_a_regimen_in_any_style_is_read_back(course):
         ("50+10 Gy", (50, None, 10, None)),
         ("60 Gy (50 + 10)", (50, None, 10, None)),
         ("50 Gy in 25 fx, boost to 60 Gy", (50, 25, 10, None)),
+        ("50 Gy in 25 fx, boost to 60 Gy in 30 fx", (50, 25, 10, 5)),
+        ("50 Gy in 25 fx, boost to a total of 60 Gy in 30 fx", (50, 25, 10, 5)),
+        ("50 Gy in 25 fx, boost to 60 Gy in 25 fx", (50, 25, 10, None)),
+        ("50 Gy, boost to 60 Gy in 30 fx", (50, None, 10, None)),
+        ("Rectum 45 Gy/25 -> 50.4 Gy/28", (45, 25, 5.4, 3)),
+        ("45 Gy in 25 + 5.4 Gy in 3 rectum", (45, 25, 5.4, 3)),
+        ("45 Gy/25 + 5.4 Gy/3", (45, 25, 5.4, 3)),
+        ("1.8 Gy x 25 + 2 Gy x 5", (45, 25, 10, 5)),
+        # an own segment after the first phase, with nothing but a technique in it
+        ("50 Gy in 25 fx, 10 Gy in 5 fx", (50, 25, 10, 5)),
+        ("45 Gy in 25 fx to pelvis; HDR 7 Gy x 4", (45, 25, 28, 4)),
         # levels and integrated boosts are given in the same fractions
         ("70 Gy, 63 Gy and 56 Gy in 35 fractions", (70, 35, None, None)),
         ("70 Gy to tumor, 63 Gy to neck, 56 Gy to low risk in 35 fx", (70, 35, None, None)),
@@ -208,6 +219,10 @@ def test_a_regimen_in_any_style_is_read_back(course):
         ("50 Gy in 25 fractions, five days a week", (50, 25, None, None)),
         ("26 Gy in 5 fx over 1 week", (26, 5, None, None)),
         ("45 Gy to the left chest wall and axilla in 25 fractions", (45, 25, None, None)),
+        ("Total 50.4 Gy; 1.8 Gy daily; rectum", (50.4, 28, None, None)),
+        ("60 Gy daily, VMAT", (60, None, None, None)),
+        ("1.5 Gy x 2/day x 15 days", (45, 30, None, None)),
+        ("45 Gy BID x 15 days", (45, None, None, None)),  # may be the total
         ("8 Gy to T12 fx", (8, None, None, None)),  # a fracture of T12, not twelve fractions
     ],
 )  # fmt: skip
@@ -233,12 +248,58 @@ def test_doses_and_fractions(text, expected):
         ("total 66 Gy = 45 Gy + 15 Gy boost", "sum"),
         ("45 Gy in 25 fx + 15 Gy in 8 fx boost, total 66 Gy", "sum"),
         ("2 Gy x 30 = 50 Gy", "sum"),
+        # limits, reports and other courses
+        ("Lung 60 Gy in 30 fx, cord max 45 Gy", "other_dose"),
+        ("45 Gy in 25 fx + 9 Gy in 5 fx, cord max 48 Gy", "other_dose"),
+        ("50 Gy in 20 fx, max dose 53.5 Gy, prostate", "other_dose"),
+        ("60 Gy in 30 fractions, completed 56 Gy in 28 fractions", "other_dose"),
+        ("60 Gy in 30 fractions, then stopped at 56 Gy in 28 fractions", "other_dose"),
+        ("60 Gy in 30 fx, 56 Gy in 28 fx delivered", "other_dose"),
+        ("60 Gy in 8 fx, BED 105 Gy", "other_dose"),
+        ("70 Gy in 35 fx, 63 Gy in 35 fx", "other_dose"),
+        ("30 Gy/10 -> 20 Gy/5", "other_dose"),
+        ("50 Gy in 25 fx, boost 60 Gy in 30 fx", "other_dose"),  # the sum, or not
+        ("36 Gy in 20 fx, boost 37.8 Gy in 21 fx", None),
+        ("max dose 63 Gy, 60 Gy in 30 fx", "other_dose"),
+        ("PTV 60 Gy, max 55 Gy in 30 fx", "other_dose"),
+        ("Spinal cord 30 Gy in 15 fx + boost 10 Gy in 5 fx", None),
+        ("Lung 60 Gy in 30 fx, 30 Gy in 10 fx to brain", "other_dose"),
+        ("Prior WBRT 30 Gy/10 fx; now SRS 20 Gy in 1 fx to left frontal lobe", "other_dose"),
+        ("Prior WBRT 30 Gy/10 fx", "other_dose"),
+        ("SRS 20 Gy in 1 fx, prior WBRT 30 Gy/10 fx", "other_dose"),
+        ("50 Gy in 25 fx, prior surgery", None),
+        ("50 Gy in 25 fx, boost to tumor bed 10 Gy in 5 fx", None),
+        # sides
+        ("Right lung and left adrenal, 30 Gy in 10 fx", "side"),
+        ("50 Gy in 25 fx to left femur, right", "side"),
         ("42.56 Gy in 16 fx (2.66 Gy/fx)", None),
         ("40.05 Gy at 2.7 Gy/fx in 15 fx", None),  # rounded in print
     ],
 )
 def test_a_text_that_contradicts_itself_says_so(text, conflict):
     assert parse_regimen(text).conflict == conflict
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("50 Gy in 25 fx to femur, left", "Left femur, 50 Gy in 25 fractions"),
+        ("50 Gy in 25 fx to femur, Lt.", "Left femur, 50 Gy in 25 fractions"),
+        ("Right and left lung, 20 Gy in 10 fx", "Bilateral lung, 20 Gy in 10 fractions"),
+        ("20 Gy in 10 fx to L & R lung", "Bilateral lung, 20 Gy in 10 fractions"),
+        ("Breast_L 40.05 Gy in 15 fx", "Left breast, 40.05 Gy in 15 fractions"),
+        ("Breast_Rt, 40.05 Gy in 15 fx", "Right breast, 40.05 Gy in 15 fractions"),
+        (
+            "hyperfractionated 81.6Gy/68fx larynx",
+            "Larynx, 81.6 Gy in 68 fractions, hyperfractionated",
+        ),
+        ("1.5 Gy x 2/day x 15 days to L lung", "Left lung, 45 Gy in 30 fractions BID"),
+    ],
+)
+def test_sides_and_targets_in_other_words(text, canonical):
+    regimen = parse_regimen(text)
+    assert regimen.conflict is None
+    assert render_regimen(regimen) == canonical
 
 
 def test_what_follows_from_the_fields():

@@ -25,8 +25,9 @@ class Regimen:
     nodes").
 
     `conflict` tells what a text contradicts itself about: "dose_per_fraction" ("60 Gy in 30
-    fractions of 1.8 Gy") or "sum" ("66 Gy = 45 Gy + 15 Gy"). It is no part of the regimen: two
-    regimens are equal without it.
+    fractions of 1.8 Gy"), "sum" ("66 Gy = 45 Gy + 15 Gy"), "other_dose" (a dose that may be no
+    boost: "60 Gy in 30 fractions, cord max 45 Gy") or "side" ("right lung and left adrenal"). It
+    is no part of the regimen: two regimens are equal without it.
     """
 
     target: str | None
@@ -110,6 +111,8 @@ _AFTER_DOSE = tuple(
             r"(?P<words>(?:\s[a-z-]++){0,8}?)\s?(?:,|;|-)?\s?(?:"
             rf"(?:in|/|over)\s?{_COUNT}|\(?(?<![a-z])(?P<plain>\d{{1,2}})\s?fx\b)",
         ),
+        # "50.4 Gy; 1.8 Gy daily"
+        ("daily", r"\s?daily\b(?!\s(?:fx|fractions?)\b)"),
     )
 )
 # "30 fractions of 2 Gy", "30 x 2 Gy"; "dose per fraction 2 Gy"
@@ -124,9 +127,24 @@ _TOTAL_BEFORE = re.compile(r"(?:\btotal(?: dose)?(?: of| is)?\s?[:=]?|=)\s?$", r
 _EACH_TO = re.compile(r"\s?to\s(?:a\s)?(?:total\s(?:dose\s)?(?:of\s)?)?", re.IGNORECASE)
 _ADDED = re.compile(r"\+|\bplus\b|\bthen\b|\bfollow|\bboost|\bphase\b|\bcone", re.IGNORECASE)
 _BOOST = re.compile(r"\b(?:boost|cone-?\s?down)\b", re.IGNORECASE)
+# "boost to 60 Gy" names the sum
+_BOOST_TO = re.compile(
+    r"\b(?:boost|cone-?\s?down)\s?to\s(?:a\s)?(?:total\s(?:dose\s)?(?:of\s)?)?$", re.IGNORECASE
+)
+_ARROW = re.compile(r"\s?-{1,2}>\s?")
+# A dose beside these words limits, reports or precedes the course, and is no phase of it.
+_NO_PHASE = re.compile(
+    r"\b(?:max|maximum|dmax|min|minimum|mean|median|constraint|limit|tolerance|eqd2"
+    r"|complet(?:ed?|ion)|stop(?:ped)?|held|hold|received|cumulative|instead"
+    r"|prior|previous(?:ly)?|earlier)\b|\bdelivered\b(?!\s(?:with|by|via|using|to)\b)",
+    re.IGNORECASE,
+)
+_EARLIER = re.compile(r"\b(?:prior|previous|previously|earlier)\b", re.IGNORECASE)
 _INTEGRATED = re.compile(r"\bsib\b|\bintegrated\b|\bconcomitant boost\b", re.IGNORECASE)
 _IMPLANT = re.compile(r"\bldr\b|\bseeds?\b|\bplaque\b|\bpermanent\b|\bimplant\b", re.IGNORECASE)
 _ONE_FRACTION = re.compile(rf"{_IMPLANT.pattern}|\bsingle\b", re.IGNORECASE)
+_MOST_A_DAY_GY = 5  # a larger dose beside "daily" or "x 15 days" may be the total
+_MOST_ADDED_UP_GY = 90  # of a long boost after a shorter first phase
 _MOST_EACH_GY = 34  # more than this is not given in one fraction outside an implant
 
 
@@ -197,7 +215,9 @@ def _read_phase(text: str, position: int, match: re.Match) -> _Phase:
         said = after.groupdict()
         counted = said.get("count") or said.get("plain") or said.get("times") or said.get("later")
         count = int(counted) or None if counted else None
-        if kind == "each":
+        if kind == "daily" and dose > _MOST_A_DAY_GY:
+            continue
+        if kind in ("each", "daily"):
             return _Phase(start, after.end(), None, None, dose)
         if kind == "times":
             return _Phase(start, after.end(), round(dose * (count or 0), 4) or None, count)
@@ -225,11 +245,17 @@ def _merge_phases(text: str, phases: list[_Phase]) -> tuple[_Phase, _Phase | Non
     parts = _without_sum(text, parts)
     first, later = parts[0], parts[1:]
     conflict = next((part.conflict for part in parts if part.conflict), None)
+    own = re.split(r"[,;]|\.\s", text[: first.start])[-1]
+    # "prior WBRT 30 Gy/10 fx", "max dose 63 Gy, 60 Gy in 30 fx"
+    if _EARLIER.search(own) or (later and _NO_PHASE.search(own)):
+        conflict = conflict or "other_dose"
     first = replace(first, conflict=conflict)
     if not later:
         return first, None
     if _are_levels(text, first, later):
         return replace(first, fractions=later[-1].fractions), None
+    if not all(_is_phase(text, phases, first, part) for part in later):
+        return replace(first, conflict=conflict or "other_dose"), None
     return first, _sum_of_boosts(text, first, later)
 
 
@@ -328,6 +354,44 @@ def _are_levels(text: str, first: _Phase, later: list[_Phase]) -> bool:
         and all(p.fractions is None for p in phases[:-1])
         and all(a.dose > b.dose >= first.dose / 2 for a, b in zip(phases, later, strict=False))
         and not _ADDED.search(text[first.end : later[-1].start])
+        and not _NO_PHASE.search(text[first.end : later[-1].start])
+    )
+
+
+def _more_fractions(first: _Phase, later: _Phase) -> int | None:
+    """Fractions that `later` counts beyond those of `first`; None where it counts none more."""
+    if first.fractions is None or later.fractions is None:
+        return None
+    return max(later.fractions - first.fractions, 0) or None
+
+
+def _is_phase(text: str, phases: list[_Phase], first: _Phase, later: _Phase) -> bool:
+    """Whether a later dose is surely given on top of the first one.
+
+    It is called an addition ("+", "then", "boost"), or follows with nothing but a technique in
+    between ("45 Gy in 25 fx; HDR 7 Gy x 4"). All else may be a limit, a report or another course.
+    """
+    lead = text[max(p.end for p in phases if p.end <= later.start) : later.start]
+    following = min((p.start for p in phases if p.start >= later.end), default=len(text))
+    tail = re.split(r"[,;+]|\.\s", text[later.end : following])[0]
+    if _NO_PHASE.search(lead) or _NO_PHASE.search(tail):
+        return False
+    more = _more_fractions(first, later)
+    if _ARROW.fullmatch(lead):  # "45 Gy/25 -> 50.4 Gy/28" names the sum
+        return later.dose > first.dose and more is not None
+    if _INTEGRATED.search(lead) or _INTEGRATED.search(tail) or _BOOST_TO.search(lead):
+        return True
+    if _ADDED.search(lead) or _BOOST.search(later.words) or _BOOST.search(tail):
+        # "50 Gy in 25 fx, boost 60 Gy in 30 fx" may name the sum.
+        longer = later.dose > first.dose and more is not None
+        return not longer or later.dose + first.dose <= _MOST_ADDED_UP_GY
+    _, separator, own = re.sub(r"[,:]", ";", lead).rpartition(";")
+    return (
+        bool(separator)
+        and all(_is_technique(word) for word in own.split())
+        and not re.search(r"\bto\b", tail)  # "Lung 60 Gy/30 fx, 30 Gy/10 fx to brain"
+        and later.fractions not in (None, first.fractions)
+        and later.dose < first.dose
     )
 
 
@@ -337,9 +401,10 @@ def _sum_of_boosts(text: str, first: _Phase, later: list[_Phase]) -> _Phase | No
     dose = sum(p.dose for p in later)
     counts = [p.fractions for p in later]
     integrated = _INTEGRATED.search(lead) is not None
-    if len(later) == 1 and dose > first.dose and (integrated or re.search(r"boost to\s$", lead)):
+    names_sum = integrated or _BOOST_TO.search(lead) or _ARROW.fullmatch(lead)
+    if len(later) == 1 and dose > first.dose and names_sum:
         dose -= first.dose
-        counts = [None] if integrated else counts
+        counts = [None if integrated else _more_fractions(first, later[0])]
     elif integrated:
         return None  # lower levels of the same fractions
     return _Phase(
@@ -363,7 +428,8 @@ _TECHNIQUE_WORDS = frozenset(
     proton protons pbs impt ioert iort tsebt sbrt sabr srs srt fsrs isrt inrt ebrt hdr ldr pdr
     brachy brachytherapy interstitial intracavitary implant seeds seed permanent plaque mono
     monotherapy multicatheter balloon catheters t&o t&r vcb i-125 pd-103 ir-192 cs-131 ru-106
-    sib hypofx hypofractionated short-course short course palliative preop postop port definitive
+    sib hypofx hypofractionated hyperfx hyperfractionated accelerated fractionated conventionally
+    short-course short course palliative preop postop port definitive
     adjuvant salvage ap/pa bolus qod weekly daily x-ray x-rays stereotactic radiosurgery
     e- en-face ocular
     """.split()
@@ -381,8 +447,13 @@ _NOT_TARGET = re.compile(
 )
 _MODALITY_ALONE = re.compile(r"(?:photon|proton|electron)s?|brachy(?:therapy)?", re.IGNORECASE)
 _BID = re.compile(
-    r"\b(?:bid|b\.i\.d\.?|twice[\s-](?:daily|(?:a|per)[\s-]day)|2x[\s/]*(?:daily|day))(?!\w)",
+    r"\b(?:bid|b\.i\.d\.?|twice[\s-](?:daily|(?:a|per)[\s-]day)|2x[\s/]*(?:daily|day)"
+    r"|(?:x\s?)?(?<![\d.])2\s?(?:/|per\s|a\s)\s?day)(?!\w)",
     re.IGNORECASE,
+)
+# "1.5 Gy BID x 15 days", the schedule taken out
+_TIMES_DAYS = re.compile(
+    rf"(?<![\d.])(\d+(?:\.\d+)?)\s?({_UNIT})\s?[x*]\s?(\d{{1,2}})\s?days?\b", re.IGNORECASE
 )
 _TID = re.compile(r"\b(?:tid|t\.i\.d\.?|three times (?:daily|(?:a|per) day))(?!\w)", re.IGNORECASE)
 _EYE = re.compile(r"\b(?:uvea|uveal|choroid|eye|orbit|globe|ocular|iris|ciliary|retina)", re.I)
@@ -427,6 +498,8 @@ _POINT = re.compile(
     r"|\d+(?:\.\d+)?\s?%(?:\s(?:isodose|idl))?(?:\sline)?)\s*$",
     re.IGNORECASE,
 )
+# A segment that is a side and no more, as in "50 Gy in 25 fx to femur, left"
+_SIDE_ALONE = re.compile(r"(?i:left|right|bilateral|bilat|both|lt)|L|R|Rt")
 _SPINE = frozenset({"spine", "spinal"})  # "L spine" is the lumbar spine, not a left side
 
 
@@ -464,17 +537,17 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:] if first[1:].islower() else text
 
 
-def _read_target(words: list[str], eye: bool) -> tuple[str | None, str | None]:
-    """(target, side) of the words of one segment, technique words already taken out."""
-    side, kept = None, []
+def _read_target(words: list[str], eye: bool) -> tuple[str | None, list[str]]:
+    """(target, sides) of the words of one segment, technique words already taken out."""
+    sides, kept = [], []
     for index, word in enumerate(words):
         following = words[index + 1] if index + 1 < len(words) else None
         found = _side_of(word, following, words[index - 1] if index else None, eye)
         if found is not None:
-            side = side or found
+            sides.append(found)
         elif word.casefold() in _LOBES:
             lobe_side, target = _LOBES[word.casefold()]
-            side = side or lobe_side
+            sides.append(lobe_side)
             kept.append(target)
         else:
             kept.append(_TARGET_WORDS.get(word.casefold(), word))
@@ -484,8 +557,8 @@ def _read_target(words: list[str], eye: bool) -> tuple[str | None, str | None]:
         kept.pop()
     # A target is a name; a sentence in front of a dose is not one.
     if not 1 <= len(kept) <= 8 or not any(c.isalpha() for word in kept for c in word):
-        return None, side
-    return _lower_first(" ".join(kept)), side
+        return None, sides
+    return _lower_first(" ".join(kept)), sides
 
 
 def _segments(text: str) -> list[str]:
@@ -495,13 +568,14 @@ def _segments(text: str) -> list[str]:
 
 def _read_words(
     before: str, after: str, eye: bool, has_dose: bool
-) -> tuple[str | None, str | None, str | None]:
-    """(target, side, technique) from the text before and after the first phase's dose.
+) -> tuple[str | None, list[str], str | None]:
+    """(target, sides, technique) from the text before and after the first phase's dose.
 
     What follows "to" is the target; else what stands before the dose, less technique words; else
     the first thing after the dose that is no technique.
     """
-    target = side = None
+    target = None
+    sides: list[str] = []  # each as often as written
     techniques: list[str] = []
     stated: list[list[str]] = []  # word lists introduced by "to"
     candidates: list[list[str]] = []
@@ -529,9 +603,9 @@ def _read_words(
         if segment:
             trailing.append(segment)
     for words in candidates if named_first else stated + candidates:
-        found_target, found_side = _read_target(words, eye)
+        found_target, found_sides = _read_target(words, eye)
         target = target or found_target
-        side = side or found_side
+        sides += found_sides
     for segment in trailing:
         words = segment.split()
         rest = [word for word in words if not _is_technique(word)]
@@ -539,17 +613,20 @@ def _read_words(
             words = [word for word in words if word not in rest]
             if words:
                 techniques.append(" ".join(words))
+        elif _SIDE_ALONE.fullmatch(segment):
+            sides.append(_SIDE_NAMES[segment.casefold()])
         elif target is None:
-            target, side = _read_target(rest, eye)
+            target, found_sides = _read_target(rest, eye)
+            sides += found_sides
             if len(rest) < len(words):
                 techniques.append(" ".join(word for word in words if _is_technique(word)))
         else:
             techniques.append(segment)
-    if not has_dose and not (side or techniques or stated):
+    if not has_dose and not (sides or techniques or stated):
         target = None  # with no dose, side or technique any sentence would look like a target
     # A modality by itself is told by `Regimen.modality`; rendering writes it out where needed.
     techniques = [text for text in techniques if not _MODALITY_ALONE.fullmatch(text)]
-    return target, side, ", ".join(techniques) or None
+    return target, sides, ", ".join(techniques) or None
 
 
 def _split_at_to(segment: str) -> tuple[str, list[str]]:
@@ -575,6 +652,8 @@ _SPELLINGS = tuple(
     for pattern, replacement in (
         (r"[×✕]", "x"),
         (r"[–—]", "-"),
+        (r"→", "->"),
+        (r"(?<=[a-z])_(?=[a-z])", " "),  # "Breast_L"
         (r"μ", "u"),
         # numbers
         (r"(?<![\d.,])(\d{1,3}),(\d{3})(?=\s?c(?:gy|cge|enti))", r"\1\2"),
@@ -590,10 +669,11 @@ _SPELLINGS = tuple(
         (r"(?<![\d.])(\d+(?:\.\d+)?)\s?Gy\s?/\s?(?=\d+(?:\.\d+)?\s?Gy)", r"\1/"),
         (r"(?<![a-z])(c?)gys\b", r"\1Gy"),
         (r"(?<![\d.])(\d{4})\s?@\s?(\d{3})(?![\d.]|\s?c?gy)", r"\1 cGy @ \2 cGy"),
-        # "50+10 Gy", "60 Gy (50 + 10)"
+        # "50+10 Gy", "60 Gy (50 + 10)", but not the fractions of "45 Gy in 25 + 5.4 Gy in 3"
         (
+            r"(Gy(?:\(RBE\))?(?:\s[a-z-]+){0,8}?\s?(?:\bin|\bover|/|[x*])\s?)?"
             r"(?<![\d.])(\d+(?:\.\d+)?)\s?\+\s?(\d+(?:\.\d+)?)\s?(c?Gy(?:\(RBE\))?)(?![a-z])",
-            r"\1 \3 + \2 \3",
+            lambda m: m[0] if m[1] else f"{m[2]} {m[4]} + {m[3]} {m[4]}",
         ),
         (
             r"(c?Gy(?:\(RBE\))?)\s?[(=]\s?(\d+(?:\.\d+)?)\s?\+\s?(\d+(?:\.\d+)?)(?![\d.]|\s?c?gy)\s?\)?",
@@ -619,6 +699,12 @@ _SPELLINGS = tuple(
         (r"\s?(?:/|\bper\b|\ba\b)\s?(?:fx|fractions?|frx?|days?|treatments?)\b", "/fx"),
         (r"(Gy(?:\(RBE\))?)(?:\s|/fx)*(?:daily|qd|q\.d\.)\s(?=[x*]\s?\d)", r"\1 "),
         (r"\s?\(?(?<=[)\s(])(?:daily|each)\)?(?=\s?[x*]\s?\d)", ""),
+        # "right and left lung"
+        (
+            r"\b(?:(?:right|(?-i:Rt|R))\s?(?:and\s|&|\+|/)\s?(?:left|lt|(?-i:L))"
+            r"|(?:left|lt|(?-i:L))\s?(?:and\s|&|\+|/)\s?(?:right|(?-i:Rt|R)))\b(?=\s[a-z]{2})",
+            "bilateral",
+        ),
         # labels of a form
         (
             r"\b(?:treatment )?(?:site|target|volume|technique|modality|energy|plan|rx|"
@@ -655,6 +741,15 @@ def parse_regimen(text: str) -> Regimen | None:
     times_a_day = 2 if _BID.search(text) else 3 if _TID.search(text) else 1
     # The schedule goes first: "2 Gy BID x 30", and "twice a day" holds "a day".
     plain = _tidy(_TID.sub(" ", _BID.sub(" ", text)))
+    if times_a_day > 1:
+        plain = _TIMES_DAYS.sub(
+            lambda m: (
+                f"{m[1]} {m[2]} x {int(m[3]) * times_a_day} fx"
+                if _grays(m[1], m[2]) <= _MOST_A_DAY_GY
+                else m[0]
+            ),
+            plain,
+        )
     phases = _read_phases(plain)
     first = boost = None
     before, after = plain, ""
@@ -662,7 +757,7 @@ def parse_regimen(text: str) -> Regimen | None:
         first, boost = _merge_phases(plain, phases)
         before, after = _around(plain, phases, first, boost)
     before, after = _NOT_TARGET.sub(" ", before), _NOT_TARGET.sub(" ", after)
-    target, side, technique = _read_words(before, after, eye, first is not None)
+    target, sides, technique = _read_words(before, after, eye, first is not None)
     dose = first.dose if first else None
     fractions = first.fractions if first else None
     if dose is None and target is None:
@@ -670,9 +765,12 @@ def parse_regimen(text: str) -> Regimen | None:
     if dose is not None and fractions is None and _ONE_FRACTION.search(plain):
         fractions = 1
     unit = plain[first.start : first.end] if first else ""
+    conflict = first.conflict if first else None
+    if len(set(sides)) > 1:
+        conflict = conflict or "side"
     return Regimen(
         target=target,
-        side=side,
+        side=sides[0] if sides else None,
         total_dose_gy=dose,
         fractions=fractions,
         technique=technique,
@@ -680,7 +778,7 @@ def parse_regimen(text: str) -> Regimen | None:
         times_a_day=times_a_day,
         boost_dose_gy=boost.dose if boost else None,
         boost_fractions=boost.fractions if boost else None,
-        conflict=first.conflict if first else None,
+        conflict=conflict,
     )
 
 
