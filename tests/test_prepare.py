@@ -213,6 +213,7 @@ def test_the_same_seed_gives_the_same_files(folder, manifest, tmp_path):
         ({"prescription": "R breast 50 Gy in 25 fx + boost 10 Gy in 5 fx", "total_dose_gy": "60",
           "fractions": "28"}, "regimen_contradiction"),
         ({"treatment_site": "Left breast"}, "regimen_contradiction"),
+        ({"treatment_site": "Right breast and left axilla"}, "regimen_contradiction"),
         ({"prescription": "R breast", "total_dose_gy": "6000", "fractions": "30"},
          "dose_implausible"),
         ({"prescription": "R breast", "total_dose_cgy": "60", "fractions": "30"},

@@ -337,6 +337,8 @@ def _read_regimen(
     # The site field names the target more plainly than the prescription does; the words around a
     # dose let the parser read it as it reads a regimen.
     place = parse_regimen(f"{treatment_site}, {dose} Gy in 1 fraction")
+    if place is not None and place.conflict == "side":  # two places in one field
+        return "", "regimen_contradiction: side"
     target, side = (place.target, place.side) if place else (None, None)
     if written is not None:
         if side and written.side and side != written.side:
