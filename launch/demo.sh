@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on two CPU cores with synthetic cases, in about twelve minutes; no network is used
+# The whole method on two CPU cores with synthetic cases, in about ten minutes; no network is used
 # after the installation. Everything is written under demo/. A killed demo, started again, goes on.
 #   launch/demo.sh
 set -euo pipefail

@@ -97,7 +97,8 @@ def _tell(report: dict) -> str:
     share = "nothing" if lost is None else f"{lost:.2%}"
     return (
         f"{answers['identical']:.1%} of {answers['answers']} answers to {answers['cases']} "
-        "validation cases are the same as with the adapter; largest logit difference "
+        f"validation cases are the same as those of the run's own model (adapter on a base in "
+        f"{answers['base']}); largest logit difference "
         f"{answers['largest_logit_difference']:.2g}; rounding took {share} of the update"
     )
 
@@ -239,7 +240,7 @@ def compare_answers(
         ),
         "compute": precision.compute,
         "base": precision.base,
-        "merged_base": float_base,
+        "merged_computed_as": float_base,
     }
 
 

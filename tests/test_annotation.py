@@ -68,9 +68,11 @@ def test_the_sheet_holds_the_uncertain_rows_with_a_proposal_for_each_field(sheet
         "8": "no_code",
     }
     assert (sheet[list(ENTRIES)] == "").all(axis=None)
-    assert (sheet["proposed_regimen"].drop("4") == REGIMEN).all()
-    assert sheet.loc["4", "proposed_regimen"] == "Right breast, 40.05 Gy in 15 fractions, photons"
-    assert (sheet["proposed_modality"] == "photon").all()
+    # What the record contradicts itself about is not proposed: a quick "yes" must not keep it.
+    assert (sheet.loc[["4", "7"], "proposed_regimen"] == "").all()
+    assert sheet.loc["4", "proposed_modality"] == ""
+    assert (sheet["proposed_regimen"].drop(["4", "7"]) == REGIMEN).all()
+    assert (sheet["proposed_modality"].drop("4") == "photon").all()
     assert sheet.loc["3", "proposed_icd10"] == "C50.411"
     assert sheet.loc["3", "other_codes"].split()[:2] == ["C50.412", "C50.419"]
     assert sheet.loc["8", "proposed_icd10"] == "" and sheet.loc["5", "other_codes"] == ""
@@ -222,7 +224,10 @@ SECRET = "angiosarcoma of the scalp"
     [
         ({"r3": {"keep": SECRET}}, "row 2, column keep: yes or no"),
         ({"r4": {"icd10": "C61"}}, "row 3, column keep: yes or no"),
-        ({"r4": {"keep": "yes", "modality": SECRET}}, "row 3, column modality: not valid"),
+        (
+            {"r4": {"keep": "yes", "modality": SECRET, "regimen": REGIMEN}},
+            "row 3, column modality: not valid",
+        ),
         ({"r3": {"keep": "yes", "icd10": "C50.4"}}, r"row 2, column icd10: not valid \(code_not"),
         ({"r3": {"keep": "yes", "regimen": SECRET}}, r"row 2, column regimen: not valid \(no_dose"),
         ({"r8": {"keep": "yes"}}, "row 7, column icd10: empty, and nothing was proposed"),

@@ -586,6 +586,6 @@ def test_other_ways_to_train_run_to_their_report(changes, workspace, tmp_path):
     arguments = (f"--workdir={workdir}", "--format=merged", f"--output={output}")
     run_command("export", *arguments, "--check_cases=20")
     validation = json.loads((output / "export.json").read_text())["validation"]
-    assert (validation["base"], validation["merged_base"]) == ("nf4", "bfloat16")
+    assert (validation["base"], validation["merged_computed_as"]) == ("nf4", "bfloat16")
     # Four bits a weight are not sixteen: the comparison must show it.
     assert validation["identical"] < 1 and validation["largest_logit_difference"] > 0.01

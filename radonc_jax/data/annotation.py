@@ -54,6 +54,14 @@ _NOT_IN_WORKBOOKS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 # ---------------------------------------------------------------------------------------------
 
 
+# What is not proposed after these reasons: the annotator must say it.
+CONTRADICTED = {
+    "modality_contradiction": ("modality", "regimen"),
+    "regimen_contradiction": ("regimen",),
+    "code_contradiction": ("icd10",),
+}
+
+
 def propose(
     extract: pd.DataFrame,
     selection: rules.Selection,
@@ -79,6 +87,9 @@ def propose(
     proposed = _proposals(rows)
     for name in FIELDS:
         sheet[f"proposed_{name}"] = proposed[name]
+    # Where the record contradicts itself, any proposal is a guess that a quick "yes" would keep.
+    for reason, names in CONTRADICTED.items():
+        sheet.loc[sheet["reason"] == reason, [f"proposed_{name}" for name in names]] = ""
     sheet["other_codes"] = proposed["other_codes"]
     sheet[list(ENTRIES)] = ""
     return sheet[list(COLUMNS)].reset_index(drop=True)
