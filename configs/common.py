@@ -66,6 +66,8 @@ def get_config() -> ConfigDict:
     config.train.patience = 0
     config.train.metric = "accuracy"
     config.train.validation_cases = 0
+    config.train.attention = "auto"
+    config.train.recompute = "nothing"
 
     config.mesh = ConfigDict()
     config.mesh.data = -1

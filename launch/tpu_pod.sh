@@ -36,8 +36,10 @@ code=0
 for ((ended = 0; ended < workers; ended++)); do
   status=0
   wait -n || status=$?
-  # When one fails, the others would wait for it for ever.
-  if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+  # When one fails, the others would wait for it for ever. With 75 all of them have saved and end.
+  if [ "$status" -eq 75 ]; then
+    [ "$code" -ne 0 ] || code=75
+  elif [ "$status" -ne 0 ] && { [ "$code" -eq 0 ] || [ "$code" -eq 75 ]; }; then
     code=$status
     sleep 1
     kill $(jobs -p) 2>/dev/null || true

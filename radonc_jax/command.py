@@ -5,6 +5,12 @@ from collections.abc import Callable
 
 from absl import app
 
+PREEMPTED = 75  # the exit code of a run that was told to end and has saved: "try again"
+
+
+class Preempted(Exception):
+    """The process was told to end and has saved its work; the message says how far it was."""
+
 
 def run(main: Callable[[], None], *, stopped: str = "stopped") -> None:
     """Reads the flags, then runs `main` as `guard` does; ends the process."""
@@ -20,7 +26,8 @@ def guard(main: Callable[[], None], *, stopped: str = "stopped") -> Callable[[li
 
     Args:
       main: a command, without arguments: all it takes are flags.
-      stopped: told, with exit code 130, when it is interrupted from the keyboard.
+      stopped: told, with exit code 130, when it is interrupted from the keyboard, and with code
+        `PREEMPTED` when it ends by `Preempted`.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -30,6 +37,9 @@ def guard(main: Callable[[], None], *, stopped: str = "stopped") -> Callable[[li
             main()
         except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"error: {_message(error)}")
+        except Preempted as reason:
+            print(f"told to end: {reason}; {stopped.removeprefix('stopped: ')}", file=sys.stderr)
+            sys.exit(PREEMPTED)
         except KeyboardInterrupt:
             print(stopped, file=sys.stderr)
             sys.exit(130)

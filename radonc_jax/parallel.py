@@ -8,11 +8,14 @@ the base, the adapter and, by the path's ending, the optimiser state.
 import logging
 import os
 import re
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import absl.logging
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
@@ -72,7 +75,13 @@ def initialize() -> None:
     A run is started on several hosts by `JAX_COORDINATOR_ADDRESS` (with `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID`, as `launch/multi_gpu.sh` sets them) or, where the platform knows its workers
     itself (TPU pods), by `RADONC_DISTRIBUTED=auto`, as `launch/tpu_pod.sh` sets it.
+
+    Compiled programs are kept for later runs, in the folder that `JAX_COMPILATION_CACHE_DIR` names
+    or in the user's cache.
     """
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "radonc_jax" / "compiled"))
     if os.environ.get("RADONC_DISTRIBUTED") == "auto":
         jax.distributed.initialize()
         return
@@ -85,6 +94,35 @@ def initialize() -> None:
     jax.distributed.initialize(
         address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
     )
+
+
+class Preemption:
+    """SIGTERM, which announces that a machine is taken away, as a question between two steps.
+
+    A process alone catches the signal itself; of several, JAX's service tells all of them of a
+    signal to one, and names a step at which all of them stop.
+    """
+
+    def __init__(self):
+        self._told = False
+
+    def __enter__(self) -> "Preemption":
+        if not several_processes():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, number, frame):
+        self._told = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after this step; asked once a step by every process."""
+        if several_processes():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told
+
+    def __exit__(self, *_):
+        # From here on the signal ends the process again.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if several_processes() else self._before)
 
 
 def is_main_process() -> bool:

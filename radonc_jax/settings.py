@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from radonc_jax.data.batches import BatchConfig
+from radonc_jax.models.attention import BACKENDS
+from radonc_jax.models.decoder import SAVED_NAMES
 from radonc_jax.models.lora import LoRAConfig
 from radonc_jax.models.quantize import KINDS
 from radonc_jax.parallel import MeshConfig
@@ -64,6 +66,10 @@ class TrainConfig:
       metric: that chooses the best checkpoint: "loss", or one of generated answers: "accuracy",
         "rouge1", "f1_macro" (averaged over tasks).
       validation_cases: how many validation cases are answered for it, the first ones; 0 for all.
+      attention: of packed rows: "xla"; "cudnn" (NVIDIA) or "splash" (TPU), which must pass a test
+        at the start; "auto" for the platform's own if it passes, else "xla".
+      recompute: what the backward pass computes again to save memory: "nothing", "mlp" (gate and
+        up projections) or "layer" (all of a layer).
     """
 
     epochs: int
@@ -74,8 +80,18 @@ class TrainConfig:
     patience: int
     metric: str
     validation_cases: int
+    attention: str
+    recompute: str
 
     def __post_init__(self):
+        if self.attention not in ("auto", *BACKENDS):
+            raise ValueError(
+                f"train.attention must be one of {('auto', *BACKENDS)}, not {self.attention!r}"
+            )
+        if self.recompute not in SAVED_NAMES:
+            raise ValueError(
+                f"train.recompute must be one of {tuple(SAVED_NAMES)}, not {self.recompute!r}"
+            )
         if self.metric not in METRICS:
             raise ValueError(f"train.metric must be one of {list(METRICS)}, not {self.metric!r}")
         if self.epochs < 1 and self.steps < 1:

@@ -37,6 +37,8 @@ PACKAGES = (
 # Settings that may differ between a run and its continuation: none changes what is learned.
 FREE_KEYS = (
     ("train", "log_every"),
+    ("train", "attention"),
+    ("train", "recompute"),
     ("decode", "batch"),
     ("final_evaluation",),
 )

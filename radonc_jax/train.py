@@ -3,12 +3,18 @@
     python -m radonc_jax.train --config=configs/mistral_icd.py --workdir=runs/mistral_icd
 
 Started again with the same arguments, it resumes where it was; a finished run only answers what
-has not been answered. One command per host: all of them run this same program.
+has not been answered. One command per host: all of them run this same program. Told to end
+(SIGTERM), it saves a checkpoint and exits with code 75.
+
+    ... --dry_run                           what it would do and need; no weights are read
+    ... --compile_only --topology=v5e:4x4   memory and traffic on a TPU slice that is not there
+    ... --profile=20:25                     a trace of these steps, for TensorBoard or Perfetto
 """
 
 import contextlib
 import functools
 import math
+import os
 import time
 from pathlib import Path
 
@@ -20,21 +26,42 @@ from radonc_jax.models import hub
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny_icd.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; made if absent, resumed if not.")
-flags.mark_flags_as_required(["config", "workdir"])
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the run would do and need.")
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Only compile the step for --topology.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, such as v5e:4x4.")
+_PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps of which a trace is written.")
+flags.mark_flags_as_required(["config"])
 
 
 def main():
+    if _COMPILE_ONLY.value != (_TOPOLOGY.value is not None):
+        raise ValueError("--compile_only and --topology=NAME go together")
+    if _COMPILE_ONLY.value:
+        compile_only(_CONFIG.value.to_dict(), _TOPOLOGY.value)
+        return
+    if _WORKDIR.value is None and not _DRY_RUN.value:
+        raise ValueError("--workdir is missing: the folder that the run is to be kept in")
+    workdir = Path(_WORKDIR.value or os.devnull)
     # Before jax is imported, which takes seconds: a missing model is the commonest mistake.
-    hub.resolve(_CONFIG.value.model, Path(_WORKDIR.value))
-    train(_CONFIG.value.to_dict(), Path(_WORKDIR.value))
+    hub.resolve(_CONFIG.value.model, workdir)
+    train(_CONFIG.value.to_dict(), workdir, dry_run=_DRY_RUN.value, profile=_PROFILE.value)
 
 
-def train(config: dict, workdir: Path) -> None:
+def train(
+    config: dict, workdir: Path, *, dry_run: bool = False, profile: str | None = None
+) -> None:
     """Runs `config`, all sections of `configs/common.py`, in `workdir`.
+
+    Args:
+      config: as a mapping.
+      workdir: made if absent, resumed if not.
+      dry_run: end after having told what the run would do and need.
+      profile: "START:STOP", the steps of which a trace goes to `workdir`/profile.
 
     Raises:
       ValueError, FileNotFoundError: something does not fit; nothing has been trained then.
       FloatingPointError: a loss or gradient was not finite; the last checkpoint is whole.
+      command.Preempted: SIGTERM came; a checkpoint has been written.
     """
     import jax
     import jax.numpy as jnp
@@ -46,12 +73,14 @@ def train(config: dict, workdir: Path) -> None:
     from radonc_jax.decoding.scheduler import Scheduler, text_decoder
     from radonc_jax.evaluation import run as evaluation
     from radonc_jax.evaluation.report import write_report
-    from radonc_jax.models import huggingface, lora
+    from radonc_jax.models import attention, huggingface, lora
+    from radonc_jax.models.decoder import Execution
     from radonc_jax.tasks import select
-    from radonc_jax.training import checkpoint, step
+    from radonc_jax.training import checkpoint, meters, preflight, step
     from radonc_jax.training.optimizer import make_optimizer, make_schedule
 
     config = settings.from_mapping(config)
+    traced = _steps_to_trace(profile)
 
     # ---- devices and model description: cheap checks first -------------------------------------
     parallel.initialize()
@@ -89,18 +118,43 @@ def train(config: dict, workdir: Path) -> None:
     shards = int(np.prod([mesh.shape[axis] for axis in parallel.BATCH_AXES]))
     per_epoch = -(-len(examples["train"]) // config.batch.examples)
     epochs = -(-config.train.steps // per_epoch) if config.train.steps else config.train.epochs
+    platform = mesh.devices.flat[0].platform
+    layout = {
+        "row_multiple": shards,
+        "granule": 128 if platform == "tpu" else 16,
+        "attention_cost": meters.attention_cost(architecture),
+    }
     train_batches = batches.Batches(
-        examples["train"], config.batch, epochs=epochs, seed=config.seed, row_multiple=shards
+        examples["train"], config.batch, epochs=epochs, seed=config.seed, **layout
     )
     validation_batches = batches.Batches(
-        examples["validation"], config.batch, epochs=1, seed=None, row_multiple=shards
+        examples["validation"], config.batch, epochs=1, seed=None, **layout
     )
     steps = config.train.steps or train_batches.steps
 
     # ---- model without arrays: whatever can be refused is refused here -------------------------
     tracking.check_folder(workdir, config.as_dict())
     compute = huggingface.as_dtype(config.precision.compute)
-    partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
+    backend, why = attention.choose_backend(
+        config.train.attention,
+        platform=platform,
+        dtype=compute,
+        num_heads=architecture.num_heads,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+    )
+    both = (train_batches, validation_batches)
+    execution = Execution(
+        attention.AttentionConfig(
+            backend,
+            segments=max(b.segments for b in both),
+            segment_length=-(-max(b.longest for b in both) // 64) * 64,
+        ),
+        config.train.recompute,
+    )
+    partition = lora.partition(
+        architecture, config.adapter, compute, config.precision.quantized, execution
+    )
     begun = loading.begun_from(workdir)
     given = loading.starting_adapter(config.lora, architecture.num_layers, begun)
     optimizer = make_optimizer(config.optimizer, steps)
@@ -125,6 +179,39 @@ def train(config: dict, workdir: Path) -> None:
         for split in ("validation", "test") if config.final_evaluation else ("validation",):
             prompts = [task.prompt(record.diagnosis) for record in records[split] for task in tasks]
             scheduler.check([batches.encode_prompt(tokenizer, prompt) for prompt in prompts])
+
+    if dry_run:
+        program = preflight.examine(
+            preflight.compile_step(
+                partition,
+                optimizer,
+                config.seed,
+                mesh,
+                huggingface.as_dtype(config.precision.stored),
+                preflight.batch_shapes(
+                    mesh,
+                    config.batch.microbatches,
+                    train_batches.rows // config.batch.microbatches,
+                    train_batches.row_length,
+                    train_batches.answer_capacity,
+                ),
+            ),
+            mesh.devices.flat[0],
+        )
+        seconds, basis = preflight.seconds_of_run(
+            architecture,
+            steps * train_batches.rows * train_batches.row_length,
+            list(mesh.devices.flat),
+            compute,
+            full=config.adapter is None,
+        )
+        if main_process:
+            print(_plan(train_batches, steps, config))
+            print(f"attention: {backend} ({why}); {parallel.describe(mesh)}")
+            print(f"{program}")
+            print(f"training alone: about {seconds / 60:.1f} min at {basis}")
+        program.check()
+        return
 
     # ---- arrays: straight to their places ------------------------------------------------------
     # A given adapter before the base: it is small, and may turn out not to fit.
@@ -155,9 +242,9 @@ def train(config: dict, workdir: Path) -> None:
         loading.check_origin(workdir, compared)
     run = tracking.Run(workdir, config.as_dict(), main=main_process)
     checkpoints = checkpoint.Checkpoints(workdir)
-    start = checkpoints.latest()
-    if start is not None:
-        state, progress = checkpoints.restore(shapes, placements, start)
+    restored = checkpoints.restore_newest(shapes, placements)
+    if restored is not None:
+        start, state, progress = restored
     else:
         start, progress = 0, checkpoint.Progress()
         # A copy, because the state is donated and the original answers later.
@@ -181,6 +268,7 @@ def train(config: dict, workdir: Path) -> None:
         },
         "mesh": dict(mesh.shape),
         "packing_fill": round(train_batches.fill, 4),
+        "attention": backend,
         "environment": tracking.environment(),
     }
     run.write_manifest(manifest)
@@ -188,12 +276,9 @@ def train(config: dict, workdir: Path) -> None:
         if start:
             print(f"resumed at step {start} of {steps}")
         trained, frozen = manifest["parameters"].values()
-        print(f"{parallel.describe(mesh)}")
-        print(
-            f"{trained:,} parameters train, {frozen:,} are frozen; {steps} steps of "
-            f"{config.batch.examples} examples in {train_batches.rows} rows of "
-            f"{train_batches.row_length} tokens, {train_batches.fill:.0%} filled"
-        )
+        print(f"{parallel.describe(mesh)}; attention: {backend} ({why})")
+        print(f"{trained:,} parameters train, {frozen:,} are frozen")
+        print(_plan(train_batches, steps, config))
 
     # ---- what is jitted ------------------------------------------------------------------------
     train_step = jax.jit(
@@ -237,6 +322,7 @@ def train(config: dict, workdir: Path) -> None:
     # ---- loop ----------------------------------------------------------------------------------
     run.start(start, steps)
     clock = time.monotonic()
+    per_token = meters.flops_per_token(architecture, full=config.adapter is None)
 
     def finish(number: int, metrics, show: bool) -> None:
         """Logs a step when its numbers arrive; the next one is already on its way then."""
@@ -255,23 +341,40 @@ def train(config: dict, workdir: Path) -> None:
             "learning_rate": float(schedule(number - 1)),
             "tokens": tokens,
             "tokens_per_second": tokens / (now - clock),
+            "peak_memory_bytes": meters.peak_memory_bytes(),
         }
+        used = meters.mfu(values["tokens_per_second"], per_token, list(mesh.devices.flat))
+        if used is not None:
+            values["mfu"] = used
         clock = now
         run.log(number, "train", values, show=show)
         run.advance()
 
     # Closed whatever happens: a checkpoint on its way to the disk is finished first.
-    with jax.set_mesh(mesh), contextlib.closing(run), contextlib.closing(checkpoints):
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(run),
+        contextlib.closing(checkpoints),
+        parallel.Preemption() as preemption,
+        contextlib.ExitStack() as tracing,
+    ):
         pending = None
         for number in range(start + 1, steps + 1):
             if progress.stopped_early:
                 break
+            if traced and number == max(traced[0], start + 1) <= traced[1]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+                tracing.callback(jax.profiler.stop_trace)
             state, metrics = train_step(state, base, place(train_batches[number - 1]))
             if pending is not None:
                 finish(*pending)
             pending = (number, metrics, number % config.train.log_every == 0 or number == steps)
+            if traced and start < number == min(traced[1], steps):
+                jax.block_until_ready(state)
+                tracing.close()
             evaluates = number == steps or _every(number, config.train.evaluate_every)
-            if evaluates or _every(number, config.train.save_every):
+            told_to_end = preemption.reached(number) and number < steps
+            if evaluates or told_to_end or _every(number, config.train.save_every):
                 finish(*pending)  # raises before anything not finite is saved
                 pending = None
                 if evaluates:
@@ -285,6 +388,9 @@ def train(config: dict, workdir: Path) -> None:
                         patience=config.train.patience,
                     )
                 checkpoints.save(number, state, progress)
+                if told_to_end:
+                    checkpoints.wait()
+                    raise command.Preempted(f"step {number} of {steps} is saved")
                 clock = time.monotonic()
 
     # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------
@@ -319,6 +425,86 @@ def train(config: dict, workdir: Path) -> None:
     if main_process:
         write_report(workdir, "test")
         print(f"report: {workdir / 'report.html'}")
+
+
+def compile_only(config: dict, topology: str) -> None:
+    """Compiles the step of `config` for a TPU slice that need not be there: what it needs.
+
+    The model's folder needs its `config.json` alone. Rows are full ones of
+    `batch.sequence_length`, one a device and microbatch, an eighth of their tokens answers.
+
+    Raises:
+      ValueError: the slice is not known, or the step does not fit it.
+    """
+    import jax
+
+    from radonc_jax import parallel, settings
+    from radonc_jax.models import huggingface, lora
+    from radonc_jax.models.attention import AttentionConfig
+    from radonc_jax.models.decoder import Execution
+    from radonc_jax.training import preflight
+    from radonc_jax.training.optimizer import make_optimizer
+
+    config = settings.from_mapping(config)
+    parallel.quiet_third_parties()
+    architecture = huggingface.read_config(hub.resolve(config.model))
+    devices = preflight.topology_devices(topology)
+    mesh = parallel.make_mesh(config.mesh, devices)
+    parallel.check_heads(architecture.num_heads, architecture.num_kv_heads, mesh)
+    backend = "xla" if config.train.attention == "xla" or architecture.head_dim % 128 else "splash"
+    partition = lora.partition(
+        architecture,
+        config.adapter,
+        huggingface.as_dtype(config.precision.compute),
+        config.precision.quantized,
+        Execution(AttentionConfig(backend), config.train.recompute),
+    )
+    rows = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+    length = config.batch.sequence_length
+    batch = preflight.batch_shapes(mesh, config.batch.microbatches, rows, length, length // 8)
+    began = time.monotonic()
+    try:
+        compiled = preflight.compile_step(
+            partition,
+            make_optimizer(config.optimizer, 100),
+            config.seed,
+            mesh,
+            huggingface.as_dtype(config.precision.stored),
+            batch,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"{topology}: the compiler refuses the step: {' '.join(str(error).split())[:300]}"
+        ) from None
+    program = preflight.examine(compiled, devices[0])
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(f"{topology}: {mesh.size} {devices[0].device_kind} as {sizes}, attention: {backend}")
+    print(f"{config.batch.microbatches} x {rows} rows of {length} tokens a step")
+    print(program)
+    for kind in sorted({kind for kind, _ in program.moved}):
+        moved = [size for other, size in program.moved if other == kind]
+        print(f"{kind}: {len(moved)} in the program, the largest of {max(moved) / 2**20:.1f} MiB")
+    print(f"compiled in {time.monotonic() - began:.0f} s")
+    program.check()
+
+
+def _plan(batches, steps: int, config) -> str:
+    answers = sum(len(example.answer) for example in batches.examples)
+    return (
+        f"{steps} steps of {config.batch.examples} examples in {batches.rows} rows of "
+        f"{batches.row_length} tokens, {batches.fill:.1%} filled; {answers:,} answer tokens an "
+        "epoch carry the loss"
+    )
+
+
+def _steps_to_trace(profile: str | None) -> tuple[int, int] | None:
+    """The first and last step of "START:STOP"; ValueError when it is none."""
+    if profile is None:
+        return None
+    start, _, stop = profile.partition(":")
+    if not (start.isdigit() and stop.isdigit() and 1 <= int(start) <= int(stop)):
+        raise ValueError(f"--profile={profile} must be START:STOP, steps counted from 1")
+    return int(start), int(stop)
 
 
 def _every(number: int, period: int) -> bool:

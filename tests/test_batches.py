@@ -9,8 +9,8 @@ from radonc_jax.data.batches import (
     Example,
     encode_answer,
     encode_prompt,
-    pack,
     preflight,
+    share,
     task_examples,
     text_examples,
 )
@@ -136,12 +136,60 @@ def test_order_is_drawn_anew_each_epoch_and_from_the_seed():
     assert order(2)[0] != first
 
 
-def test_packing_fills_rows_and_loses_nothing():
-    lengths = np.random.default_rng(0).integers(1, 65, 200).tolist()
-    rows = pack(lengths, 64)
-    assert sorted(sum(rows, [])) == list(range(200))
-    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
-    assert len(rows) <= 1.1 * sum(lengths) / 64
+@pytest.mark.parametrize("equal", [True, False])
+def test_sharing_out_loses_nothing_and_is_even(equal):
+    lengths = np.random.default_rng(0).integers(1, 200, 240).tolist()
+    parts = share(lengths, 12, equal=equal)
+    assert sorted(sum(parts, [])) == list(range(240))
+    totals = [sum(lengths[i] for i in part) for part in parts]
+    assert max(totals) - min(totals) <= 2
+    if equal:
+        assert {len(part) for part in parts} == {20}
+    # One long item is a part of its own, and the others share the rest.
+    assert share([1, 1, 100, 1, 1], 3)[0] == [2]
+
+
+def test_a_few_items_among_many_parts_leave_the_others_empty():
+    assert sorted(map(len, share([5, 4], 4))) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("row_multiple", [1, 4])
+def test_rows_are_even_and_steps_too(row_multiple):
+    """Clinical lengths: of what goes through the model, hardly anything is padding."""
+    rng = np.random.default_rng(4)
+    sizes = np.clip(rng.lognormal(4.5, 0.3, 64 * 40).astype(int), 30, 400)
+    examples = [Example(f"c{n}", (1,) * (size - 3), (5, 6, 7, 2)) for n, size in enumerate(sizes)]
+    settings = config(examples=64, sequence_length=2048)
+    batches = Batches(examples, settings, epochs=2, seed=0, row_multiple=row_multiple)
+    assert batches.rows % row_multiple == 0 and batches.row_length <= 2048
+    assert batches.fill >= 0.97
+    totals = [batches.useful_tokens(step) for step in range(batches.steps)]
+    assert max(totals) <= 1.005 * min(totals)
+    assert sorted(sum((batches.case_ids(s) for s in range(40)), [])) == sorted(
+        e.case_id for e in examples
+    )
+    # A step sees the same examples whether they are packed or not.
+    padded = Batches(
+        examples,
+        config(examples=64, packing=False, sequence_length=512),
+        epochs=2,
+        seed=0,
+        row_multiple=row_multiple,
+    )
+    for step in (0, 39, 40, 79):
+        assert set(padded.case_ids(step)) == set(batches.case_ids(step))
+        assert padded.useful_tokens(step) == batches.useful_tokens(step)
+
+
+def test_short_rows_are_preferred_where_attention_is_dear():
+    examples = random_examples(60)
+    lengths = [
+        Batches(
+            examples, config(examples=20), epochs=1, seed=0, row_multiple=1, attention_cost=cost
+        ).row_length
+        for cost in (0.0, 1.0)
+    ]
+    assert lengths[1] < lengths[0]
 
 
 def test_prompt_has_one_bos_and_answer_one_eos():

@@ -1,12 +1,16 @@
 """Checkpoints: what is kept, what comes back, what counts as the best."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT, command_environment
 
 from radonc_jax import parallel
 from radonc_jax.training import checkpoint
@@ -27,7 +31,9 @@ def reopened(workdir, step):
     shapes = jax.eval_shape(lambda: state_at(0))
     placements = jax.tree.map(lambda _: parallel.replicated(mesh), shapes)
     manager = Checkpoints(workdir)
-    return *manager.restore(shapes, placements, step), manager
+    number, *restored = manager.restore_newest(shapes, placements)
+    assert number == step
+    return *restored, manager
 
 
 def steps_of(workdir):
@@ -85,3 +91,99 @@ def test_more_is_better_where_the_sign_says_so_and_no_patience_never_stops():
     for step, value in enumerate([0.2, 0.5, 0.5, 0.1, 0.1], start=1):
         progress.judge(step, value, sign=1, patience=0)
     assert progress == Progress(best_step=2, best_value=0.5, bad_evaluations=3)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [cut, flip, remove])
+@pytest.mark.parametrize("part", ["trainable", "optimizer", "progress"])
+def test_a_damaged_checkpoint_is_set_aside(part, harm, tmp_path, capsys):
+    manager, progress = Checkpoints(tmp_path), Progress()
+    for step in (1, 2):
+        progress.judge(step, step / 10, sign=1, patience=9)
+        manager.save(step, state_at(step), progress)
+    manager.close()
+    for path in (tmp_path / "checkpoints" / "2" / part).rglob("*"):
+        if path.is_file():
+            harm(path)
+    state, progress, manager = reopened(tmp_path, 1)
+    for got, expected in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(1)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert progress == Progress(best_step=1, best_value=0.1)
+    assert (tmp_path / "damaged" / "2").is_dir() and steps_of(tmp_path) == [1]
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
+    assert "checkpoint 2 is damaged" in capsys.readouterr().out
+    # The run goes on, and a second one of that number finds room.
+    manager.save(2, state_at(2), progress)
+    manager.close()
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_arrays_that_are_whole_but_not_those_that_were_saved_are_found(tmp_path, monkeypatch):
+    manager = Checkpoints(tmp_path)
+    manager.save(1, state_at(1), Progress())
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: "another")
+    manager.save(2, state_at(2), Progress())
+    manager.close()
+    monkeypatch.undo()
+    state, _, _ = reopened(tmp_path, 1)
+    assert int(state.step) == 1
+    mesh = parallel.make_mesh(parallel.MeshConfig(1, 1, 1), jax.devices()[:1])
+    shapes = jax.eval_shape(lambda: state_at(0)).trainable
+    placements = jax.tree.map(lambda _: parallel.replicated(mesh), shapes)
+    os.rename(tmp_path / "damaged" / "2", tmp_path / "checkpoints" / "2")
+    with pytest.raises(ValueError, match="checkpoint 2 of .* not those that were saved"):
+        checkpoint.restore_trainable(tmp_path, shapes, placements, 2)
+    assert checkpoint.restore_trainable(tmp_path, shapes, placements, 1)[0] == 1
+
+
+# Files cannot grow beyond a limit: what a full disk does to a writer, for one process alone.
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_checkpoint import state_at
+from radonc_jax.training.checkpoint import Checkpoints, Progress
+
+manager = Checkpoints(Path(sys.argv[1]))
+manager.save(1, state_at(1), Progress())
+manager.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
+try:
+    manager.save(2, state_at(2), Progress())
+    manager.wait()
+except OSError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    manager.close()
+    print(error)
+"""
+
+
+def test_a_full_disk_is_told_and_the_last_whole_checkpoint_stays(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "could not be written under" in result.stdout
+    assert "the last whole one is 1. Make room there" in result.stdout
+    state, _, _ = reopened(tmp_path, 1)
+    for got, expected in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(1)), strict=True):
+        np.testing.assert_array_equal(got, expected)

@@ -352,7 +352,8 @@ def test_the_state_of_lora_plus_is_placed_and_restored(folder, tmp_path):
     state = jax.device_put(TrainState(jnp.int32(3), adapter, moments), placements)
     checkpoint = Checkpoints(tmp_path)
     checkpoint.save(3, state, Progress())
-    again, _ = checkpoint.restore(shapes, placements, 3)
+    number, again, _ = checkpoint.restore_newest(shapes, placements)
+    assert number == 3
     checkpoint.close()
     jax.tree.map(np.testing.assert_array_equal, again, state)
     assert len(jax.tree.leaves(again.optimizer)) >= 2 * len(jax.tree.leaves(adapter))

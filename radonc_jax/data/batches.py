@@ -5,12 +5,14 @@ step number and nothing else has to be saved. Numpy only; the arrays are placed 
 """
 
 import functools
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 OVER_LENGTH = ("fail", "trim_diagnosis", "drop")
+BALANCED_STEPS = 64  # steps between which examples change places, to make them equally long
 
 
 @dataclass(frozen=True)
@@ -288,42 +290,75 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts items into rows of `capacity`, first fit by decreasing length.
+def share(lengths: Sequence[int], parts: int, *, equal: bool = False) -> list[list[int]]:
+    """Shares items out so that all parts are about equally long.
+
+    The longest item first, each to the part that is shortest so far (Graham 1969, SIAM J. Appl.
+    Math. 17:416); then items of the longest part change places with some of the shortest, or just
+    move there, while that helps.
 
     Args:
-      lengths: of the items, each at most `capacity`.
+      lengths: of the items.
+      parts: how many.
+      equal: parts of equally many items; `parts` must divide their number.
 
     Returns:
-      Rows of item indices.
+      The items of each part, in the order given.
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for row, free in enumerate(room):
-            if lengths[item] <= free:
-                rows[row].append(item)
-                room[row] -= lengths[item]
-                break
-        else:
-            rows.append([item])
-            room.append(capacity - lengths[item])
-    return rows
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shared: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    heap = [(0, part) for part in range(parts)]
+    for item in order:
+        total, part = heapq.heappop(heap)
+        shared[part].append(item)
+        totals[part] = total + lengths[item]
+        if not equal or len(shared[part]) < len(lengths) // parts:
+            heapq.heappush(heap, (totals[part], part))
+    while True:
+        long, short = totals.index(max(totals)), totals.index(min(totals))
+        gap = totals[long] - totals[short]
+        # Moving d tokens leaves a gap of |gap - 2 d|. None is an item of no length.
+        exchanges = (
+            (abs(gap - 2 * (lengths[i] - (0 if j is None else lengths[j]))), i, j)
+            for i in shared[long]
+            for j in (shared[short] if equal else (None, *shared[short]))
+        )
+        left, i, j = min(exchanges, key=lambda exchange: exchange[0], default=(gap, None, None))
+        if left >= gap:
+            return [sorted(part) for part in shared]
+        for item, source, target in ((i, long, short), (j, short, long)):
+            if item is not None:
+                shared[source].remove(item)
+                shared[target].append(item)
+                totals[source] -= lengths[item]
+                totals[target] += lengths[item]
 
 
 class Batches:
     """Batches of one split, addressed by step.
 
     Every epoch visits each example once, in an order drawn from the seed (or, without one, as
-    given); the last batch of an epoch may be short. All batches have the same shapes: the rows
-    of the fullest step, rounded up to what the devices and microbatches divide.
+    given); within some dozens of steps, examples change places so that all steps are about
+    equally long. The last batch of an epoch may be short. All batches have the same shapes:
+    with packing, as many rows as cost least, each as long as the fullest.
 
     Args:
       examples: of the split.
-      config: how to batch.
+      config: how to batch; what a step sees does not depend on `packing` and `microbatches`.
       epochs: how often the examples are visited.
       seed: of the order; None keeps the order of the examples.
       row_multiple: rows of one microbatch are a multiple of this (devices along the batch).
+      granule: packed rows are a multiple of this long.
+      attention_cost: what a token's attention to one more place of its row costs, as a share of
+        what the token costs otherwise; long rows are avoided by it.
+
+    Attributes:
+      steps, steps_per_epoch: of the whole run, and of one epoch.
+      rows, row_length: of every batch.
+      answer_capacity: places for answer tokens in each row.
+      segments: the most examples in a row; `longest`: tokens of the longest example.
+      fill: share of the rows' tokens that are some example's, over the whole run.
     """
 
     def __init__(
@@ -334,6 +369,8 @@ class Batches:
         epochs: int,
         seed: int | None,
         row_multiple: int,
+        granule: int = 16,
+        attention_cost: float = 0.0,
     ):
         import grain  # here, because it imports jax, which the rest of this module does without
 
@@ -346,41 +383,90 @@ class Batches:
         self._order = order.repeat(epochs)
         self.steps_per_epoch = -(-len(examples) // config.examples)
         self.steps = self.steps_per_epoch * epochs
-        longest = max(example.length for example in examples)
+        self.longest = max(example.length for example in examples)
+        if self.longest > config.sequence_length:
+            raise ValueError(
+                f"an example of {self.longest} tokens exceeds rows of {config.sequence_length}"
+            )
         multiple = row_multiple * config.microbatches
         if config.packing:
-            # On many devices rows are made shorter, so that each device gets some of the tokens.
-            fullest = max(self.useful_tokens_of(self._chosen(step)) for step in range(self.steps))
-            wanted = max(longest, int(1.05 * fullest / multiple))
-            self.row_length = min(config.sequence_length, -(-wanted // 64) * 64)
+            self.rows = self._cheapest_rows(multiple, granule, attention_cost)
         else:
-            self.row_length = min(config.sequence_length, -(-longest // 32) * 32)
-        if longest > self.row_length:
-            raise ValueError(f"an example of {longest} tokens exceeds rows of {self.row_length}")
-        plans = [self._rows(step) for step in range(self.steps)]
-        rows = max(len(plan) for plan in plans)
-        self.rows = -(-rows // multiple) * multiple
-        answers = max(sum(len(examples[i].answer) for i in row) for plan in plans for row in plan)
+            fullest = min(config.examples, len(examples))
+            self.rows = -(-fullest // multiple) * multiple
+        rows = [row for step in range(self.steps) for row in self._rows(step)]
+        fullest = max(sum(examples[i].length for i in row) for row in rows)
+        granule = granule if config.packing else 32
+        self.row_length = min(config.sequence_length, -(-fullest // granule) * granule)
+        answers = max(sum(len(examples[i].answer) for i in row) for row in rows)
         self.answer_capacity = -(-answers // 8) * 8
-        self.fill = sum(examples[i].length for plan in plans for row in plan for i in row) / (
-            self.steps * self.rows * self.row_length
-        )
+        self.segments = max(map(len, rows))
+        tokens = sum(example.length for example in examples) * epochs
+        self.fill = tokens / (self.steps * self.rows * self.row_length)
+
+    def _cheapest_rows(self, multiple: int, granule: int, attention_cost: float) -> int:
+        """The number of rows of a batch that costs least, by a sample of the steps.
+
+        Raises:
+          ValueError: no number of rows keeps them within `sequence_length`.
+        """
+        limit = self.config.sequence_length
+        sample = range(0, self.steps, -(-self.steps // 256))
+        lengths = [[self.examples[i].length for i in self._chosen(step)] for step in sample]
+        fullest = max(map(sum, lengths))
+        best = None
+        rows = -(-fullest // (limit * multiple)) * multiple
+        last = -(-max(map(len, lengths)) // multiple) * multiple  # an example a row
+        while rows <= last:
+            longest = max(
+                sum(step[i] for i in row) for step in lengths for row in share(step, rows)
+            )
+            if longest <= limit:
+                row_length = -(-longest // granule) * granule
+                cost = rows * row_length * (1 + attention_cost * row_length)
+                if best is None or cost < best[0]:
+                    best = cost, rows
+            rows += multiple
+        # Steps outside the sample may be a little longer.
+        rows = last if best is None else best[1]
+        while rows < last and any(
+            sum(self.examples[i].length for i in row) > limit
+            for step in range(self.steps)
+            for row in self._shared(step, rows)
+        ):
+            rows += multiple
+        return rows
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """The examples of each step of an epoch."""
+        count, size = len(self.examples), self.config.examples
+        order = [int(self._order[epoch * count + i]) for i in range(count)]
+        steps = []
+        window = BALANCED_STEPS * size
+        whole = count // size * size  # what is left is the short last batch
+        for start in range(0, whole, window):
+            chosen = order[start : min(start + window, whole)]
+            lengths = [self.examples[i].length for i in chosen]
+            for part in share(lengths, len(chosen) // size, equal=True):
+                steps.append([chosen[i] for i in part])
+        return steps + ([order[whole:]] if whole < count else [])
 
     def _chosen(self, step: int) -> list[int]:
         """The examples of a step."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        start = number * self.config.examples
-        stop = min(start + self.config.examples, len(self.examples))
-        offset = epoch * len(self.examples)
-        return [int(self._order[offset + i]) for i in range(start, stop)]
+        return self._epoch(epoch)[number]
+
+    def _shared(self, step: int, rows: int) -> list[list[int]]:
+        chosen = self._chosen(step)
+        shared = share([self.examples[i].length for i in chosen], rows)
+        return [[chosen[i] for i in row] for row in shared]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - lives as long as the run
     def _rows(self, step: int) -> list[list[int]]:
-        chosen = self._chosen(step)
-        if not self.config.packing:
-            return [[i] for i in chosen]
-        packed = pack([self.examples[i].length for i in chosen], self.row_length)
-        return [[chosen[i] for i in row] for row in packed]
+        if self.config.packing:
+            return self._shared(step, self.rows)
+        return [[i] for i in self._chosen(step)]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step.
@@ -423,7 +509,4 @@ class Batches:
 
     def useful_tokens(self, step: int) -> int:
         """Tokens of the step's examples, padding not counted."""
-        return self.useful_tokens_of(self._chosen(step))
-
-    def useful_tokens_of(self, indices: Sequence[int]) -> int:
-        return sum(self.examples[index].length for index in indices)
+        return sum(self.examples[index].length for index in self._chosen(step))

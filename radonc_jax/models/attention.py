@@ -1,10 +1,120 @@
 """Attention behind one function: causal, inside one segment, within a window.
 
-Axes: B batch, T query, S key, N query heads, K key/value heads, G = N / K, H head dim.
+Three backends give the same outputs: "xla" everywhere; "cudnn" on NVIDIA GPUs, through JAX's
+public function, for which packed rows are laid out as padded segments; "splash" on TPUs. The
+latter two must pass `self_test` on the device at hand before they are used (`choose_backend`).
+
+Axes: B batch, T query, S key, N query heads, K key/value heads, G = N / K, H head dim,
+E segments of a row, P tokens of the longest segment.
 """
+
+import functools
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from radonc_jax import parallel
+
+BACKENDS = ("xla", "cudnn", "splash")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How packed rows attend; what comes out does not depend on it.
+
+    Attributes:
+      backend: one of BACKENDS; it is used where packed rows train, "xla" everywhere else.
+      segments: the most segments of a row, and
+      segment_length: tokens of the longest; "cudnn" alone reads these two.
+      interpret: run the "splash" kernel without a TPU, slowly, for tests.
+    """
+
+    backend: str = "xla"
+    segments: int = 0
+    segment_length: int = 0
+    interpret: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Visible:
+    """What each query may see, made once for all layers; `see` makes it.
+
+    Attributes:
+      positions: int [B, T], counted from 0 within each segment; `key_positions` [B, S] likewise.
+      segments: int [B, T] or None; tokens of different segments never see each other.
+      window: a query sees itself and the `window - 1` keys before it (Mistral's sliding window,
+        Jiang et al. 2023, arXiv 2310.06825); None for no limit.
+      mask: bool [B, T, S], for "xla".
+      padded: int [B, E, P], the place in the row of each token of each segment, for "cudnn";
+      place: int [B, T], where each token lies among those E * P;
+      lengths: int [B, E], tokens of each segment.
+    """
+
+    positions: jax.Array
+    key_positions: jax.Array
+    segments: jax.Array | None
+    mask: jax.Array | None = None
+    padded: jax.Array | None = None
+    place: jax.Array | None = None
+    lengths: jax.Array | None = None
+    window: int | None = field(default=None, metadata={"static": True})
+    config: AttentionConfig = field(default=AttentionConfig(), metadata={"static": True})
+
+    def at(self, asking: jax.Array) -> "Visible":
+        """The same for the queries at positions `asking` [B, M] of each row alone, by "xla"."""
+
+        def picked(array):
+            return None if array is None else jnp.take_along_axis(array, asking, axis=1)
+
+        if self.mask is not None:
+            mask = jnp.take_along_axis(self.mask, asking[:, :, None], axis=1)
+        else:
+            positions, segments = picked(self.positions), picked(self.segments)
+            mask = attention_mask(
+                positions, self.key_positions, segments, self.segments, self.window
+            )
+        return Visible(
+            picked(self.positions), self.key_positions, None, mask=mask, window=self.window
+        )
+
+
+def see(
+    positions: jax.Array,
+    key_positions: jax.Array,
+    segments: jax.Array | None,
+    window: int | None,
+    config: AttentionConfig,
+) -> Visible:
+    """What each query may see, in the form that the backend wants; see `Visible`."""
+    if config.backend == "xla":
+        mask = attention_mask(positions, key_positions, segments, segments, window)
+        return Visible(positions, key_positions, segments, mask=mask, window=window)
+    if config.backend == "splash":
+        return Visible(positions, key_positions, segments, window=window, config=config)
+    # Segments are numbered from 1 and lie one after the other; 0 is padding.
+    number = jnp.arange(1, config.segments + 1)
+    inside = segments[:, None, :] == number[:, None]  # [B, E, T]
+    first = jnp.argmax(inside, axis=-1)
+    offsets = jnp.arange(config.segment_length)
+    padded = jnp.minimum(first[..., None] + offsets, segments.shape[1] - 1)
+    place = jnp.maximum(segments - 1, 0) * config.segment_length + positions
+    # No kernel is asked about nothing: an empty segment is given one token that nobody reads.
+    lengths = jnp.maximum(jnp.sum(inside, axis=-1), 1).astype(jnp.int32)
+    return Visible(
+        positions,
+        key_positions,
+        segments,
+        padded=padded,
+        place=place,
+        lengths=lengths,
+        window=window,
+        config=config,
+    )
 
 
 def attention_mask(
@@ -21,8 +131,7 @@ def attention_mask(
       key_positions: int [B, S].
       query_segments: int [B, T] or None; tokens of different segments never see each other.
       key_segments: int [B, S] or None.
-      window: a query sees itself and the `window - 1` keys before it (Mistral's sliding window,
-        Jiang et al. 2023, arXiv 2310.06825); None for no limit.
+      window: as of `Visible`.
 
     Returns:
       bool [B, T, S].
@@ -36,19 +145,25 @@ def attention_mask(
     return mask
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible) -> jax.Array:
     """Scaled dot-product attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245).
-
-    Scores and softmax are float32 whatever the input is.
 
     Args:
       query: [B, T, N, H].
       key, value: [B, S, K, H] with N a multiple of K.
-      mask: bool [B, T, S]; a query that may see nothing gets a meaningless but finite output.
+      visible: from `see`; a query that may see nothing gets a meaningless but finite output.
 
     Returns:
-      [B, T, N, H] in the dtype of `query`.
+      [B, T, N, H] in the dtype of `query`, under the checkpoint name "attention".
     """
+    if visible.config.backend == "splash":
+        return _splash(query, key, value, visible)
+    backend = _cudnn if visible.config.backend == "cudnn" else _xla
+    return checkpoint_name(backend(query, key, value, visible), "attention")
+
+
+def _xla(query, key, value, visible: Visible) -> jax.Array:
+    """Scores and softmax are float32 whatever the input is."""
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     groups = num_heads // num_kv_heads
@@ -62,7 +177,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
         "BKTH,BKSH->BKTS", query, key, precision=precision, preferred_element_type=jnp.float32
     )
     scores = scores.reshape(batch, num_kv_heads, groups, length, -1) * head_dim**-0.5
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    mask = visible.mask[:, None, None, :, :]
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, num_kv_heads, groups * length, -1)
     output = jnp.einsum("BKTS,BKSH->BKTH", weights, value, precision=precision)
@@ -70,6 +186,184 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
+def _cudnn(query, key, value, visible: Visible, implementation: str = "cudnn") -> jax.Array:
+    """Segments as padded rows of their own, for this product alone; the public function of JAX.
+
+    Rows stay packed for all other products, which is where the work is.
+    """
+    batch, length, num_heads, head_dim = query.shape
+    segments, longest = visible.padded.shape[1:]
+    index = visible.padded.reshape(batch, segments * longest, 1, 1)
+
+    def unpack(x):
+        x = jnp.take_along_axis(x, index, axis=1)
+        return x.reshape(batch * segments, longest, *x.shape[2:])
+
+    lengths = visible.lengths.reshape(batch * segments)
+    window = None
+    if visible.window is not None and visible.window < longest:
+        window = (visible.window - 1, 0)
+    output = jax.nn.dot_product_attention(
+        unpack(query),
+        unpack(key),
+        unpack(value),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=window,
+        implementation=implementation,
+    )
+    output = output.reshape(batch, segments * longest, num_heads, head_dim)
+    output = jnp.take_along_axis(output, visible.place[:, :, None, None], axis=1)
+    return jnp.where(visible.segments[:, :, None, None] > 0, output, 0)
+
+
+def _splash(query, key, value, visible: Visible) -> jax.Array:
+    """The TPU's block-sparse kernel; each device runs it on its rows and heads."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, head_dim = query.shape[1], query.shape[3]
+    block = next((size for size in (512, 256, 128) if length % size == 0), None)
+    if block is None:
+        raise ValueError(f"rows of {length} tokens: splash attention wants a multiple of 128")
+    # Segments keep packed tokens apart, so causality and the window may count along the row.
+    mask = splash.CausalMask((length, length))
+    if visible.window is not None and visible.window < length:
+        mask = splash.LocalMask((length, length), (visible.window - 1, 0), 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
+
+    def on_device(query, key, value, segments):
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * query.shape[2]),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=sizes,
+            residual_checkpoint_name="attention",
+            interpret=visible.config.interpret,
+        )
+
+        def row(query, key, value, segments):
+            return kernel(query, key, value, segment_ids=splash.SegmentIds(segments, segments))
+
+        heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        return jax.vmap(row)(*heads_first, segments).transpose(0, 2, 1, 3)
+
+    query = query * jnp.asarray(head_dim**-0.5, query.dtype)
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = PartitionSpec(parallel.BATCH_AXES, None, "tensor", None)
+        rows = PartitionSpec(parallel.BATCH_AXES, None)
+        on_device = jax.shard_map(
+            on_device, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
+    return on_device(query, key, value, visible.segments)
+
+
 def matmul_precision(dtype) -> jax.lax.Precision | None:
     """float32 means float32: without this, GPUs and TPUs multiply float32 in fewer bits."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def choose_backend(
+    wanted: str, *, platform: str, dtype, num_heads: int, num_kv_heads: int, head_dim: int
+) -> tuple[str, str]:
+    """The backend to train with, proven on the device at hand, and a line on why.
+
+    Args:
+      wanted: one of BACKENDS, or "auto": the platform's fast one if it passes, else "xla".
+      platform: "gpu", "tpu" or "cpu".
+      dtype: of activations.
+      num_heads, num_kv_heads, head_dim: of the model.
+
+    Raises:
+      ValueError: the wanted backend is not of this platform, or fails its self-test here.
+    """
+    fast = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+    if wanted not in ("auto", *BACKENDS):
+        raise ValueError(f"train.attention must be one of {('auto', *BACKENDS)}, not {wanted!r}")
+    if wanted == "xla" or (wanted == "auto" and fast is None):
+        return "xla", "as asked" if wanted == "xla" else f"the one for {platform}"
+    if wanted not in ("auto", fast):
+        raise ValueError(f'train.attention="{wanted}" does not run on {platform}: use "auto"')
+    unfit = None
+    if fast == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        unfit = f"cuDNN attention computes in 16 bits, not {jnp.dtype(dtype).name}"
+    elif fast == "splash" and head_dim % 128:
+        unfit = f"splash attention wants heads of a multiple of 128, not {head_dim}"
+    else:
+        try:
+            self_test(fast, dtype, num_heads, num_kv_heads, head_dim)
+        except Exception as error:  # whatever a kernel dies of, it is not used
+            unfit = f"{fast} attention failed its self-test here: {' '.join(str(error).split())}"
+    if unfit is None:
+        return fast, "passed its self-test"
+    if wanted == fast:
+        raise ValueError(f'{unfit}. Set train.attention="xla"')
+    return "xla", unfit
+
+
+def self_test(
+    backend: str, dtype, num_heads: int, num_kv_heads: int, head_dim: int, interpret: bool = False
+) -> None:
+    """Proves a backend on packed rows, on the device at hand.
+
+    For the model's grouped queries and for plain ones, without a window and with one shorter than
+    a segment: outputs and gradients are those of "xla" up to the rounding of `dtype`, and when one
+    segment changes, those of the others stay the same bit for bit.
+
+    Raises:
+      ValueError: which of these does not hold.
+    """
+    length, sizes = 256, (61, 1, 100, 70)  # 24 tokens of padding at the end
+    segments = np.zeros((2, length), np.int32)
+    positions = np.zeros((2, length), np.int32)
+    for row, order in enumerate((sizes, sizes[::-1])):
+        start = 0
+        for number, size in enumerate(order, start=1):
+            segments[row, start : start + size] = number
+            positions[row, start : start + size] = np.arange(size)
+            start += size
+    changed = segments == 3
+    others = (segments > 0) & ~changed
+    tolerance = max(4 * float(jnp.finfo(dtype).eps), 1e-5)
+
+    # In a mesh, a test of one device's kernel would be cut up: it runs outside of it.
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(config, window, query, key, value, weight):
+        visible = see(positions, positions, jnp.asarray(segments), window, config)
+
+        def loss(query, key, value):
+            output = attend(query, key, value, visible)
+            return jnp.sum(output.astype(jnp.float32) * weight), output
+
+        gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+        return output, *gradients
+
+    rng = np.random.default_rng(0)
+    for heads in {(num_heads, num_kv_heads), (num_kv_heads, num_kv_heads)}:
+        # Few heads are as telling as many, and the group's size is kept.
+        groups = heads[0] // heads[1]
+        kv = min(heads[1], 2)
+        shapes = [(2, length, n, head_dim) for n in (groups * kv, kv, kv, groups * kv)]
+        arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+        weight = arrays.pop().astype(jnp.float32) * (segments > 0)[:, :, None, None]
+        other = [jnp.where(changed[:, :, None, None], -2 * x + 1, x) for x in arrays]
+        config = AttentionConfig(backend, len(sizes), 128, interpret)
+        for window in (None, 17):
+            what = f"{groups} queries a key head, window {window}"
+            got = run(config, window, *arrays, weight)
+            expected = run(AttentionConfig(), window, *arrays, weight)
+            for name, ours, theirs in zip(
+                ("outputs", "query gradients", "key gradients", "value gradients"),
+                got,
+                expected,
+                strict=True,
+            ):
+                ours, theirs = (np.asarray(x, np.float32)[segments > 0] for x in (ours, theirs))
+                error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+                if not error < tolerance:
+                    raise ValueError(f"{what}: {name} are off by {error:.2g} of the largest")
+            again = run(config, window, *other, weight)
+            for before, after in zip(got, again, strict=True):
+                if not np.array_equal(np.asarray(before)[others], np.asarray(after)[others]):
+                    raise ValueError(f"{what}: segments of a packed row see each other")

@@ -19,10 +19,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from radonc_jax import parallel
-from radonc_jax.models.attention import attend, attention_mask, matmul_precision
+from radonc_jax.models.attention import AttentionConfig, attend, matmul_precision, see
 
-# What the backward pass keeps per layer; everything else is cheap to recompute from these.
-SAVED_NAMES = ("query", "key", "value", "attention", "residual", "gate", "up")
+# What the backward pass keeps per layer, by how much it may compute again. "nothing": no matrix
+# product with the weights runs twice. "mlp": gate and up do, which are two thirds of what is kept.
+# "layer": all but the last product of each layer do, from the layer's input alone.
+SAVED_NAMES = {
+    "nothing": ("query", "key", "value", "attention", "residual", "gate", "up"),
+    "mlp": ("query", "key", "value", "attention", "residual"),
+    "layer": (),
+}
 
 # The linear maps of a layer, and the module that holds each.
 PROJECTIONS = {
@@ -91,6 +97,19 @@ class Cache:
     @property
     def length(self) -> int:
         return self.key.shape[2]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the arithmetic of training is carried out; what comes out does not depend on it.
+
+    Attributes:
+      attention: of packed rows.
+      recompute: what the backward pass computes again, to save memory; a key of `SAVED_NAMES`.
+    """
+
+    attention: AttentionConfig = AttentionConfig()
+    recompute: str = "nothing"
 
 
 class Embedding(nnx.Module):
@@ -174,7 +193,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear(kv_size, c.hidden_size, layers=layers, rngs=rngs)
         self.o_proj = Linear(c.hidden_size, query_size, layers=layers, rngs=rngs)
 
-    def __call__(self, x, rope, positions, mask, cache=None, layer=None, asking=None):
+    def __call__(self, x, rope, positions, visible, cache=None, layer=None, asking=None):
         """x [B, T, D] -> ([B, T or M, D], cache).
 
         With a cache, keys are those of its slots. With `asking` [B, M], the positions at which an
@@ -185,8 +204,8 @@ class Attention(nnx.Module):
         value = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
         key = checkpoint_name(apply_rope(key, *rope), "key")
         if asking is not None:
-            x, mask, *rope = (pick(array, asking) for array in (x, mask, *rope))
-            length = asking.shape[1]
+            x, *rope = (pick(array, asking) for array in (x, *rope))
+            visible, length = visible.at(asking), asking.shape[1]
         query = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
         query = checkpoint_name(apply_rope(query, *rope), "query")
         value = checkpoint_name(value, "value")
@@ -197,7 +216,7 @@ class Attention(nnx.Module):
                 cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype)),
             )
             key, value = cache.key[layer].astype(x.dtype), cache.value[layer].astype(x.dtype)
-        output = checkpoint_name(attend(query, key, value, mask), "attention")
+        output = attend(query, key, value, visible)
         return self.o_proj(output.reshape(batch, length, self.num_heads * self.head_dim)), cache
 
 
@@ -224,9 +243,9 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, layers=layers)
         self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(self, x, rope, positions, mask, cache=None, layer=None, asking=None):
+    def __call__(self, x, rope, positions, visible, cache=None, layer=None, asking=None):
         attended, cache = self.self_attn(
-            self.input_layernorm(x), rope, positions, mask, cache, layer, asking
+            self.input_layernorm(x), rope, positions, visible, cache, layer, asking
         )
         x = x if asking is None else pick(x, asking)
         x = checkpoint_name(x + attended, "residual")
@@ -240,12 +259,21 @@ class Decoder(nnx.Module):
     Args:
       config: the architecture.
       dtype: of activations and matrix products; parameters keep their own.
+      execution: of training; None for the plain way.
       rngs: for random weights (normal, 0.02), the start of a model trained from nothing.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype=jnp.float32,
+        execution: Execution | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.execution = execution or Execution()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = Block(config, rngs=rngs)  # every parameter stacked [L, ...]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, layers=None)
@@ -288,9 +316,9 @@ class Decoder(nnx.Module):
             key_positions = jnp.broadcast_to(
                 jnp.arange(cache.length), (tokens.shape[0], cache.length)
             )
-        mask = attention_mask(
-            positions, key_positions, segment_ids, segment_ids, config.sliding_window
-        )
+        packed = segment_ids is not None
+        attention = self.execution.attention if packed else AttentionConfig()
+        visible = see(positions, key_positions, segment_ids, config.sliding_window, attention)
         # Weights are picked by index, because slicing all layers but the last off the stack would
         # copy it; whatever else a layer holds (adapters) is small and sliced.
         graph, weights, rest = nnx.split(self.layers, nnx.Param, ...)
@@ -305,15 +333,16 @@ class Decoder(nnx.Module):
             # The cache is carried, not scanned over, so that each layer updates it in place.
             x, cache = carry
             layer, rest = inputs
-            return block(layer, rest)(x, rope, positions, mask, cache, layer), None
+            return block(layer, rest)(x, rope, positions, visible, cache, layer), None
 
         def run_last(carry, rest):
             x, cache = carry
             layer = jnp.int32(last)
-            return block(layer, rest)(x, rope, positions, mask, cache, layer, asking)
+            return block(layer, rest)(x, rope, positions, visible, cache, layer, asking)
 
         if cache is None:
-            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            names = SAVED_NAMES[self.execution.recompute]
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
             run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
             run_last = jax.checkpoint(run_last, policy=policy)
         last = config.num_layers - 1

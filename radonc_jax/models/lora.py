@@ -14,7 +14,7 @@ from flax import nnx
 
 from radonc_jax.models import quantize
 from radonc_jax.models.attention import matmul_precision
-from radonc_jax.models.decoder import PROJECTIONS, Decoder, Linear, ModelConfig
+from radonc_jax.models.decoder import PROJECTIONS, Decoder, Execution, Linear, ModelConfig
 from radonc_jax.parallel import path_name
 
 
@@ -138,8 +138,6 @@ class LoRALinear(nnx.Module):
             self.dropout_key = DropoutKey(jnp.zeros((layers, 2), jnp.uint32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        precision = matmul_precision(x.dtype)
-        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
         base_output = self.base(x)
         dropped = self.dropout > 0 and not self.deterministic
         adapter_input = x
@@ -148,8 +146,7 @@ class LoRALinear(nnx.Module):
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             adapter_input = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         # Scaled where it is smallest: at rank size.
-        low = jnp.einsum("...I,RI->...R", adapter_input, a, precision=precision) * self.scale
-        update = jnp.einsum("...R,OR->...O", low, b, precision=precision)
+        update = thin_product(thin_product(adapter_input, self.a[...]) * self.scale, self.b[...])
         if not self.dora:
             return base_output + update
         # As in PEFT, dropout reaches the direction's base term too, and the norm is a constant
@@ -161,6 +158,34 @@ class LoRALinear(nnx.Module):
         # One is taken off in float32, before rounding.
         change = (ratio - 1).astype(x.dtype)
         return base_output + change * direction + ratio.astype(x.dtype) * update
+
+
+@jax.custom_vjp
+def thin_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., I] times a float32 parameter [O, I], in the dtype of x: [..., O].
+
+    The parameter's gradient is summed over tokens, and by the compiler over devices, in float32:
+    in the dtype of a bfloat16 model, what many tokens add would be lost to rounding.
+    """
+    weight = weight.astype(x.dtype)
+    return jnp.einsum("...I,OI->...O", x, weight, precision=matmul_precision(x.dtype))
+
+
+def _thin_forward(x, weight):
+    return thin_product(x, weight), (x, weight)
+
+
+def _thin_backward(saved, gradient):
+    x, weight = saved
+    precision = matmul_precision(x.dtype)
+    to_x = jnp.einsum("...O,OI->...I", gradient, weight.astype(x.dtype), precision=precision)
+    to_weight = jnp.einsum(
+        "...O,...I->OI", gradient, x, precision=precision, preferred_element_type=jnp.float32
+    )
+    return to_x, to_weight
+
+
+thin_product.defvjp(_thin_forward, _thin_backward)
 
 
 def merge_kernel(kernel, a, b, scale):
@@ -227,7 +252,11 @@ class Partition:
 
 
 def partition(
-    config: ModelConfig, lora: LoRAConfig | None, dtype, quantized: str | None = None
+    config: ModelConfig,
+    lora: LoRAConfig | None,
+    dtype,
+    quantized: str | None = None,
+    execution: Execution | None = None,
 ) -> Partition:
     """The abstract model, split into trained and frozen arrays.
 
@@ -236,13 +265,14 @@ def partition(
       lora: the adapter, which then is all that trains; None to train the whole model.
       dtype: of activations.
       quantized: how the projections' kernels are kept, "int8" or "nf4"; None as they are.
+      execution: of training; None for the plain way.
 
     Raises:
       ValueError: a projection whose size does not suit `quantized`.
     """
 
     def build():
-        model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+        model = Decoder(config, dtype=dtype, execution=execution, rngs=nnx.Rngs(0))
         if quantized is not None:
             model = quantize.replace(model, quantized)
         return model if lora is None else inject(model, lora)

@@ -1,10 +1,13 @@
 """Checkpoints of a run: trained arrays, optimiser state and progress; never the base.
 
 Orbax writes them asynchronously and renames a checkpoint only when it is whole, so a run killed
-at any moment finds the last complete one. Kept are the two newest and the best.
+at any moment finds the last complete one. Each holds a fingerprint of its arrays: one that was
+damaged later is set aside, and the one before is used. Kept are the two newest and the best.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -12,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from radonc_jax import parallel
 from radonc_jax.parallel import path_name
-from radonc_jax.training.step import TrainState
+from radonc_jax.training.step import TrainState, fingerprint
+
+PRINTS = "fingerprints"
 
 
 @dataclass
@@ -70,6 +77,7 @@ class Checkpoints:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._workdir = Path(workdir).absolute()
         self._best = _KeepBest()
+        self._failed = False
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -78,28 +86,78 @@ class Checkpoints:
             ),
         )
 
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
-
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Starts writing a checkpoint; arrays are copied before this returns."""
+        """Starts writing a checkpoint; arrays are copied before this returns.
+
+        Raises:
+          OSError: it, or the one before, could not be written.
+        """
         is_best = progress.best_step is not None and progress.best_step != self._best.step
         self._best.step = progress.best_step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(_named(state.trainable)),
-                optimizer=ocp.args.StandardSave(_named(state.optimizer)),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-        )
+        prints = {name: fingerprint(getattr(state, name)) for name in ("trainable", "optimizer")}
+        with self._writing(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(_named(state.trainable)),
+                    optimizer=ocp.args.StandardSave(_named(state.optimizer)),
+                    progress=ocp.args.JsonSave(dataclasses.asdict(progress) | {PRINTS: prints}),
+                ),
+            )
+            if is_best:
+                # best.json names whole checkpoints only.
+                self._manager.wait_until_finished()
         if is_best:
-            # best.json names whole checkpoints only.
-            self._manager.wait_until_finished()
             write_best(self._workdir, progress)
 
-    def restore(self, shapes: TrainState, placements: TrainState, step: int):
-        """A checkpoint as (TrainState, Progress), placed as asked."""
+    @contextlib.contextmanager
+    def _writing(self, step: int | None = None):
+        """Errors of a disk, which Orbax wraps in many ways, as one that says what is left."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            whole = _steps(self._workdir)
+            left = f"the last whole one is {whole[-1]}" if whole else "there is none yet"
+            raise OSError(
+                f"checkpoint {'' if step is None else f'{step} '}could not be written under "
+                f"{self._workdir / 'checkpoints'} ({_short(error)}); {left}. Make room there and "
+                "start the same command again: it goes on from that one"
+            ) from error
+
+    def restore_newest(self, shapes: TrainState, placements: TrainState):
+        """The newest checkpoint that is whole, as (step, TrainState, Progress); None without one.
+
+        Damaged ones are moved to the run's folder `damaged/`, with a message.
+        """
+        while (number := self._manager.latest_step()) is not None:
+            restored, problem = None, None
+            try:
+                restored = self._restore(shapes, placements, number)
+            except Exception as error:  # whatever a broken file leads to
+                problem = _short(error)
+            # All processes of a run use the same one.
+            broken = np.int32(problem is not None)
+            if parallel.several_processes():
+                broken = multihost_utils.process_allgather(broken).max()
+            if not broken:
+                state, progress = restored
+                self._best.step = progress.best_step
+                write_best(self._workdir, progress)
+                return number, state, progress
+            if parallel.is_main_process():
+                print(f"checkpoint {number} is damaged ({problem}): moved to damaged/", flush=True)
+                aside = self._workdir / "damaged"
+                aside.mkdir(exist_ok=True)
+                names = (f"{number}" + f"-{n}" * (n > 0) for n in itertools.count())
+                target = next(aside / name for name in names if not (aside / name).exists())
+                os.rename(self._workdir / "checkpoints" / str(number), target)
+            if parallel.several_processes():
+                multihost_utils.sync_global_devices("damaged checkpoint set aside")
+            self._manager.reload()
+        return None
+
+    def _restore(self, shapes: TrainState, placements: TrainState, step: int):
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -112,22 +170,28 @@ class Checkpoints:
                 progress=ocp.args.JsonRestore(),
             ),
         )
-        progress = Progress(**restored.progress)
-        self._best.step = progress.best_step
-        write_best(self._workdir, progress)
-        return (
-            TrainState(
-                jax.device_put(jax.numpy.int32(step), placements.step),
-                _unnamed(shapes.trainable, restored.trainable),
-                _unnamed(shapes.optimizer, restored.optimizer),
-            ),
-            progress,
+        state = TrainState(
+            jax.device_put(jax.numpy.int32(step), placements.step),
+            _unnamed(shapes.trainable, restored.trainable),
+            _unnamed(shapes.optimizer, restored.optimizer),
         )
+        progress = dict(restored.progress)
+        for name, expected in progress.pop(PRINTS).items():
+            if fingerprint(getattr(state, name)) != expected:
+                raise ValueError(f"the {name} arrays are not those that were saved")
+        return state, Progress(**progress)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk; raises as `save`."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last write."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last write, unless an earlier one has failed and has been told."""
+        if not self._failed:
+            self.wait()
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
 
 def write_best(workdir: Path, progress: Progress) -> None:
@@ -149,8 +213,7 @@ def find_step(workdir: Path, step: str | int) -> int:
     Raises:
       FileNotFoundError: the run has no such checkpoint; those it has are listed.
     """
-    folder = Path(workdir) / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    steps = _steps(workdir)
     if not steps:
         raise FileNotFoundError(f"{workdir} has no checkpoint: has the run been started?")
     if step == "latest":
@@ -172,13 +235,36 @@ def restore_trainable(workdir: Path, abstract, shardings, step: str | int):
 
     Raises:
       FileNotFoundError: no such checkpoint.
+      ValueError: it is damaged, or another model's.
     """
     number = find_step(workdir, step)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    path = Path(workdir).absolute() / "checkpoints" / str(number) / "trainable"
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(path, _targets(abstract, shardings))
-    return number, _unnamed(abstract, restored)
+    folder = Path(workdir).absolute() / "checkpoints" / str(number)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(folder / "trainable", _targets(abstract, shardings))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            expected = checkpointer.restore(folder / "progress")[PRINTS]["trainable"]
+        trainable = _unnamed(abstract, restored)
+        if fingerprint(trainable) != expected:
+            raise ValueError("the arrays are not those that were saved")
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {number} of {workdir} cannot be read ({_short(error)}): choose another "
+            "--step, or train on, which goes back to the one before"
+        ) from error
+    return number, trainable
+
+
+def _steps(workdir: Path) -> list[int]:
+    """Steps of the whole checkpoints, in order."""
+    folder = Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def _short(error: Exception) -> str:
+    """The first line of a message: those of the storage library go on for pages."""
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:200]
 
 
 def _named(tree) -> dict[str, jax.Array]:

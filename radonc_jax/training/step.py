@@ -130,15 +130,16 @@ def fingerprint(tree) -> str:
     2**32; equal trees give equal strings, and a changed bit changes the string.
     """
 
-    @jax.jit
-    def checksums(leaves):
-        def checksum(leaf):
-            width = jnp.dtype(leaf.dtype).itemsize * 8
-            bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
-            bits = bits.astype(jnp.uint32).ravel()
-            weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435762) + 1
-            return jnp.sum(bits * weights, dtype=jnp.uint32)
+    return "".join(f"{int(value):08x}" for value in _checksums(jax.tree.leaves(tree)))
 
-        return [checksum(leaf) for leaf in leaves]
 
-    return "".join(f"{int(value):08x}" for value in checksums(jax.tree.leaves(tree)))
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def checksum(leaf):
+        width = jnp.dtype(leaf.dtype).itemsize * 8
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
+        bits = bits.astype(jnp.uint32).ravel()
+        weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435762) + 1
+        return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+    return [checksum(leaf) for leaf in leaves]

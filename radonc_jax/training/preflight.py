@@ -1,0 +1,189 @@
+"""The training step before there are weights: what it needs, what it moves, whether it fits.
+
+Everything is taken from the compiled program itself, for the devices at hand or, through libtpu,
+for a TPU topology that is not there.
+"""
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from radonc_jax import parallel
+from radonc_jax.models.decoder import ModelConfig
+from radonc_jax.models.lora import Partition
+from radonc_jax.training import meters, step
+
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A compiled training step.
+
+    Attributes:
+      arguments: bytes per device of weights, adapter, optimiser state and batch.
+      total: bytes per device at its fullest, those included.
+      limit: bytes that a device has; None where that is not known.
+      flops: of one step on one device, as the compiler counts them (a loop's body once).
+      moved: (kind of collective, bytes of its result on a device) of each in the program.
+    """
+
+    arguments: int
+    total: int
+    limit: int | None
+    flops: float
+    moved: list[tuple[str, int]]
+
+    def check(self) -> None:
+        """ValueError unless it fits."""
+        if self.limit is not None and self.total > self.limit:
+            raise ValueError(
+                f"the step needs {self.total / 2**30:.1f} GiB a device, which has "
+                f"{self.limit / 2**30:.1f}: raise batch.microbatches, set "
+                'train.recompute="mlp" or "layer", precision.base="int8" or "nf4", or spread the '
+                "model with mesh.fsdp"
+            )
+
+    def __str__(self) -> str:
+        limit = "" if self.limit is None else f" of {self.limit / 2**30:.1f}"
+        return (
+            f"memory per device: {self.total / 2**30:.2f} GiB{limit} "
+            f"({self.arguments / 2**30:.2f} of it weights, adapter, optimiser and batch)"
+        )
+
+
+def batch_shapes(
+    mesh: Mesh, microbatches: int, rows: int, length: int, answers: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and placements of a step's batch, as `data.batches.Batches` makes it.
+
+    Args:
+      mesh: over which the rows are spread.
+      microbatches, rows: of the step, and in each of them.
+      length, answers: tokens of a row, and places for answer tokens in it.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, parallel.BATCH_AXES))
+    sizes = dict(tokens=length, positions=length, segment_ids=length)
+    sizes |= dict(answer_index=answers, targets=answers)
+    shapes = {
+        name: jax.ShapeDtypeStruct((microbatches, rows, size), jnp.int32, sharding=sharding)
+        for name, size in sizes.items()
+    }
+    shapes["weights"] = jax.ShapeDtypeStruct(
+        (microbatches, rows, answers), jnp.float32, sharding=sharding
+    )
+    return shapes
+
+
+def stored_shapes(partition: Partition, dtype, mesh: Mesh):
+    """Shapes and placements of the frozen base as it is loaded: quantised arrays as they are."""
+
+    def stored(path, leaf, sharding):
+        kept = parallel.path_name(path).endswith(("codes", "scales"))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else dtype, sharding=sharding)
+
+    placements = parallel.shardings(partition.frozen, mesh)
+    return jax.tree_util.tree_map_with_path(stored, partition.frozen, placements)
+
+
+def compile_step(
+    partition: Partition,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    dtype,
+    batch: dict[str, jax.ShapeDtypeStruct],
+):
+    """The step of `train` for these shapes, compiled (`jax.stages.Compiled`); needs no arrays."""
+    shapes, placements = step.state_shardings(partition, optimizer, mesh)
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        placements,
+    )
+    jitted = jax.jit(
+        functools.partial(step.train_step, partition, optimizer, seed),
+        donate_argnums=0,
+        out_shardings=(placements, parallel.replicated(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, stored_shapes(partition, dtype, mesh), batch).compile()
+
+
+def examine(compiled, device: jax.Device) -> StepProgram:
+    """What a compiled step needs and moves."""
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    total += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    total += memory.generated_code_size_in_bytes
+    return StepProgram(
+        arguments=memory.argument_size_in_bytes,
+        total=total,
+        limit=meters.memory_bytes(device),
+        flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
+        moved=collectives(compiled.as_text()),
+    )
+
+
+def collectives(text: str) -> list[tuple[str, int]]:
+    """(kind, bytes of the result on a device) of each collective in a compiled program's text."""
+    widths = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line)
+        if match:
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            size = 0
+            for kind, dimensions in arrays:
+                count = 1
+                for dimension in filter(None, dimensions.split(",")):
+                    count *= int(dimension)
+                size += count * widths.get(kind, 4)
+            found.append((match[2], size))
+    return found
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """The devices of a TPU topology, such as "v5e:4x4", to compile for; none need be there.
+
+    Raises:
+      ValueError: libtpu is not installed, or knows no such topology.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask the network who we are
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:
+        raise ValueError(
+            f"cannot compile for the TPU topology {name!r}: "
+            f"{' '.join(str(error).split())[:200]}. libtpu must be installed (pip install "
+            "'.[tpu]'), and names are like v5e:4x4, v5p:2x2x1, v6e:2x4"
+        ) from None
+
+
+def seconds_of_run(
+    config: ModelConfig, tokens: int, devices: list[jax.Device], dtype, *, full: bool
+) -> tuple[float, str]:
+    """A forecast of the time that training takes, and what it rests on.
+
+    Args:
+      tokens: that go through the model in the whole run, padding included.
+
+    Half of the datasheet's peak is taken to be reached; a device without a datasheet is asked for
+    a large matrix product, of whose speed half is taken.
+    """
+    peak = meters.peak_flops(devices[0].device_kind)
+    basis = "half of the datasheet's peak"
+    if peak is None:
+        # Devices that are parts of one CPU share its cores.
+        peak = meters.measured_flops(dtype) / jax.local_device_count()
+        basis = "half of the speed of a large matrix product here"
+    flops = meters.flops_per_token(config, full=full) * tokens
+    return flops / (0.5 * peak * len(devices)), basis

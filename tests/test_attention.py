@@ -1,0 +1,162 @@
+"""Attention backends: the same outputs, and a self-test that catches those that leak."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radonc_jax import parallel
+from radonc_jax.models import attention
+from radonc_jax.models.attention import AttentionConfig, attend, choose_backend, see, self_test
+
+# What cuDNN is asked through, with the arithmetic of XLA: the layout is ours, and runs anywhere.
+XLA_IN_CUDNN_LAYOUT = functools.partial(attention._cudnn, implementation="xla")
+
+
+@pytest.fixture
+def cudnn_layout(monkeypatch):
+    monkeypatch.setattr(attention, "_cudnn", XLA_IN_CUDNN_LAYOUT)
+
+
+def slow_attention(query, key, value, segments, window):
+    """Token by token, in float64; [T, N, H] and [T, K, H]."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    output = np.zeros_like(query)
+    groups = query.shape[1] // key.shape[1]
+    for t in range(query.shape[0]):
+        seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+        seen = [s for s in seen if window is None or t - s < window]
+        for head in range(query.shape[1]):
+            scores = key[seen, head // groups] @ query[t, head] / np.sqrt(query.shape[2])
+            weights = np.exp(scores - scores.max())
+            output[t, head] = weights / weights.sum() @ value[seen, head // groups]
+    return output
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
+def test_every_backend_is_the_slow_one(backend, window, cudnn_layout):
+    head_dim = 128 if backend == "splash" else 8
+    rng = np.random.default_rng(1)
+    segments = np.repeat([1, 2, 3, 0], [40, 1, 70, 17])[None].astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in (40, 1, 70, 17)])[None].astype(np.int32)
+    query = jnp.asarray(rng.standard_normal((1, 128, 4, head_dim)), jnp.float32)
+    key, value = jnp.asarray(rng.standard_normal((2, 1, 128, 2, head_dim)), jnp.float32)
+    config = AttentionConfig(backend, segments=4, segment_length=70, interpret=True)
+
+    def run(query, key, value):
+        visible = see(jnp.asarray(positions), jnp.asarray(positions), segments, window, config)
+        return attend(query, key, value, visible)
+
+    got = jax.jit(run)(query, key, value)
+    real = segments[0] > 0
+    expected = slow_attention(query[0], key[0], value[0], segments[0], window)
+    np.testing.assert_allclose(np.asarray(got)[0, real], expected[real], atol=3e-6)
+    assert np.isfinite(got).all()
+
+
+def test_the_self_test_passes_what_is_right(cudnn_layout):
+    self_test("cudnn", jnp.bfloat16, 8, 2, 16)
+    self_test("splash", jnp.float32, 4, 2, 128, interpret=True)
+
+
+def leaks_across_segments(query, key, value, visible):
+    """As if packed rows were one segment each."""
+    positions = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
+    whole = see(positions, positions, None, visible.window, AttentionConfig())
+    return attention._xla(query, key, value, whole)
+
+
+def leaks_a_little(query, key, value, visible):
+    """Right but for a trace of the whole row: within any tolerance, and still a leak."""
+    trace = jnp.mean(value.astype(jnp.float32), axis=(1, 2), keepdims=True)
+    output = XLA_IN_CUDNN_LAYOUT(query, key, value, visible)
+    return output + (1e-3 * trace).astype(output.dtype)
+
+
+def wrong_group(query, key, value, visible):
+    """Key heads in another order: right for plain heads only when there is one."""
+    return XLA_IN_CUDNN_LAYOUT(query, key[:, :, ::-1], value, visible)
+
+
+def no_window(query, key, value, visible):
+    import dataclasses
+
+    return XLA_IN_CUDNN_LAYOUT(query, key, value, dataclasses.replace(visible, window=None))
+
+
+@jax.custom_vjp
+def doubled_gradient(x):
+    return x
+
+
+doubled_gradient.defvjp(lambda x: (x, None), lambda _, g: (2 * g,))
+
+
+def wrong_gradient(query, key, value, visible):
+    return XLA_IN_CUDNN_LAYOUT(query, doubled_gradient(key), value, visible)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (leaks_across_segments, "off by"),
+        (leaks_a_little, "see each other"),
+        (wrong_group, "off by"),
+        (no_window, "window 17: .*off by"),
+        (wrong_gradient, "key gradients are off by"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_self_test_catches_what_is_wrong(broken, message, monkeypatch):
+    monkeypatch.setattr(attention, "_cudnn", broken)
+    with pytest.raises(ValueError, match=message):
+        self_test("cudnn", jnp.bfloat16, 4, 2, 16)
+    # Asked for by name it refuses to run; left to choose, the plain one is taken, and it is said.
+    facts = dict(platform="gpu", dtype=jnp.bfloat16, num_heads=4, num_kv_heads=2, head_dim=16)
+    with pytest.raises(ValueError, match='failed its self-test.*Set train.attention="xla"'):
+        choose_backend("cudnn", **facts)
+    backend, why = choose_backend("auto", **facts)
+    assert backend == "xla" and re.search(message, why)
+
+
+def test_a_kernel_that_cannot_run_here_is_not_used():
+    facts = dict(dtype=jnp.bfloat16, num_heads=4, num_kv_heads=2, head_dim=128)
+    backend, why = choose_backend("auto", platform="gpu", **facts)  # there is no GPU
+    assert backend == "xla" and "failed its self-test" in why
+    assert choose_backend("auto", platform="cpu", **facts)[0] == "xla"
+    with pytest.raises(ValueError, match="does not run on cpu"):
+        choose_backend("splash", platform="cpu", **facts)
+
+
+def test_what_a_backend_cannot_compute_is_told(cudnn_layout):
+    facts = dict(dtype=jnp.float32, num_heads=4, num_kv_heads=2, head_dim=64)
+    assert "16 bits" in choose_backend("auto", platform="gpu", **facts)[1]
+    assert "multiple of 128" in choose_backend("auto", platform="tpu", **facts)[1]
+    facts["dtype"] = jnp.bfloat16
+    assert choose_backend("auto", platform="gpu", **facts) == ("cudnn", "passed its self-test")
+
+
+def test_splash_runs_on_each_device_of_a_mesh():
+    mesh = parallel.make_mesh(parallel.MeshConfig(2, 1, 2), jax.devices()[:4])
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1, 2], [2, 1]], 64, axis=1).astype(np.int32)
+    positions = np.tile(np.arange(64), (2, 2)).astype(np.int32)
+    query = rng.standard_normal((2, 128, 4, 128)).astype(np.float32)
+    key, value = rng.standard_normal((2, 2, 128, 2, 128)).astype(np.float32)
+
+    def run(config, *arrays):
+        visible = see(positions, positions, jnp.asarray(segments), None, config)
+        return jnp.sum(attend(*arrays, visible) ** 2)
+
+    expected = jax.jit(jax.grad(functools.partial(run, AttentionConfig())))(query, key, value)
+    config = AttentionConfig("splash", interpret=True)
+    with jax.set_mesh(mesh):
+        placed = [
+            parallel.put(x, mesh, parallel.BATCH_AXES, None, "tensor") for x in (query, key, value)
+        ]
+        got = jax.jit(jax.grad(functools.partial(run, config)))(*placed)
+    np.testing.assert_allclose(got, expected, atol=2e-4)

@@ -1,0 +1,229 @@
+"""What the training step costs, counted from its own program: no device is needed for that.
+
+Model shapes are those of Mistral-7B; nothing here holds its weights.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+from test_parallel import SEVEN_B
+from test_training import ADAPTER, CONFIG, ONE, OPTIMIZER, batch_config, examples, start
+
+from radonc_jax import parallel
+from radonc_jax.data.batches import Batches
+from radonc_jax.models import lora
+from radonc_jax.models.decoder import SAVED_NAMES, Execution
+from radonc_jax.training import meters, preflight, step
+from radonc_jax.training.optimizer import make_optimizer
+
+ROWS, LENGTH, ANSWERS = 2, 2048, 232  # 11 % of the tokens are answers
+ALL = lora.LoRAConfig(16, 32.0, 0.0, tuple(lora.PROJECTIONS), False, False)
+
+
+def inner_jaxprs(equation):
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+            elif hasattr(item, "jaxpr"):
+                yield item.jaxpr
+
+
+def weight_flops(jaxpr) -> float:
+    """FLOPs of all products without batch dimensions: those with weights, not attention's own."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+            if not batch:
+                shape = equation.invars[0].aval.shape
+                inner = math.prod(shape[axis] for axis in contracted)
+                total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += times * sum(weight_flops(inner) for inner in inner_jaxprs(equation))
+    return total
+
+
+def seven_b(recompute="nothing"):
+    """(partition, shapes of trainable, base and one microbatch)."""
+    partition = lora.partition(SEVEN_B, ALL, jnp.bfloat16, execution=Execution(recompute=recompute))
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), partition.frozen)
+    mesh = parallel.make_mesh(ONE, jax.devices()[:1])
+    batch = preflight.batch_shapes(mesh, 1, ROWS, LENGTH, ANSWERS)
+    return partition, partition.trainable, base, batch
+
+
+def step_flops_per_token(recompute):
+    partition, trainable, base, batch = seven_b(recompute)
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    state = step.TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable)
+    )
+    traced = jax.make_jaxpr(functools.partial(step.train_step, partition, optimizer, 0))(
+        state, base, batch
+    )
+    # What nothing uses is not computed: the compiler drops it, and so does this.
+    jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    return weight_flops(jaxpr) / (ROWS * LENGTH)
+
+
+def test_no_product_with_weights_runs_twice():
+    """4 N and the adapter's share are the least; the last layer's and the head's are spared."""
+    n = meters.matmul_parameters(SEVEN_B)
+    assert n == 7_110_393_856  # 7,241,732,096 less the embedding table and the norms
+    assert 3.7 * n < step_flops_per_token("nothing") <= 4.06 * n
+    # The counter sees what is computed again.
+    gate_and_up = 2 * SEVEN_B.hidden_size * SEVEN_B.intermediate_size * SEVEN_B.num_layers
+    again = step_flops_per_token("mlp") - step_flops_per_token("nothing")
+    assert again == pytest.approx(2 * gate_and_up, rel=0.04)
+    assert step_flops_per_token("layer") > 5 * n
+
+
+def saved_bytes(recompute) -> float:
+    """Per token and layer, of what the backward pass is given by the forward pass."""
+    partition, trainable, base, batch = seven_b(recompute)
+    microbatch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
+
+    def residuals(trainable, base, microbatch):
+        loss = functools.partial(_loss, partition, base, microbatch)
+        return jax.vjp(loss, trainable)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, trainable, base, microbatch))
+    # Stacked over layers and tokens: not the weights, which are there anyway.
+    tokens = ROWS * LENGTH
+    layers = SEVEN_B.num_layers - 1
+    stacked = [x for x in kept if x.shape[:3] == (layers, ROWS, LENGTH)]
+    assert stacked
+    return sum(x.size * x.dtype.itemsize for x in stacked) / tokens / layers
+
+
+def _loss(partition, base, microbatch, trainable):
+    return step.answer_loss(partition.merge(trainable, base), microbatch)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    assert 80e3 < saved_bytes("nothing") <= 95e3
+    assert saved_bytes("mlp") <= 38e3
+    assert saved_bytes("layer") <= 9e3
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "layer"])
+def test_computing_again_changes_no_gradient(recompute):
+    partition, trainable, base = start(ADAPTER)
+    leaner = lora.partition(CONFIG, ADAPTER, jnp.float32, execution=Execution(recompute=recompute))
+    batch = Batches(examples(6), batch_config(), epochs=1, seed=None, row_multiple=1)[0]
+    microbatch = {name: array[0] for name, array in batch.items()}
+    plain, lean = (
+        jax.jit(jax.grad(functools.partial(_loss, p, base, microbatch)))(trainable)
+        for p in (partition, leaner)
+    )
+    for ours, theirs in zip(jax.tree.leaves(lean), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_every_way_to_recompute_keeps_names_that_exist():
+    """A name that no array bears would be ignored in silence."""
+    partition, trainable, base = start(ADAPTER)
+    batch = Batches(examples(6), batch_config(), epochs=1, seed=None, row_multiple=1)[0]
+    microbatch = {name: array[0] for name, array in batch.items()}
+    text = str(jax.make_jaxpr(functools.partial(_loss, partition, base, microbatch))(trainable))
+    for name in set().union(*SAVED_NAMES.values()):
+        assert f"name[name={name}]" in text.replace("\n", "").replace(" ", ""), name
+
+
+def test_an_epoch_is_one_compilation():
+    partition, trainable, base = start(ADAPTER)
+    optimizer = make_optimizer(OPTIMIZER, 6)
+    mesh = parallel.make_mesh(ONE, jax.devices()[:1])
+    batches = Batches(examples(), batch_config(), epochs=2, seed=5, row_multiple=1)
+    _, placements = step.state_shardings(partition, optimizer, mesh)
+    state = step.TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    state = jax.device_put(state, placements)
+    run = jax.jit(
+        functools.partial(step.train_step, partition, optimizer, 0),
+        donate_argnums=0,
+        out_shardings=(placements, parallel.replicated(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        for number in range(batches.steps):
+            state, _ = run(
+                state, base, parallel.put(batches[number], mesh, None, parallel.BATCH_AXES)
+            )
+    assert run._cache_size() == 1
+
+
+def test_adapter_gradients_of_a_bfloat16_model_are_summed_in_float32():
+    """Over the tokens and over the devices: half the bits would be lost otherwise."""
+    partition, trainable, base, batch = seven_b()
+    microbatch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
+    jaxpr = jax.make_jaxpr(
+        lambda trainable, base, microbatch: jax.grad(
+            functools.partial(_loss, partition, base, microbatch)
+        )(trainable)
+    )(trainable, base, microbatch)
+    shapes = {leaf.shape[1:] for leaf in jax.tree.leaves(trainable)}
+    found = [
+        equation.outvars[0].aval
+        for equation in all_equations(jaxpr.jaxpr)
+        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape in shapes
+    ]
+    assert len(found) >= 14
+    assert {aval.dtype for aval in found} == {jnp.dtype("float32")}
+
+
+def all_equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in inner_jaxprs(equation):
+            yield from all_equations(inner)
+
+
+def test_a_step_that_does_not_fit_is_refused():
+    program = preflight.StepProgram(2**30, 3 * 2**30, 2 * 2**30, 1.0, [])
+    with pytest.raises(ValueError, match=r"needs 3.0 GiB a device, which has 2.0: raise batch"):
+        program.check()
+    preflight.StepProgram(2**30, 3 * 2**30, None, 1.0, []).check()
+    assert "3.00 GiB of 2.0" in str(program)
+
+
+def test_collectives_are_read_from_the_program_itself():
+    mesh = parallel.make_mesh(parallel.MeshConfig(1, 8, 1), jax.devices()[:8])
+    partition, _, base = start(ADAPTER)
+    optimizer = make_optimizer(OPTIMIZER, 6)
+    batch = preflight.batch_shapes(mesh, 1, 8, 64, 16)
+    compiled = preflight.compile_step(partition, optimizer, 0, mesh, jnp.float32, batch)
+    program = preflight.examine(compiled, jax.devices()[0])
+    kinds = {kind for kind, _ in program.moved}
+    assert "all-gather" in kinds  # fsdp: a layer's weights are gathered
+    assert program.total > program.arguments > 0
+    mesh = parallel.make_mesh(parallel.MeshConfig(8, 1, 1), jax.devices()[:8])
+    batch = preflight.batch_shapes(mesh, 1, 8, 64, 16)
+    compiled = preflight.compile_step(partition, optimizer, 0, mesh, jnp.float32, batch)
+    assert_no_base_weights_move(preflight.examine(compiled, jax.devices()[0]), partition)
+
+
+def assert_no_base_weights_move(program, partition):
+    """In pure data parallelism the adapter's gradients are summed, and that is all."""
+    assert {kind for kind, _ in program.moved} <= {"all-reduce"}
+    adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(partition.trainable))
+    assert sum(size for _, size in program.moved) <= 1.01 * adapter + 64
+
+
+def test_peaks_and_forecasts():
+    assert meters.peak_flops("NVIDIA H200") == 989e12
+    assert meters.peak_flops("TPU v5 lite") == 197e12 and meters.peak_flops("TPU v5") == 459e12
+    assert meters.peak_flops("some other card") is None
+    assert meters.flops_per_token(SEVEN_B, full=False) == 4 * 7_110_393_856
+    # Attention over 2,048 places costs a few per cent of the products with the weights.
+    assert 0.02 < 1024 * meters.attention_cost(SEVEN_B) < 0.08
+    seconds, basis = preflight.seconds_of_run(
+        SEVEN_B, 10**6, jax.devices()[:1], jnp.float32, full=False
+    )
+    assert seconds > 60 and "matrix product here" in basis
+    assert meters.peak_memory_bytes() > 10**7
+    assert meters.memory_bytes(jax.devices()[0]) > 10**8

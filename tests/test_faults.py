@@ -1,0 +1,226 @@
+"""Runs that are killed, told to end, damaged or out of room end as if nothing had happened.
+
+`RADONC_KILLS` sets how often the run of the first test is killed: a few times in CI, for its
+twenty minutes; twenty times with  RADONC_KILLS=20 launch/test.sh tests/test_faults.py
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, command_environment, run_command
+from test_train_command import SHORT, last_line, losses, losses_or_none
+
+KILLS = int(os.environ.get("RADONC_KILLS", "3"))
+
+
+@pytest.fixture(scope="module")
+def quiet(workspace, tmp_path_factory):
+    """An uninterrupted run, and the seconds it took."""
+    workdir = tmp_path_factory.mktemp("quiet") / "run"
+    began = time.monotonic()
+    run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    return workdir, time.monotonic() - began
+
+
+def begin(workspace, workdir, *arguments, devices=1, **environment):
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "radonc_jax.train",
+            *workspace.arguments,
+            *SHORT,
+            *arguments,
+            f"--workdir={workdir}",
+        ],
+        cwd=ROOT,
+        env=command_environment(devices) | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(step, workdir, *processes):
+    deadline = time.monotonic() + 300
+    while (step, "train") not in losses_or_none(workdir):
+        assert time.monotonic() < deadline
+        for process in processes:
+            assert process.poll() is None, process.stdout.read()[-2000:]
+        time.sleep(0.005)
+
+
+def assert_same_end(workdir, quiet):
+    """Losses, choice of the best, answers and scores, bit for bit."""
+    assert losses(workdir) == losses(quiet)
+    assert (workdir / "best.json").read_text() == (quiet / "best.json").read_text()
+    for model in ("original", "tuned"):
+        for name in ("predictions.jsonl", "metrics.json"):
+            place = f"evaluation/test/{model}/{name}"
+            assert (workdir / place).read_bytes() == (quiet / place).read_bytes(), place
+    assert not list(workdir.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, tmp_path):
+    moments = random.Random(7)
+    workdir, kills = tmp_path / "run", 0
+    while kills < KILLS:
+        process = begin(workspace, workdir)
+        try:
+            process.wait(moments.uniform(0.2, 1.0) * quiet[1])
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        if process.returncode == 0:  # it got to its end before the blow: another one
+            assert_same_end(workdir, quiet[0])
+            workdir = tmp_path / f"run{kills}"
+    run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    assert_same_end(workdir, quiet[0])
+
+
+@pytest.mark.slow
+def test_told_to_end_all_processes_save_and_others_go_on(quiet, workspace, tmp_path):
+    """One of two processes gets the signal; one process, then eight devices, go on from there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workdir = tmp_path / "run"
+    processes = [
+        begin(
+            workspace,
+            workdir,
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
+    wait_for_step(1, workdir, *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], outputs[0][-3000:]
+    assert "told to end: step" in outputs[0]
+    # Every step that was done has been saved.
+    done = max(step for step, _ in losses(workdir))
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert done == saved < 6
+    expected = losses(quiet[0])
+    wider = tmp_path / "wider"
+    shutil.copytree(workdir, wider)
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    alone = begin(workspace, workdir, "--config.final_evaluation=False")
+    eight = begin(workspace, wider, "--config.final_evaluation=False", *mesh, devices=8)
+    for process, folder in ((alone, workdir), (eight, wider)):
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-3000:]
+        assert f"resumed at step {saved} of 6" in output
+        got = losses(folder)
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            assert got[key] == pytest.approx(value, rel=1e-5), (folder.name, key)
+
+
+@pytest.mark.slow
+def test_a_process_alone_told_to_end_saves_where_it_is(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    never = "--config.train.save_every=0"  # but at a validation, after step 3
+    process = begin(workspace, workdir, never, "--config.final_evaluation=False")
+    wait_for_step(1, workdir, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 75
+    assert "of 6 is saved; the same command goes on from the last checkpoint" in output
+    done = max(step for step, _ in losses(workdir))
+    assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [done]
+    final = begin(workspace, workdir, never, "--config.final_evaluation=False")
+    assert final.wait(300) == 0
+    assert losses(workdir) == losses(quiet[0])
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    newest = workdir / "checkpoints" / "6"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    # What asks for it by name is told, and nothing is taken for it.
+    result = run_command("evaluate", f"--workdir={workdir}", "--step=6", check=False)
+    assert "checkpoint 6 of" in last_line(result) and "cannot be read" in last_line(result)
+    result = run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    assert "checkpoint 6 is damaged" in result.stdout
+    assert "resumed at step 5 of 6" in result.stdout
+    assert (workdir / "damaged" / "6").is_dir()
+    assert_same_end(workdir, quiet[0])
+
+
+def test_a_dry_run_tells_what_a_run_would_do_without_weights(workspace, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(workspace.model, model)
+    (model / "model.safetensors").unlink()
+    result = run_command(
+        "train", *workspace.arguments, *SHORT, f"--config.model={model}", "--dry_run"
+    )
+    for told in ("examples kept", "tokens: min", "6 steps of 32 examples", "% filled"):
+        assert told in result.stdout
+    for told in ("answer tokens", "memory per device: ", "attention: xla", "training alone: about"):
+        assert told in result.stdout
+    assert not (ROOT / "null").exists()
+
+
+# `train`, on a device that has next to no memory.
+SMALL_DEVICE = """
+from radonc_jax import command, train
+from radonc_jax.training import meters
+
+meters.memory_bytes = lambda device: 2**20
+command.run(train.main)
+"""
+
+
+def test_a_dry_run_fails_where_the_step_does_not_fit(workspace):
+    arguments = [*workspace.arguments, *SHORT, "--dry_run"]
+    result = subprocess.run(
+        [sys.executable, "-c", SMALL_DEVICE, *arguments],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1
+    assert "GiB a device, which has 0.0: raise batch.microbatches" in last_line(result)
+    assert "memory per device" in result.stdout
+
+
+def test_a_trace_of_some_steps_is_written(workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ["train", *workspace.arguments, *SHORT, f"--workdir={workdir}"]
+    result = run_command(*arguments, "--profile=3-4", check=False)
+    assert "--profile=3-4 must be START:STOP" in last_line(result)
+    run_command(*arguments, "--config.final_evaluation=False", "--profile=2:3")
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [entry for entry in entries if entry["split"] == "train"]
+    assert all(entry["peak_memory_bytes"] > 10**7 for entry in trained)
+    assert all(entry["tokens_per_second"] > 0 for entry in trained)
+    assert "mfu" not in trained[0]  # a CPU has no datasheet
+
+
+def test_programs_are_kept_for_the_next_run(workspace, tmp_path):
+    arguments = ["train", *workspace.arguments, *SHORT, "--config.final_evaluation=False"]
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": ""}
+    run_command(*arguments, f"--workdir={tmp_path / 'run'}", **environment)
+    assert list((tmp_path / "cache" / "radonc_jax" / "compiled").glob("jit_train_step*"))
