@@ -43,6 +43,8 @@ setup(
     extras_require={
         "test": [
             "hypothesis>=6",
+            # libtpu compiles for TPUs on a machine without one.
+            "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.5",
