@@ -8,7 +8,8 @@ from pathlib import Path
 from absl import flags, logging
 
 from radonc_jax import command
-from radonc_jax.evaluation.report import read_run, write_runs
+from radonc_jax.evaluation.findings import read_run
+from radonc_jax.evaluation.report import write_runs
 
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from radonc_jax.data.cohort import write_cohort
-from radonc_jax.evaluation import report, run
+from radonc_jax.evaluation import findings, report, run
 from radonc_jax.tasks import TASKS, select
 
 NASTY = "<script>alert('x')</script> & \"L breast\""
@@ -42,7 +42,7 @@ def cohort(tmp_path_factory):
 
 
 def make_run(workdir, cohort, task="icd", right=(0.3, 0.8), name="base/model"):
-    records = report.load_records(cohort, "test")
+    records = findings.load_records(cohort, "test")
     for model, share in zip(run.MODELS, right, strict=True):
         rng = np.random.default_rng(3)
         remaining = list(select(task))
@@ -148,7 +148,7 @@ def test_page_is_self_contained_and_escapes(workdir):
 
 
 def test_a_published_report_holds_no_clinical_text(workdir, tmp_path):
-    runs = [report.read_run(workdir)]
+    runs = [findings.read_run(workdir)]
     report.write_runs(runs, tmp_path, include_text=False, bootstrap=20)
     for name in ("report.html", "report.json"):
         # The run's folder is named in the report, and pytest counts its own: "pytest-10".
@@ -159,7 +159,7 @@ def test_a_published_report_holds_no_clinical_text(workdir, tmp_path):
 
 def test_same_input_same_bytes(workdir, tmp_path):
     for name in ("a", "b"):
-        runs = [report.read_run(workdir)]
+        runs = [findings.read_run(workdir)]
         report.write_runs(runs, tmp_path / name, figures=True, bootstrap=20)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["figure.png", "figure.svg", "report.html", "report.json"]
@@ -180,7 +180,7 @@ def test_a_run_without_its_cohort_is_reported_without_baselines(tmp_path, cohort
     entry = report.write_report(folder, "test", bootstrap=20)["tasks"]["icd"]
     assert entry["baselines"] is None and entry["sizes"] is None and entry["ceiling"] is None
     with pytest.raises(FileNotFoundError, match="no such cohort folder"):
-        report.read_run(folder, cohort=tmp_path / "gone")
+        findings.read_run(folder, cohort=tmp_path / "gone")
 
 
 def test_a_cohort_prepared_anew_is_refused(tmp_path, cohort):
