@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from radonc_jax.data.cohort import is_finished_cohort, load_manifest, load_records
+import pandas as pd
+
+from radonc_jax.data.cohort import as_records, is_finished_cohort, load_manifest, load_split
 from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation.baselines import score_baselines
 from radonc_jax.evaluation.run import METRICS, MODELS, PREDICTIONS, read_predictions, split_tasks
@@ -32,6 +34,9 @@ class Run:
     training: Sequence[Record] = ()  # empty where the cohort is not at hand
     held_out: Sequence[Record] = ()
     sizes: dict[str, int] | None = None  # cases by split
+    config: dict = field(default_factory=dict)  # the run's config.json
+    cohort: dict = field(default_factory=dict)  # the cohort's manifest.json
+    cases: pd.DataFrame | None = None  # cohort rows of the split: site, sex, age ... where known
 
 
 def _read_json(path: Path) -> dict:
@@ -87,23 +92,27 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     manifest = _read_json(workdir / "manifest.json")
     provenance |= {"workdir": str(workdir), "model": config.get("model"), "manifest": manifest}
     training = held_out = ()
-    sizes, ceiling = None, {}
+    sizes, facts, cases = None, {}, None
     folder = cohort or config.get("cohort")
     if folder and (cohort is not None or is_finished_cohort(Path(folder))):
-        splits = {name: load_records(folder, name) for name in SPLITS}
-        sizes = {name: len(records) for name, records in splits.items()}
-        training, held_out = splits["train"], splits[split]
-        ceiling = load_manifest(folder).get("ceiling") or {}
+        splits = {name: load_split(folder, name) for name in SPLITS}
+        sizes = {name: len(rows) for name, rows in splits.items()}
+        cases = splits[split]
+        training, held_out = as_records(splits["train"]), as_records(cases)
+        facts = load_manifest(folder)
     return Run(
         name=workdir.resolve().name,
         split=split,
         predictions=predictions,
         metrics=metrics,
         provenance=provenance,
-        ceiling=ceiling,
+        ceiling=facts.get("ceiling") or {},
         training=training,
         held_out=held_out,
         sizes=sizes,
+        config=config,
+        cohort=facts,
+        cases=cases,
     )
 
 
