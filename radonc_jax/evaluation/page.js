@@ -55,14 +55,18 @@
   };
   const add = (terms, name, content, verdict) => {
     const description = element("dd", content || "(empty)");
-    if (verdict) description.append(element("span", verdict, "verdict"));
+    if (verdict) {
+      const line = element("span", undefined, "verdict");
+      line.append(element("b", verdict[0]), verdict.slice(1).map(part => "; " + part).join(""));
+      description.append(line);
+    }
     terms.append(element("dt", name), description);
   };
   const judged = answer => {
     const parts = [verdicts[answer[VERDICT]]];
     if (answer[READ] !== null) parts.push("read as: " + text(answer[READ]));
     if (answer[CONFIDENCE] !== null) parts.push("confidence " + answer[CONFIDENCE].toFixed(2));
-    return parts.join("; ");
+    return parts;
   };
   const item = row => {
     const made = element("li"), terms = element("dl"), title = [row[CASE], data.tasks[row[TASK]]];
@@ -73,7 +77,7 @@
     if (row[DIAGNOSIS] !== null) add(terms, "Diagnosis", text(row[DIAGNOSIS]));
     add(terms, "Reference", text(row[REFERENCE]));
     add(terms, "Original", text(row[ORIGINAL][OUTPUT]), judged(row[ORIGINAL]));
-    const verdict = judged(row[TUNED]) + "; ROUGE-1 " + row[ROUGE].toFixed(2);
+    const verdict = [...judged(row[TUNED]), "ROUGE-1 " + row[ROUGE].toFixed(2)];
     add(terms, "Tuned", text(row[TUNED][OUTPUT]), verdict);
     made.append(terms);
     return made;
