@@ -102,7 +102,7 @@ def make_table(
     )
     # What may be wider than the screen scrolls by itself, and by the keyboard too.
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(caption)}">'
         f"{table}</div>"
     )
 

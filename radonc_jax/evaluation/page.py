@@ -202,7 +202,7 @@ def _found(report: Mapping, drawer: Drawer) -> str:
         "Cases",
         "Original",
         "Tuned",
-        "p that tuning helps",
+        "p (Wilcoxon)",
         "Best simple baseline",
         "Tuned beats it",
         "Best reachable",
