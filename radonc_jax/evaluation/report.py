@@ -21,6 +21,8 @@ _NAMES = {
     "tuned": "Tuned",
     "majority": "Majority class",
     "lookup": "Dictionary lookup",
+    "nearest": "Nearest neighbours",
+    "tfidf": "TF-IDF, logistic regression",
 }
 _TITLES = {"regimen": "Treatment regimen", "modality": "Modality", "icd": "ICD-10-CM code"}
 
@@ -35,6 +37,8 @@ _COLOURS = {
     "tuned": "#1f77b4",
     "majority": "#c9a227",
     "lookup": "#b3672b",
+    "nearest": "#6a8d3c",
+    "tfidf": "#8c5aa8",
 }
 
 
