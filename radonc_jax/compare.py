@@ -1,6 +1,7 @@
 """The paper's table over finished runs: report.json, report.html, figure.svg and figure.png.
 
 python -m radonc_jax.compare --runs=runs/regimen,runs/modality,runs/icd --output=report
+python -m radonc_jax.compare --runs=runs/old,runs/new --against=old --output=report
 """
 
 from pathlib import Path
@@ -14,7 +15,12 @@ from radonc_jax.evaluation.report import write_runs
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose evaluations are compared.")
-_TEXT = flags.DEFINE_bool("include_text", True, "Show example cases with their clinical text.")
+_AGAINST = flags.DEFINE_string(
+    "against", None, "Name of the run (its folder's) that the other runs are compared with."
+)
+_TEXT = flags.DEFINE_bool(
+    "include_text", True, "Show the cases; without, no text, case id or small group is in any file."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
 
 
@@ -28,6 +34,7 @@ def main() -> None:
         Path(_OUTPUT.value),
         include_text=_TEXT.value,
         figures=True,
+        against=_AGAINST.value,
         seed=_SEED.value,
     )
     for task, entry in report["tasks"].items():

@@ -6,10 +6,9 @@ import re
 import pytest
 from reports import HOSTILE, run_in_memory
 
-from radonc_jax.evaluation import report
 from radonc_jax.evaluation.disclosure import TRIPOD_LLM, Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
-from radonc_jax.evaluation.findings import build_report
+from radonc_jax.evaluation.findings import build_report, publish
 from radonc_jax.evaluation.page import render_page
 
 RIGHT = "Left breast, 50 Gy in 25 fractions"
@@ -32,7 +31,7 @@ def render(*runs, include_text=True):
     content = build_report(runs, bootstrap=20)
     json.dumps(content, allow_nan=False)
     if not include_text:
-        content = report.publish(content)
+        content = publish(content)
     return render_page(content, runs, include_text=include_text)
 
 
@@ -122,24 +121,26 @@ def test_runs_are_named_where_they_share_a_task():
 
 
 def test_a_published_page_hides_small_groups():
-    answers = [("C61", "C61", "C61")] * 20 + [("C20", "C61", "C50.911")] * 3
-    runs = [run_in_memory(answers, "icd", name="icd")]
-    full, public = build_report(runs, bootstrap=0), report.publish(build_report(runs, bootstrap=0))
-    entry = public["tasks"]["icd"]
-    assert "C20" in json.dumps(full) and "C50.911" in json.dumps(full)
-    assert list(entry["tuned"]["per_class"]) == ["C61"] and entry["tuned"]["classes_hidden"] == 1
-    for text in (json.dumps(public), render(*runs, include_text=False)):
-        for hidden in ("C20", "C50.911", "pwned", "case-1"):
-            assert hidden not in text
+    answers = [("C61", "C61", "C61")] * 20 + [("C34.11", "C34.11", "C34.11")] * 12
+    answers += [("C20", "C61", "C50.911")] * 3 + [("C19", "C61", "C50.911")] * 2
+    runs = [run_in_memory(answers, "icd", name="icd", sites=["a"] * 32 + ["tiny"] * 5)]
+    public = publish(build_report(runs, bootstrap=0))
+    classes = public["tasks"]["icd"]["tuned"]["per_class"]
+    assert classes["C20"] == {"precision": None, "recall": None, "f1": None, "support": "<11"}
+    page = render(*runs, include_text=False)
+    text = shown(page)
+    assert "2 small classes are not shown" in text
+    groups = text[text.index("Accuracy in subgroups. Group") :]
+    assert re.search(r"Site: tiny &lt;11 &ndash; &ndash;", groups)
+    for hidden in ("pwned", "case-1"):
+        assert hidden not in page and hidden not in json.dumps(public)
 
 
 def test_no_small_count_of_a_confusion_matrix_can_be_worked_out():
     answers = [("photon", "photon", "photon")] * 40 + [("photon", "", "proton")] * 3
     answers += [("photon", "", "electron")] * 20 + [("proton", "", "photon")] * 12
     runs = [run_in_memory(answers, "modality")]
-    confusion = report.publish(build_report(runs, bootstrap=0))["tasks"]["modality"]["tuned"][
-        "confusion"
-    ]
+    confusion = publish(build_report(runs, bootstrap=0))["tasks"]["modality"]["tuned"]["confusion"]
     row = dict(zip(confusion["labels"], confusion["matrix"][0], strict=True))
     # Had only the 3 been hidden, the row's sum would tell them.
     assert row["proton"] is None and row["electron"] is None and row["photon"] == 40
@@ -173,10 +174,8 @@ def test_model_card_tells_the_manifests_and_leaves_the_rest_to_people():
     assert card["Data"]["Left out"].startswith("Left out, by first reason: several diagnoses 1,537")
     assert "3 rows (date)" in card["Data"]["Identifiers"]
     assert card["Data"]["Approval and consent"] is None
-    assert (
-        "accuracy 0.0 % (0.0 to 0.0) original, 100.0 % (100.0 to 100.0) tuned, n 4."
-        == (card["Evaluation"]["Treatment regimen"])
-    )
+    result = card["Evaluation"]["Treatment regimen"]
+    assert result.startswith("accuracy 0.0 % (0.0 to ") and result.endswith("tuned, n 4.")
 
 
 def test_tripod_items_are_filled_from_manifests_and_blank_without_them():

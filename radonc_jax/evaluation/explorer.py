@@ -5,9 +5,9 @@ Texts of patients and of models are data throughout: JSON without any markup in 
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from radonc_jax.evaluation.confidence import confidences
 from radonc_jax.evaluation.figures import TITLES
 from radonc_jax.evaluation.findings import Run, entries
 from radonc_jax.evaluation.markup import DASH, escape, plain_cell
@@ -21,12 +21,6 @@ def embed_json(content: object) -> str:
     """JSON that is safe inside a script element: no markup, no line separator, ASCII alone."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def confidence_of(prediction: Mapping) -> float | None:
-    """The probability of the whole answer, given the prompt; None where it was not recorded."""
-    logprob = prediction.get("logprob")
-    return None if logprob is None else min(1.0, math.exp(logprob))
 
 
 def _cut(text: str) -> str:
@@ -71,7 +65,8 @@ class Texts:
             state = RIGHT if prediction["correct"] else WRONG
             if prediction["answer"] is None:
                 state = UNREADABLE
-            confidence = confidence_of(prediction)
+            found = confidences([prediction])
+            confidence = None if found is None else float(found[0])
             output = _cut(prediction["output"])
             read = prediction["answer"]
             return [

@@ -56,6 +56,17 @@ def _colour(model: str) -> str:
     return COLOURS.get(model.partition("_")[0], COLOURS["baseline"])
 
 
+def _line(model: str) -> str | tuple:
+    """A line's dashes, so that lines differ without colour too."""
+    if model.partition("_")[2]:
+        return (0, (1, 1.5))
+    return (0, (4, 2)) if model == "original" else "-"
+
+
+def _marker(model: str) -> str:
+    return "s" if model.startswith("original") else "o"
+
+
 def as_score(score: Mapping | float | None) -> dict:
     """{value, low, high}, whether a figure came with its interval or alone."""
     if isinstance(score, Mapping):
@@ -81,18 +92,26 @@ def draw_accuracy(panels: Sequence[tuple[str, Mapping[str, Mapping], float | Non
     Args:
       panels: (title, metrics by model or baseline, best reachable accuracy or None).
     """
-    heights = [len(models) + 1.6 for _, models, _ in panels]
+    # Places are given, not solved for: a solver's last bits differ from one process to another,
+    # and with them the file.
+    row, head, foot = 0.22, 0.3, 0.3
+    height = sum(row * len(models) + head + foot for _, models, _ in panels) + 0.2
+    width, left = 4.8, 1.75
     with matplotlib.rc_context(_STYLE):
-        height = 0.24 * sum(heights) + 0.3
-        figure = Figure(figsize=(4.8, height), layout="constrained")
-        grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+        figure = Figure(figsize=(width, height))
+        top, grid = height, []
+        for _, models, _ in panels:
+            top -= head + row * len(models)
+            box = left / width, top / height, (width - left - 0.1) / width
+            grid.append(figure.add_axes((*box, row * len(models) / height)))
+            top -= foot
         for axes, (title, models, ceiling) in zip(grid, panels, strict=True):
-            for row, (model, metrics) in enumerate(models.items()):
+            for line, (model, metrics) in enumerate(models.items()):
                 score = as_score(metrics["accuracy"])
-                axes.barh(row, score["value"], color=_colour(model), height=0.72)
-                _whisker(axes, row, score)
+                axes.barh(line, score["value"], color=_colour(model), height=0.72)
+                _whisker(axes, line, score)
                 # In a column of their own, clear of whiskers and of the ceiling.
-                axes.text(1.11, row, f"{score['value']:.2f}", ha="right", va="center", fontsize=8)
+                axes.text(1.11, line, f"{score['value']:.2f}", ha="right", va="center", fontsize=8)
             if ceiling is not None:
                 axes.axvline(ceiling, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1)
                 axes.text(ceiling, -0.62, "ceiling", ha="center", va="bottom", fontsize=8)
@@ -123,7 +142,7 @@ def draw_rows(rows: Sequence[tuple[str, Mapping[str, Mapping | float | None]]], 
                     )  # fmt: skip
                 axes.plot(
                     score["value"], row + shift, color=_colour(model), markersize=4.5,
-                    marker="s" if model.startswith("original") else "o",
+                    marker=_marker(model),
                 )  # fmt: skip
         axes.set_yticks(range(len(rows)), [_plain(_shorten(label)) for label, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -140,13 +159,15 @@ def draw_reliability(confidence: Mapping[str, Mapping]) -> Figure:
         figure, axes = _unit_square("confidence of the answer", "share right")
         axes.plot([0, 1], [0, 1], color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=0.8)
         for model, values in confidence.items():
-            bins = [b for b in values["reliability"] if b["n"] and b["accuracy"] is not None]
+            bins = [b for b in values["reliability"] if b["accuracy"] is not None]
             most = max((b["n"] for b in bins), default=1)
             x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-            axes.plot(x, y, color=_colour(model), linewidth=1.2, label=name_of(model))
+            axes.plot(
+                x, y, color=_colour(model), linewidth=1.2, linestyle=_line(model),
+                label=name_of(model),
+            )  # fmt: skip
             sizes = [8 + 42 * b["n"] / most for b in bins]  # area: how many cases
-            marker = "s" if model.startswith("original") else "o"
-            axes.scatter(x, y, s=sizes, color=_colour(model), marker=marker, zorder=3)
+            axes.scatter(x, y, s=sizes, color=_colour(model), marker=_marker(model), zorder=3)
         axes.set_ylim(-0.03, 1.03)
         _legend(axes, confidence)
     return figure
@@ -160,10 +181,10 @@ def draw_risk_coverage(confidence: Mapping[str, Mapping]) -> Figure:
         for model, values in confidence.items():
             points = [p for p in values["risk_coverage"] if p["risk"] is not None]
             x, y = [p["coverage"] for p in points], [p["risk"] for p in points]
-            dashes = (0, (4, 2)) if model.startswith("original") else "-"
             axes.plot(
-                x, y, color=_colour(model), linewidth=1.6, linestyle=dashes, label=name_of(model)
-            )
+                x, y, color=_colour(model), linewidth=1.6, linestyle=_line(model),
+                label=name_of(model),
+            )  # fmt: skip
             highest = max([highest, *y])
         axes.axhline(0.05, color=COLOURS["ink"], linestyle=(0, (1, 2)), linewidth=0.9)
         axes.set_ylim(0, 1.05 * highest)

@@ -48,7 +48,7 @@ def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = Tr
         ("found", "What was found", _found(report, drawer)),
         ("paper", "The paper's table", _paper_table(report)),
         ("scores", "All scores", _score_table(report)),
-        ("tests", "Tests", _test_table(report)),
+        ("tests", "Tests", _test_table(report) + _rival_table(report) + _against_table(report)),
     ]
     texts = Texts(runs, report["runs"]) if include_text else None
     for task in report["tasks"]:
@@ -150,21 +150,34 @@ def _models(entry: Mapping) -> dict[str, Mapping]:
 
 
 def _best_baseline(entry: Mapping) -> tuple[str, Mapping] | None:
-    baselines = entry["baselines"] or {}
-    if not baselines:
-        return None
-    # The first of equals, in the order of the report.
-    return max(baselines.items(), key=lambda item: _accuracy(item[1]))
+    name = entry["verdict"]["best_baseline"]
+    return None if name is None else (name, entry["baselines"][name])
 
 
-def _baseline_wins(entry: Mapping) -> bool:
+def _standing(entry: Mapping) -> str | None:
+    """How the tuned model stands to the best baseline: "better" or "worse" where the 95 % interval
+    of the difference says so, else "unclear"; None without baselines."""
     best = _best_baseline(entry)
-    return best is not None and _accuracy(best[1]) >= _accuracy(entry["tuned"])
+    if best is None:
+        return None
+    if entry["verdict"]["tuned_beats_baseline"]:
+        return "better"
+    difference = entry["baseline_tests"][best[0]]["difference"]
+    high = difference["value"] if difference["high"] is None else difference["high"]
+    return "worse" if high < 0 else "unclear"
 
 
 def _holm(entry: Mapping) -> float:
     test = entry["tests"]["wilcoxon"]
     return test.get("p_holm", test["p_value"])
+
+
+_STANDINGS = {
+    None: DASH,
+    "better": "yes",
+    "worse": Html("<strong>no, it is worse</strong>"),
+    "unclear": Html("<strong>not shown</strong>"),
+}
 
 
 def _found(report: Mapping, drawer: Drawer) -> str:
@@ -175,8 +188,6 @@ def _found(report: Mapping, drawer: Drawer) -> str:
     rows = []
     for task, entry in listed:
         best = _best_baseline(entry)
-        wins = _baseline_wins(entry)
-        better: object = DASH if best is None else "no" if wins else "yes"
         shown = DASH
         if best is not None:
             shown = join(
@@ -193,7 +204,7 @@ def _found(report: Mapping, drawer: Drawer) -> str:
                 score_cell(entry["tuned"]["accuracy"]),
                 format_p(_holm(entry)),
                 shown,
-                Html("<strong>no</strong>") if better == "no" else better,
+                _STANDINGS[_standing(entry)],
                 score_cell(entry["ceiling"]),
             ]
         )
@@ -260,22 +271,26 @@ def _rivals(report: Mapping) -> str:
     start = "<strong>Against simple baselines</strong>: "
     if not known:
         return start + "none was computed, because the cohort is not at hand."
-    won = [
-        f"{_called(report, task, entry)} ({escape(name_of(best[0]).lower())} "
-        f"{_share(_accuracy(best[1]))}, tuned {_share(_accuracy(entry['tuned']))})"
-        for task, entry in known
-        if (best := _best_baseline(entry)) and _baseline_wins(entry)
-    ]
-    if won:
-        return start + f"a simple baseline does no worse than the tuned model on {_sentence(won)}."
-    nearest = min(
-        known, key=lambda item: _accuracy(item[1]["tuned"]) - _accuracy(_best_baseline(item[1])[1])
-    )
-    best = _best_baseline(nearest[1])
-    return start + (
-        f"the tuned model beats the best of them on every comparison; the closest is "
-        f"{_called(report, *nearest)}, where {escape(name_of(best[0]).lower())} reaches "
-        f"{_share(_accuracy(best[1]))}."
+    by_standing: dict[str, list[str]] = {"worse": [], "unclear": [], "better": []}
+    for task, entry in known:
+        name, metrics = _best_baseline(entry)
+        reached, tuned = _share(_accuracy(metrics)), _share(_accuracy(entry["tuned"]))
+        by_standing[_standing(entry)].append(
+            f"{_called(report, task, entry)} ({escape(name_of(name))} {reached}, tuned {tuned})"
+        )
+    says = {
+        "worse": "a simple baseline does better than the tuned model on",
+        "unclear": "a simple baseline does no worse, as far as these cases tell, on",
+        "better": "the tuned model beats all of them on",
+    }
+    return (
+        start
+        + "; ".join(
+            f"{says[standing]} {_sentence(names)}"
+            for standing, names in by_standing.items()
+            if names
+        )
+        + "."
     )
 
 
@@ -389,6 +404,7 @@ def _test_table(report: Mapping) -> str:
         "Difference in ROUGE-1",
         "Wilcoxon p, ROUGE-1",
         "ROUGE-1 after Holm",
+        "Wilcoxon p, by patient",
         "Difference in F1 macro",
         *EFFECTS.values(),
     ]
@@ -409,6 +425,7 @@ def _test_table(report: Mapping) -> str:
                 score_cell(tests["difference_rouge1"], signed=True),
                 format_p(tests["wilcoxon_rouge1"]["p_value"]),
                 format_p(tests["wilcoxon_rouge1"].get("p_holm")),
+                format_p((tests.get("wilcoxon_by_patient") or {}).get("p_value")),
                 score_cell(tests.get("f1_macro"), signed=True),
                 *(
                     plain_cell(effect.get(key))
@@ -418,6 +435,56 @@ def _test_table(report: Mapping) -> str:
         )
     heads, rows = drop_unknown(heads, rows, 3)
     return make_table("Tuned against original, case by case.", heads, rows)
+
+
+def _rival_table(report: Mapping) -> str:
+    """Tuned against each baseline, case by case."""
+    rows = [
+        [_named(report, task, entry), name_of(name), *_test_cells(tests)]
+        for task, entry in entries(report)
+        for name, tests in (entry["baseline_tests"] or {}).items()
+    ]
+    if not rows:
+        return ""
+    heads = ["Task", "Baseline", *_TEST_CELLS]
+    return make_table(
+        "Tuned model against each simple baseline, case by case.", heads, rows, texts=2
+    )
+
+
+def _against_table(report: Mapping) -> str:
+    """The tuned models of two runs, where they answered the same cases."""
+    rows = [
+        [TITLES[task], entry["run"], entry["against"]["run"]]
+        + _test_cells(entry["against"]["tests"])
+        for task, entry in entries(report)
+        if entry.get("against")
+    ]
+    if not rows:
+        return ""
+    heads = ["Task", "Tuned model of", "Against that of", *_TEST_CELLS]
+    return make_table("The tuned models of two runs on the same cases.", heads, rows, texts=3)
+
+
+_TEST_CELLS = (
+    "Difference in accuracy",
+    "Wilcoxon p",
+    "after Holm",
+    "Right only: the other",
+    "Right only: tuned",
+    "McNemar p",
+)
+
+
+def _test_cells(tests: Mapping) -> list[object]:
+    return [
+        score_cell(tests["difference"], signed=True),
+        format_p(tests["wilcoxon"]["p_value"]),
+        format_p(tests["wilcoxon"].get("p_holm")),
+        plain_cell(tests["mcnemar"]["only_original"]),
+        plain_cell(tests["mcnemar"]["only_tuned"]),
+        format_p(tests["mcnemar"]["p_value"]),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,19 +1,16 @@
-"""report.json and report.html of one or more run folders: written, and made fit to be shared.
+"""report.json and report.html of one or more run folders, written.
 
 `evaluation.findings` has the figures, `evaluation.page` the page.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from radonc_jax.evaluation.figures import figure_bytes
-from radonc_jax.evaluation.findings import Run, build_report, read_run
+from radonc_jax.evaluation.findings import Run, build_report, publish, read_run
 from radonc_jax.evaluation.page import accuracy_figure, render_page
 from radonc_jax.evaluation.run import write_file
-from radonc_jax.tasks import TASKS
-
-SMALL_CELL = 11  # counts below this are not published (convention of the US CMS)
 
 
 def write_report(
@@ -45,6 +42,7 @@ def write_runs(
     figures: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
+    against: str | None = None,
 ) -> dict:
     """Writes the report over `runs` into the folder `output`; `figures` adds figure.svg and .png.
 
@@ -53,8 +51,9 @@ def write_runs(
     Args:
       include_text: False leaves all clinical text and all small groups out of every file (see
         `publish`).
+      against: name of the run whose tuned model the others' are compared with (see `build_report`).
     """
-    report = build_report(runs, bootstrap=bootstrap, seed=seed)
+    report = build_report(runs, bootstrap=bootstrap, seed=seed, against=against)
     if not include_text:
         report = publish(report)
     files: dict[str, str | bytes] = {}
@@ -66,86 +65,3 @@ def write_runs(
     for name, content in files.items():
         write_file(output / name, content)
     return report
-
-
-# ---------------------------------------------------------------------------------------------
-# The form to share
-# ---------------------------------------------------------------------------------------------
-
-# Parts of an entry that tell of groups of cases; elsewhere "n" is all of them.
-_OF_GROUPS = ("details", "subgroups", "confidence", "robustness")
-
-
-def publish(report: Mapping) -> dict:
-    """The content of report.json without text or id of any case, and without small groups.
-
-    A group of fewer than SMALL_CELL cases keeps neither its name nor its figures; of classes that
-    small only the number is told (`classes_hidden`), and a confusion matrix that is not of a
-    task's own few labels is left out, since its labels are those of single cases.
-    """
-
-    return {
-        **report,
-        "tasks": {
-            task: _published(entry, TASKS[task].labels is not None)
-            for task, entry in report["tasks"].items()
-        },
-    }
-
-
-def _published(entry: Mapping, closed: bool) -> dict:
-    """`closed`: the task has a set of labels of its own."""
-    result = {}
-    for key, value in entry.items():
-        if key == "further_runs":
-            result[key] = [_published(other, closed) for other in value]
-        elif key in _OF_GROUPS:
-            result[key] = _without_small_groups(value)
-        else:
-            result[key] = _without_classes(value, closed)
-    return result
-
-
-def _without_small_groups(content):
-    if isinstance(content, list):
-        return [_without_small_groups(item) for item in content]
-    if not isinstance(content, Mapping):
-        return content
-    content = dict(content)
-    if "high_rouge_wrong" in content:
-        content["high_rouge_wrong_n"] = len(content.pop("high_rouge_wrong"))
-    n = content.get("n")
-    if isinstance(n, int) and 0 < n < SMALL_CELL:
-        shown = {"n": f"<{SMALL_CELL}", "group": "small group", "by": content.get("by")}
-        shown |= {key: content[key] for key in ("bin", "expected") if key in content}
-        return {key: shown.get(key) for key in content}
-    return {key: _without_small_groups(value) for key, value in content.items()}
-
-
-def _without_classes(content, closed: bool):
-    """Metrics, wherever they stand in `content`, without their small classes."""
-    if not isinstance(content, Mapping):
-        return content
-    if "per_class" not in content:
-        return {key: _without_classes(value, closed) for key, value in content.items()}
-    classes, confusion = content["per_class"], content["confusion"]
-    large = {label: scores for label, scores in classes.items() if scores["support"] >= SMALL_CELL}
-    return {
-        **content,
-        "per_class": large,
-        "classes_hidden": len(classes) - len(large),
-        "confusion": {
-            "labels": confusion["labels"] if closed else [],
-            "matrix": [_without_small_cells(row) for row in confusion["matrix"] if closed],
-        },
-    }
-
-
-def _without_small_cells(row: Sequence[int]) -> list[int | None]:
-    """Small counts become None, and never a single one, which the row's sum would give away."""
-    shown = [None if 0 < n < SMALL_CELL else n for n in row]
-    if shown.count(None) == 1:
-        others = [i for i, n in enumerate(shown) if n]
-        if others:
-            shown[min(others, key=lambda i: shown[i])] = None
-    return shown

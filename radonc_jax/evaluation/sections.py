@@ -96,8 +96,9 @@ def _regimen(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
     counts += [field.get("n") for field in fields.values()]
     if not rows:
         return []
+    drawn = [row for row in rows if any(as_score(v)["value"] is not None for v in row[1].values())]
     figure = drawer(
-        figures.draw_rows(rows, "share right"),
+        figures.draw_rows(drawn, "share right"),
         "Share right, whole regimens and each field; circles: tuned, squares: original.",
         "Share right of each field of a regimen",
     )
@@ -152,24 +153,26 @@ def _modality(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]
 
 
 def _errors(entry: Mapping, details: Mapping, texts: Texts | None) -> str:
-    listed = details.get("high_rouge_wrong")
-    if listed is None:
-        hidden = details.get("high_rouge_wrong_n")
-        return f"<p>{plain_cell(hidden)} cases; left out here.</p>" if hidden is not None else ""
-    if not listed:
+    shares = details.get("high_rouge_wrong_share")
+    if not shares:
+        return ""
+    count = round((as_score(shares.get("tuned"))["value"] or 0) * entry["tuned"]["n"])
+    if not count:
         return (
-            "<p>None: no answer shares most of its words with a reference whose dose or side "
-            "it gets wrong.</p>"
+            "<p>No answer shares most of its words with a reference whose dose or side it "
+            "gets wrong.</p>"
         )
-    if texts is None:
-        return f"<p>{plain_cell(len(listed))} cases; left out here.</p>"
-    more = len(listed) - SHOWN_ERRORS
-    rest = f" The other {more:,} come first under Cases." if more > 0 else ""
-    rows = [texts.error(entry["run"], case) for case in listed[:SHOWN_ERRORS]]
-    return f"<p>{len(listed):,} cases.{rest}</p>" + make_table(
-        "ROUGE-1 is high, dose or side is wrong.",
+    listed = details["high_rouge_wrong"]
+    said = f"{count:,} of {entry['tuned']['n']:,} tuned answers have a ROUGE-1 of 0.8 or more and "
+    said += "a wrong dose or side."
+    if texts is None or not listed:
+        return f"<p>{said}</p>"
+    if len(listed) > SHOWN_ERRORS:
+        said += f" The first {SHOWN_ERRORS} are here, all of them come first under Cases."
+    return f"<p>{said}</p>" + make_table(
+        "The right words with a wrong dose or side, the highest ROUGE-1 first.",
         ["Case", "Reference", "Tuned answer", "ROUGE-1"],
-        rows,
+        [texts.error(entry["run"], case) for case in listed[:SHOWN_ERRORS]],
         texts=3,
         wrap=True,
     )
@@ -209,9 +212,11 @@ def _confusion(entry: Mapping) -> str:
 
 def _per_class(entry: Mapping) -> str:
     tuned, original = (entry[model].get("per_class") or {} for model in ("tuned", "original"))
-    hidden = entry["tuned"].get("classes_hidden")
-    note = f"<p>{hidden:,} classes of fewer than 11 cases are not shown.</p>" if hidden else ""
-    if not tuned:
+    # In the published form the support of a small class is a word.
+    shown = {label: v for label, v in tuned.items() if isinstance(v["support"], int)}
+    hidden = len(tuned) - len(shown)
+    note = f"<p>{hidden:,} small classes are not shown.</p>" if hidden else ""
+    if not shown:
         return note
     heads = ["Class", "Cases", "F1, original", "Precision, tuned", "Recall, tuned", "F1, tuned"]
     rows = [
@@ -221,7 +226,7 @@ def _per_class(entry: Mapping) -> str:
             plain_cell((original.get(label) or {}).get("f1")),
             *(plain_cell(values[score]) for score in ("precision", "recall", "f1")),
         ]
-        for label, values in sorted(tuned.items(), key=lambda item: (-item[1]["support"], item[0]))
+        for label, values in sorted(shown.items(), key=lambda item: (-item[1]["support"], item[0]))
     ]
     table = make_table("Classes among the references, the commonest first.", heads, rows)
     if len(rows) > WIDEST_MATRIX:
@@ -251,14 +256,17 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
     rows = []
     for model, values in confidence.items():
         conformal = values.get("conformal") or {}
+        kinds = {"labels": "sets of labels", "answer": "the answer, or any"}
         rows.append(
             [
                 name_of(model),
                 score_cell(values.get("ece")),
                 score_cell(values.get("brier")),
                 score_cell(values.get("coverage_at_5_percent_error")),
+                kinds.get(conformal.get("kind"), DASH),
                 plain_cell(conformal.get("level")),
                 plain_cell(conformal.get("measured_coverage")),
+                plain_cell(conformal.get("answered")),
                 plain_cell(conformal.get("mean_size")),
             ]
         )
@@ -267,8 +275,10 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
         "Calibration error (ECE)",
         "Brier score",
         "Coverage at 5 % error",
-        "Conformal level",
-        "Conformal coverage",
+        "Conformal sets",
+        "Wanted coverage",
+        "Measured coverage",
+        "Sets of one answer",
         "Mean set size",
     ]
     heads, rows = drop_unknown(heads, rows, 4)
