@@ -102,7 +102,8 @@
     show();
     state.scrollIntoView({block: "start"});
   };
-  form.addEventListener("input", update);
+  for (const field of form.querySelectorAll("input")) field.addEventListener("input", update);
+  for (const field of form.querySelectorAll("select")) field.addEventListener("change", update);
   form.addEventListener("submit", event => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(update));
   find("previous").addEventListener("click", () => turn(-size));

@@ -175,8 +175,8 @@ def _holm(entry: Mapping) -> float:
 _STANDINGS = {
     None: DASH,
     "better": "yes",
-    "worse": Html("<strong>no, it is worse</strong>"),
-    "unclear": Html("<strong>not shown</strong>"),
+    "worse": Html("<strong>no</strong>"),
+    "unclear": Html("<strong>unclear</strong>"),
 }
 
 

@@ -337,7 +337,7 @@ def _subgroups(entry: Mapping, drawer: Drawer) -> str:
     groups = entry.get("subgroups") or []
     if not groups:
         return ""
-    rows = [(f"{_words(g['by'])}: {g['group']}", _pair(g)) for g in groups]
+    rows = [(f"{_words(g['by'])}: {str(g['group']).replace('_', ' ')}", _pair(g)) for g in groups]
     # A dot of two cases says nothing; the table has them all.
     large = [
         row for row, g in zip(rows, groups, strict=True) if isinstance(g["n"], int) and g["n"] >= 11
