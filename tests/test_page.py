@@ -6,6 +6,7 @@ import re
 import pytest
 from reports import HOSTILE, run_in_memory
 
+from radonc_jax.evaluation import report
 from radonc_jax.evaluation.disclosure import TRIPOD_LLM, Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
 from radonc_jax.evaluation.findings import build_report, publish
@@ -120,14 +121,27 @@ def test_runs_are_named_where_they_share_a_task():
     assert table.count("<tr>") == 1 + 2 * 3
 
 
-def test_a_published_page_hides_small_groups():
+def test_two_adapters_are_compared_on_the_same_cases(tmp_path):
+    old = run_in_memory([("C61", "", "C20")] * 6 + [("C20", "", "C20")] * 3, "icd", name="old")
+    new = run_in_memory([("C61", "", "C61")] * 6 + [("C20", "", "C61")] * 3, "icd", name="new")
+    content = report.write_runs([old, new], tmp_path, bootstrap=20, against="old")
+    tests = content["tasks"]["icd"]["further_runs"][0]["against"]["tests"]
+    assert (tests["mcnemar"]["only_original"], tests["mcnemar"]["only_tuned"]) == (3, 6)
+    text = shown((tmp_path / "report.html").read_text())
+    assert re.search(r"on the same cases\. .*ICD-10-CM code new old \+0\.333", text)
+    with pytest.raises(ValueError, match="no run is called 'older'; there are old, new"):
+        report.write_runs([old, new], tmp_path, bootstrap=20, against="older")
+
+
+def test_a_published_report_hides_small_groups(tmp_path):
     answers = [("C61", "C61", "C61")] * 20 + [("C34.11", "C34.11", "C34.11")] * 12
     answers += [("C20", "C61", "C50.911")] * 3 + [("C19", "C61", "C50.911")] * 2
     runs = [run_in_memory(answers, "icd", name="icd", sites=["a"] * 32 + ["tiny"] * 5)]
-    public = publish(build_report(runs, bootstrap=0))
+    report.write_runs(runs, tmp_path, include_text=False, bootstrap=20)
+    page = (tmp_path / "report.html").read_text()
+    public = json.loads((tmp_path / "report.json").read_text())
     classes = public["tasks"]["icd"]["tuned"]["per_class"]
     assert classes["C20"] == {"precision": None, "recall": None, "f1": None, "support": "<11"}
-    page = render(*runs, include_text=False)
     text = shown(page)
     assert "2 small classes are not shown" in text
     groups = text[text.index("Accuracy in subgroups. Group") :]
