@@ -14,7 +14,7 @@ Definitions (accuracy of case i: a_i, 1 or 0; confidence c_i):
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,18 +23,19 @@ CONFORMAL_LEVEL = 0.9
 _POINTS = 100  # of a risk-coverage curve
 
 
-def confidences(predictions: Sequence[dict]) -> np.ndarray | None:
-    """[N] in 0 to 1, or None where a prediction has no log-probability."""
-    found = []
-    for prediction in predictions:
-        labels = prediction.get("label_logprobs")
-        if labels:
-            found.append(max(label_probabilities(labels).values()))
-        elif prediction.get("logprob") is None:
-            return None
-        else:
-            found.append(math.exp(min(0.0, prediction["logprob"])))
-    return np.array(found)
+def confidence_of(prediction: Mapping) -> float | None:
+    """Between 0 and 1; None where the prediction has no log-probability."""
+    labels = prediction.get("label_logprobs")
+    if labels:
+        return max(label_probabilities(labels).values())
+    logprob = prediction.get("logprob")
+    return None if logprob is None else math.exp(min(0.0, logprob))
+
+
+def confidences(predictions: Sequence[Mapping]) -> np.ndarray | None:
+    """[N], or None where a prediction has none."""
+    found = [confidence_of(prediction) for prediction in predictions]
+    return None if None in found else np.array(found)
 
 
 def label_probabilities(logprobs: dict[str, float]) -> dict[str, float]:

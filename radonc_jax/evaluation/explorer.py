@@ -7,7 +7,7 @@ Texts of patients and of models are data throughout: JSON without any markup in 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from radonc_jax.evaluation.confidence import confidences
+from radonc_jax.evaluation.confidence import confidence_of
 from radonc_jax.evaluation.figures import TITLES
 from radonc_jax.evaluation.findings import Run, entries
 from radonc_jax.evaluation.markup import DASH, escape, plain_cell
@@ -65,8 +65,7 @@ class Texts:
             state = RIGHT if prediction["correct"] else WRONG
             if prediction["answer"] is None:
                 state = UNREADABLE
-            found = confidences([prediction])
-            confidence = None if found is None else float(found[0])
+            confidence = confidence_of(prediction)
             output = _cut(prediction["output"])
             read = prediction["answer"]
             return [

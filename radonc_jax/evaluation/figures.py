@@ -128,7 +128,7 @@ def draw_accuracy(panels: Sequence[tuple[str, Mapping[str, Mapping], float | Non
 def draw_rows(rows: Sequence[tuple[str, Mapping[str, Mapping | float | None]]], xlabel: str):
     """A dot per row and model on a scale from 0 to 1, with intervals where they are known."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(4.2, 0.24 * len(rows) + 0.62, left=1.72)
+        figure, axes = _figure(4.4, 0.24 * len(rows) + 0.62, left=1.95)
         for row, (_, scores) in enumerate(rows):
             axes.axhline(row, color=COLOURS["line"], linewidth=0.6, zorder=0)
             for shift, (model, score) in zip((-0.13, 0.13), scores.items(), strict=False):

@@ -187,9 +187,7 @@ def _read_validation(
 # ---------------------------------------------------------------------------------------------
 
 
-def build_report(
-    runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0, against: str | None = None
-) -> dict:
+def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -> dict:
     """The content of report.json.
 
     {"tasks": {task: entry}, "runs": [names], "split", "provenance": {run: ...}, "notice"}. Where
@@ -205,19 +203,16 @@ def build_report(
       verdict: see `judge_tuning`. details: see `details.assess`.
       confidence {model or variant: see `confidence.assess`}: null for one without probabilities.
       robustness {model: {perturbation: {n, rate, expected}}} or null; subgroups: see there.
-      against {run, model, tests} or null: this run's tuned model against another run's, the first
-        of the task or the run named `against`.
+      against {run, model, tests} or null: this run's tuned model against that of the first run of
+        the task, where both answered the same cases.
     In every family of tests (`wilcoxon`, `wilcoxon_rouge1`, `wilcoxon_by_patient`, `mcnemar`) Holm
     adjusts over all entries of the report (`p_holm`); those of `against` and of `baseline_tests`
     are families of their own.
 
     Raises:
-      ValueError: the models of a run, or two runs that are compared, did not answer the same cases;
-        `against` names no run.
+      ValueError: the models of a run did not answer the same cases, or the cohort is another one.
     """
     names = _distinct_names(runs)
-    if against is not None and against not in names:
-        raise ValueError(f"no run is called {against!r}; there are {', '.join(names)}")
     by_task: dict[str, list[tuple[str, Run]]] = {task: [] for task in TASKS}
     for run, name in zip(runs, names, strict=True):
         for task in run.predictions["tuned"]:
@@ -225,7 +220,7 @@ def build_report(
     found: dict[str, list[dict]] = {
         task: [
             _entry(run, name, task, bootstrap, seed)
-            | {"against": _against(group, name, run, task, against, bootstrap, seed)}
+            | {"against": _against(group[0], name, run, task, bootstrap, seed)}
             for name, run in group
         ]
         for task, group in by_task.items()
@@ -336,20 +331,11 @@ def _scored(run: Run, model: str, task: str, options: dict) -> dict:
 
 
 def _against(
-    group: Sequence[tuple[str, Run]],
-    name: str,
-    run: Run,
-    task: str,
-    against: str | None,
-    bootstrap: int,
-    seed: int,
+    first: tuple[str, Run], name: str, run: Run, task: str, bootstrap: int, seed: int
 ) -> dict | None:
-    """This run's tuned model against that of the run named `against`, or of the group's first.
-
-    Runs that were not asked to be compared may be of other cohorts: then there is nothing to say.
-    """
-    other_name, other = next((pair for pair in group if pair[0] == against), group[0])
-    if other is run or (against is not None and other_name != against):
+    """This run's tuned model against that of the task's first run, on the same cases."""
+    other_name, other = first
+    if other is run:
         return None
     try:
         tests = compare_models(
@@ -359,11 +345,29 @@ def _against(
             seed=seed,
             names=(other_name, name),
         )
-    except ValueError:
-        if against is not None:
-            raise
+    except ValueError:  # runs of other cohorts stand side by side, and cannot be compared
         return None
     return {"run": other_name, "model": other.provenance.get("model"), "tests": tests}
+
+
+def require_same_cases(runs: Sequence[Run]) -> None:
+    """
+    Raises:
+      ValueError: a run answered no task of the first run, or other cases of one.
+    """
+    names = _distinct_names(runs)
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        shared = run.predictions["tuned"].keys() & runs[0].predictions["tuned"].keys()
+        if not shared:
+            raise ValueError(
+                f"{name} answered no task that {names[0]} answered; compare runs of the same task"
+            )
+        for task in sorted(shared):
+            pair_predictions(
+                runs[0].predictions["tuned"][task],
+                run.predictions["tuned"][task],
+                names=(names[0], name),
+            )
 
 
 def _distinct_names(runs: Sequence[Run]) -> list[str]:

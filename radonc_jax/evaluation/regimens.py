@@ -94,7 +94,8 @@ def assess(
       among the answers that state it, and their harmonic mean. strict and lenient accuracy
       {model: ...}, over all cases. allowed {n, model: ...} over the cases of known sites, or null.
       high_rouge_wrong: ids of the tuned model's cases with ROUGE-1 of HIGH_ROUGE or more whose
-      dose or side is wrong, the highest first; high_rouge_wrong_share {model: ...}.
+      dose or side is wrong, the highest first; high_rouge_wrong_n, their number;
+      high_rouge_wrong_share {model: ...}.
       unreadable_references: cases left out of fields and lenient accuracy's reading; there the
       answer is right if it repeats the words.
     """
@@ -104,6 +105,7 @@ def assess(
         "lenient": {},
         "allowed": None,
         "high_rouge_wrong": [],
+        "high_rouge_wrong_n": 0,
         "high_rouge_wrong_share": {},
     }
     for model, predictions in models.items():
@@ -185,5 +187,6 @@ def assess(
             found = [p for p, wrong in zip(predictions, hidden, strict=True) if wrong]
             found.sort(key=lambda p: (-p["rouge1"], p["case_id"]))
             result["high_rouge_wrong"] = [p["case_id"] for p in found]
+            result["high_rouge_wrong_n"] = len(found)
         result["unreadable_references"] = sum(right is None for _, right in pairs)
     return result

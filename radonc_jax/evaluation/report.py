@@ -42,7 +42,6 @@ def write_runs(
     figures: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
-    against: str | None = None,
 ) -> dict:
     """Writes the report over `runs` into the folder `output`; `figures` adds figure.svg and .png.
 
@@ -51,9 +50,8 @@ def write_runs(
     Args:
       include_text: False leaves all clinical text and all small groups out of every file (see
         `publish`).
-      against: name of the run whose tuned model the others' are compared with (see `build_report`).
     """
-    report = build_report(runs, bootstrap=bootstrap, seed=seed, against=against)
+    report = build_report(runs, bootstrap=bootstrap, seed=seed)
     if not include_text:
         report = publish(report)
     files: dict[str, str | bytes] = {}

@@ -83,9 +83,9 @@ def _regimen(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
     whole = {
         key: name
         for key, name in (
-            ("strict", "All of target, side, dose and fractions"),
-            ("lenient", "The same effect (EQD2 within 5 %)"),
-            ("allowed", "Among the regimens customary for the site"),
+            ("strict", "Whole regimen, strict"),
+            ("lenient", "Same effect (EQD2)"),
+            ("allowed", "Customary for the site"),
         )
         if details.get(key)
     }
@@ -309,11 +309,11 @@ def _robustness(entry: Mapping, drawer: Drawer) -> str:
     for kind in kinds:
         found = {m: values.get(kind) or {} for m, values in robustness.items()}
         some = next(value for value in found.values() if value)
-        rates = {m: value.get("rate") for m, value in found.items()}
+        rates = {m: value | {"value": value.get("rate")} for m, value in found.items()}
         rows.append(
             [
                 _words(kind),
-                _words(some["expected"]) if some.get("expected") is not None else DASH,
+                {"flips": "flip", "same": "stay the same"}.get(some.get("expected"), DASH),
                 plain_cell(some.get("n")),
                 *(score_cell(rates.get(model)) for model in MODELS),
             ]

@@ -109,6 +109,19 @@ def _leaves() -> list[str]:
     return sorted(code for code in _table().get_all_codes(with_dots=True) if is_leaf(code))
 
 
+@functools.lru_cache(maxsize=65536)
+def other_side(code: str) -> str | None:
+    """The code of the same words on the other side ("C50.411" gives "C50.412"), or None where the
+    code has no side or no such counterpart."""
+    words = description(code)
+    sides = re.findall(r"\b(?:right|left)\b", words)
+    if not sides or not is_leaf(code):
+        return None
+    turned = re.sub(r"\b(?:right|left)\b", lambda m: "left" if m[0] == "right" else "right", words)
+    near = _below(code[:3])
+    return next((leaf for leaf in near if description(leaf) == turned), None)
+
+
 def _below(prefix: str) -> list[str]:
     """The leaves that begin with `prefix`, itself included; two binary searches."""
     leaves = _leaves()
