@@ -1,5 +1,6 @@
 """The page of the report: what it says where a run is odd, and what it keeps from view."""
 
+import dataclasses
 import json
 import re
 
@@ -129,6 +130,33 @@ def test_two_adapters_are_compared_on_the_same_cases(tmp_path):
     assert (tests["mcnemar"]["only_original"], tests["mcnemar"]["only_tuned"]) == (3, 6)
     text = shown((tmp_path / "report.html").read_text())
     assert re.search(r"on the same cases\. .*ICD-10-CM code new old \+0\.333", text)
+
+
+def test_variants_probes_and_conformal_sets_stand_where_there_are_any(tmp_path):
+    answers = [("C50.911", "", "C50.911")] * 14 + [("C50.912", "", "C50.911")] * 6
+    run = run_in_memory(answers, "icd")
+    plain = shown(render(run))
+    for absent in ("Change of the text", "Wanted coverage", "Tuned, constrained"):
+        assert absent not in plain
+    probes = {
+        "flip_side": {"n": 20, "rate": 0.25, "low": 0.1, "high": 0.4, "expected": "flips"},
+        "synonyms": {"n": 0, "rate": None, "low": None, "high": None, "expected": "same"},
+    }
+    tuned = {"tuned_constrained": run.predictions["tuned"]}
+    full = dataclasses.replace(
+        run,
+        predictions=run.predictions | tuned,
+        metrics=run.metrics | {"tuned_constrained": run.metrics["tuned"]},
+        validation={"tuned": run.predictions["tuned"]},
+        robustness={"tuned": {"icd": probes}},
+    )
+    text = shown(render(full))
+    assert "Flip side flip 20 &ndash; 0.250 0.100 to 0.400" in text
+    assert "Synonyms stay the same 0 &ndash; &ndash;" in text
+    assert "ICD-10-CM code Tuned, constrained 20 0.700" in text
+    assert re.search(
+        r"Conformal sets Wanted coverage .* the answer, or any 0\.900 [01]\.\d{3}", text
+    )
 
 
 def test_a_published_report_hides_small_groups(tmp_path):

@@ -516,8 +516,16 @@ DEFINITIONS = {
     "use.",
     "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
     "synthetic cohorts only.",
-    "Same effect": "EQD2 = BED / (1 + 2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)), "
-    "within 5 %, and the number of fractions of the same class.",
+    "Regimens, field by field": "Share of the references that state a field whose answer states "
+    "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
+    "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, and a number of fractions "
+    "of the same class. Customary for the site: any dose and number of fractions that the site "
+    "table lists for it, on no other side. The right words: a ROUGE-1 of 0.8 or more.",
+    "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
+    "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
+    "of our own choice.",
+    "Robustness": "The text is changed a little: where the side in it is flipped the answer must "
+    "follow, and elsewhere it must stay what it was.",
     "Hierarchical scores": "Over a code together with all codes above it: precision is the share "
     "of the answer's that are the reference's too, recall the reverse.",
     "Calibration": "ECE: mean distance between confidence and share right over the bins, weighted "
