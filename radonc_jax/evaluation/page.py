@@ -503,7 +503,8 @@ DEFINITIONS = {
     "plain mean, weighted by their number of cases, micro over all answers together. An "
     "unreadable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
     "classes.",
-    "95 % interval": "Percentile bootstrap over patients, with all cases of a patient together.",
+    "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
+    "few patients, and exact (binomial, over patients) for a share of 0 or 1.",
     "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; cases "
     "on which the models tie are left out. Holm adjusts for all comparisons of this report.",
     "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right.",
