@@ -13,7 +13,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["radonc_jax", "radonc_jax.*"]),
-    package_data={"radonc_jax.data": ["sites.json"]},
+    package_data={
+        "radonc_jax.data": ["sites.json"],
+        "radonc_jax.evaluation": ["page.css", "page.js"],
+    },
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",
@@ -49,6 +52,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
+            "selenium>=4.20",  # drives Chromium over the report, where both are installed
             "torch==2.13.0",
         ],
         "cuda": ["jax[cuda13]>=0.10.2"],

@@ -1,6 +1,11 @@
 """The paper's table over finished runs: report.json, report.html, figure.svg and figure.png.
 
-python -m radonc_jax.compare --runs=runs/regimen,runs/modality,runs/icd --output=report
+    python -m radonc_jax.compare --runs=runs/regimen,runs/modality,runs/icd --output=report
+    python -m radonc_jax.compare --runs=runs/rank8,runs/rank16 --against=runs/rank8 --output=report
+
+Each run's tuned model is compared with its original one and, where several runs answered the same
+task, with another run's tuned model: the first of the task, or the run that --against names. What a
+run folder holds is enough; its cohort, where it is at hand, adds baselines and subgroups.
 """
 
 from pathlib import Path
@@ -8,20 +13,35 @@ from pathlib import Path
 from absl import flags, logging
 
 from radonc_jax import command
-from radonc_jax.evaluation.report import read_run, write_runs
+from radonc_jax.evaluation.findings import read_run, require_same_cases
+from radonc_jax.evaluation.report import write_runs
 
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose evaluations are compared.")
-_TEXT = flags.DEFINE_bool("include_text", True, "Show example cases with their clinical text.")
+_AGAINST = flags.DEFINE_string(
+    "against", None, "One of --runs: whose tuned model the others' are compared with."
+)
+_TEXT = flags.DEFINE_bool(
+    "include_text", True, "Show the cases; without, no text, case id or small group is in any file."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
 
 
 def main() -> None:
     logging.set_verbosity(logging.WARNING)  # the ROUGE scorer announces itself
-    runs = [read_run(Path(folder), _SPLIT.value) for folder in _RUNS.value if folder]
-    if not runs:
+    folders = [Path(folder) for folder in _RUNS.value if folder]
+    if not folders:
         raise ValueError("--runs names no folder")
+    against = None if _AGAINST.value is None else Path(_AGAINST.value)
+    if against is not None:
+        if against.resolve() not in [folder.resolve() for folder in folders]:
+            folders.insert(0, against)
+        # The first run of a task is the one that others are compared with.
+        folders.sort(key=lambda folder: folder.resolve() != against.resolve())
+    runs = [read_run(folder, _SPLIT.value) for folder in folders]
+    if against is not None:
+        require_same_cases(runs)
     report = write_runs(
         runs,
         Path(_OUTPUT.value),
@@ -35,6 +55,14 @@ def main() -> None:
             f"{task}: accuracy {original['value']:.3f} original, {tuned['value']:.3f} tuned, "
             f"one-sided Wilcoxon p = {entry['tests']['wilcoxon']['p_value']:.2g}"
         )
+        for other in (entry, *entry["further_runs"]):
+            if other["against"] is not None:
+                difference = other["against"]["tests"]["difference"]["value"]
+                p = other["against"]["tests"]["wilcoxon"]["p_value"]
+                print(
+                    f"{task}: {other['run']} tuned against {other['against']['run']} tuned: "
+                    f"{100 * difference:+.1f} points, one-sided Wilcoxon p = {p:.2g}"
+                )
     print(f"wrote {Path(_OUTPUT.value) / 'report.html'}")
 
 

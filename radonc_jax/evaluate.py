@@ -2,11 +2,14 @@
 
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd [--step=best] [--split=test]
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --model=original
+    python -m radonc_jax.evaluate --workdir=runs/mistral_icd --model=original --examples=5
+    python -m radonc_jax.evaluate --workdir=runs/mistral_icd --robustness
     python -m radonc_jax.evaluate --config=configs/mistral_icd.py [--output=original]
 
 With a run folder the answers go into it, and its report is written anew once both models have
 answered. With a config alone the original model answers, and its scores are printed; --output
-names a folder for its answers.
+names a folder for its answers. --examples shows the original model that many training cases with
+their answers in each prompt; --robustness lets a run's model answer changed texts too.
 """
 
 from pathlib import Path
@@ -18,9 +21,10 @@ from radonc_jax import command, loading, parallel, settings, tracking
 from radonc_jax.answering import answer_split
 from radonc_jax.data import cohort
 from radonc_jax.decoding.scheduler import Scheduler, text_decoder
+from radonc_jax.evaluation import robustness
 from radonc_jax.evaluation import run as evaluation
 from radonc_jax.evaluation.report import write_report
-from radonc_jax.tasks import select
+from radonc_jax.tasks import WithExamples, choose_examples, select
 from radonc_jax.training import step as training_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, without a run folder.")
@@ -28,6 +32,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of `train`.")
 _OUTPUT = flags.DEFINE_string("output", None, "With --config: folder for the answers, if wanted.")
 _STEP = flags.DEFINE_string("step", "best", '"best", "latest" or a checkpoint\'s number.')
 _SPLIT = flags.DEFINE_enum("split", "test", cohort.SPLITS, "Whose cases are answered.")
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", 0, "Training cases shown in each prompt, of the original model.", lower_bound=0
+)
+_ROBUSTNESS = flags.DEFINE_bool(
+    "robustness", False, "Let the model answer changed texts too: flipped sides, synonyms ..."
+)
 _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model answers.")
 
 
@@ -35,8 +45,17 @@ def main():
     if _WORKDIR.value is not None and _CONFIG.value is not None:
         raise ValueError("pass --workdir or --config, not both: a run has its own config")
     if _WORKDIR.value is not None:
-        evaluate_run(Path(_WORKDIR.value), _STEP.value, _SPLIT.value, _MODEL.value)
+        evaluate_run(
+            Path(_WORKDIR.value),
+            _STEP.value,
+            _SPLIT.value,
+            _MODEL.value,
+            examples=_EXAMPLES.value,
+            with_robustness=_ROBUSTNESS.value,
+        )
     elif _CONFIG.value is not None:
+        if _EXAMPLES.value or _ROBUSTNESS.value:
+            raise ValueError("--examples and --robustness need the --workdir of a run")
         config = settings.from_mapping(_CONFIG.value.to_dict())
         output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
         evaluate_original(config, _SPLIT.value, output)
@@ -44,13 +63,26 @@ def main():
         raise ValueError("pass --workdir of a run, or --config for the original model")
 
 
-def evaluate_run(workdir: Path, step: str, split: str, model: str) -> None:
+def evaluate_run(
+    workdir: Path,
+    step: str,
+    split: str,
+    model: str,
+    *,
+    examples: int = 0,
+    with_robustness: bool = False,
+) -> None:
     """Evaluates the tuned or the original model of a run folder.
+
+    With `examples` the original model sees that many training cases in its prompts, and its answers
+    lie in a folder of their own.
 
     Raises:
       ValueError, FileNotFoundError: the run, its checkpoint, its base or its cohort is not there
         or does not fit.
     """
+    if examples and (model != "original" or with_robustness):
+        raise ValueError("--examples are for --model=original, and without --robustness")
     parallel.initialize()
     parallel.quiet_third_parties()
     config = loading.read_settings(workdir)
@@ -65,8 +97,19 @@ def evaluate_run(workdir: Path, step: str, split: str, model: str) -> None:
         loaded = loading.load_original(config, mesh, workdir)
     else:
         loaded = loading.load_run(workdir, step, mesh)
+    if examples:
+        model = "original_examples"
     output = workdir / "evaluation" / split / model
-    answer(loaded, config, records, split=split, model=model, output=output)
+    answer(
+        loaded,
+        config,
+        records,
+        split=split,
+        model=model,
+        output=output,
+        examples=examples,
+        with_robustness=with_robustness,
+    )
     both = [workdir / "evaluation" / split / name / "metrics.json" for name in evaluation.MODELS]
     if parallel.is_main_process() and all(path.is_file() for path in both):
         # The run's own report is of the test split; others lie beside their answers.
@@ -90,9 +133,25 @@ def check_answers(config: settings.Settings) -> None:
 
 
 def answer(
-    loaded: loading.LoadedModel, config, records, *, split, model, output: Path | None
+    loaded: loading.LoadedModel,
+    config,
+    records,
+    *,
+    split,
+    model,
+    output: Path | None,
+    examples: int = 0,
+    with_robustness: bool = False,
 ) -> None:
     """Decodes, scores and prints; writes too where `output` names a folder."""
+    tasks, origin = select(config.task), {}
+    if examples:
+        training = cohort.load_records(config.cohort, "train")
+        tasks = tuple(
+            WithExamples(task, choose_examples(task, training, examples, config.seed))
+            for task in tasks
+        )
+        origin = {"examples": examples}
     scheduler = Scheduler(
         loaded.partition,
         loaded.mesh,
@@ -111,17 +170,22 @@ def answer(
     result = answer_split(
         decode,
         records,
-        select(config.task),
+        tasks,
         split=split,
         model=model,
         output=output,
         config=config,
-        origin={
+        origin=origin
+        | {
             "step": loaded.step,
             "trained_fingerprint": training_step.fingerprint(loaded.trainable),
             "base": str(loaded.folder),
         },
     )
+    if with_robustness:
+        rates = robustness.probe_tasks(
+            decode, records, tasks, output, write=parallel.is_main_process(), seed=config.seed
+        )
     if not parallel.is_main_process():
         return
     for task, scores in evaluation.split_tasks(result).items():
@@ -132,6 +196,13 @@ def answer(
             f"ROUGE-1 {scores['rouge1']['value']:.3f}, {scores['unparseable']} unparseable, "
             f"n {scores['n']}"
         )
+    for task, found in rates.items() if with_robustness else ():
+        shown = (
+            f"{name.replace('_', ' ')} {entry['rate']:.3f} of {entry['n']}"
+            for name, entry in found.items()
+            if entry["n"]
+        )
+        print(f"{task}, as expected after: {', '.join(shown)}")
     if output is not None:
         print(f"answers and scores: {output}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from radonc_jax import command
-from radonc_jax.evaluation.report import read_run
+from radonc_jax.evaluation.findings import read_run
 from radonc_jax.evaluation.review import build_review, read_key, read_ratings, score_ratings
 from radonc_jax.evaluation.run import write_file
 

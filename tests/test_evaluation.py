@@ -4,10 +4,11 @@ import hashlib
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from radonc_jax.evaluation import baselines, run
-from radonc_jax.tasks import TASKS, Record, select
+from radonc_jax.tasks import TASKS, Record, WithExamples, choose_examples, select
 
 RECORDS = [
     Record("c1", "p1", "cancer of R breast", "40 Gy in 15 fx, R breast", "photon", "C50.911"),
@@ -60,7 +61,9 @@ def test_files_follow_the_contract(tmp_path):
     assert json.loads(lines[1])["answer"] is None
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
     keys = """task split model n unparseable unfinished accuracy rouge1 precision_macro recall_macro
-    f1_macro precision_weighted recall_weighted f1_weighted per_class confusion ceiling"""
+    f1_macro precision_weighted recall_weighted f1_weighted per_class confusion ceiling
+    rouge1_precision rouge1_recall rouge1_decimal precision_micro recall_micro f1_micro
+    unparseable_share unfinished_share patients"""
     assert set(result) == set(keys.split())
     assert (result["n"], result["unparseable"], result["unfinished"]) == (3, 1, 1)
     assert result["ceiling"] == 0.9
@@ -176,3 +179,76 @@ def test_baselines_are_scored_as_models_are():
     assert scores["lookup"]["model"] == "lookup"
     same = evaluate(answering(["C20", "C61", "C50.912"]), seed=0)
     assert scores["lookup"] == same | {"model": "lookup"}
+
+
+def test_nearest_neighbours_vote_by_likeness():
+    rows = training(
+        ("squamous cell carcinoma of the larynx", "C32.0"),
+        ("squamous cell carcinoma of the larynx, supraglottic", "C32.1"),
+        ("adenocarcinoma of the prostate, gleason 7", "C61"),
+        ("adenocarcinoma of the prostate, gleason 9", "C61"),
+        ("adenocarcinoma of the rectum", "C20"),
+    )
+    asked = training(("prostate adenocarcinoma gleason 7", ""), ("larynx squamous", ""), ("12", ""))
+    answers = baselines.nearest_answers(TASKS["icd"], rows, asked)
+    # The last shares no word with any: the majority.
+    assert answers == ["C61", "C32.0", "C61"]
+    assert baselines.nearest_answers(TASKS["icd"], rows[::-1], asked) == answers
+
+
+def test_tfidf_with_logistic_regression_learns_what_a_lookup_cannot():
+    rng = np.random.default_rng(0)
+    words = {"C61": "prostate gland psa", "C20": "rectum polyp bleeding", "C32.0": "larynx cord"}
+    texts = [
+        (" ".join(rng.permutation([*text.split(), f"noise{rng.integers(40)}"])), code)
+        for code, text in words.items()
+        for _ in range(12)
+    ]
+    rows = training(*texts)
+    asked = training(("a bleeding polyp", "C20"), ("psa 7", "C61"), ("cord", "C32.0"))
+    task = TASKS["icd"]
+    right = [task.reference(record) for record in asked]
+    assert baselines.tfidf_answers(task, rows, asked) == right
+    assert baselines.tfidf_answers(task, rows[::-1], asked) == right
+    assert baselines.lookup_answers(task, rows, asked) != right
+    # One class, or texts without a word, leave nothing to learn.
+    assert baselines.tfidf_answers(task, rows[:3], asked) == ["C61"] * 3
+    assert baselines.tfidf_answers(task, training(("1", "C61"), ("2", "C20")), asked)[0] == "C20"
+
+
+def test_the_classifier_knows_the_commonest_answers_of_a_large_split(monkeypatch):
+    monkeypatch.setattr(baselines, "MOST_ANSWERS", 2)
+    rows = training(*[("alpha", "C61")] * 3, *[("beta", "C20")] * 2, ("gamma", "C32.0"))
+    asked = training(("gamma", "C32.0"), ("beta", "C20"))
+    assert baselines.tfidf_answers(TASKS["icd"], rows, asked)[0] != "C32.0"
+    monkeypatch.setattr(baselines, "MOST_TRAINING", 4)
+    answers = baselines.tfidf_answers(TASKS["icd"], rows, asked)
+    assert answers == baselines.tfidf_answers(TASKS["icd"], rows[::-1], asked)
+
+
+# -- examples in the prompt ------------------------------------------------------------------
+
+
+def test_examples_are_shown_before_the_question_and_change_nothing_else():
+    task = TASKS["icd"]
+    shown = choose_examples(task, TRAINING, 2, seed=1)
+    few = WithExamples(task, shown)
+    prompt = few.prompt("ca of the lung")
+    assert prompt.endswith(task.prompt("ca of the lung"))
+    for example in shown:
+        assert f"{task.prompt(example.diagnosis)}{task.answer(example)}\n\n" in prompt
+    assert few.parse("C61\n\nGive the ICD") == "C61"
+    assert (few.name, few.reference(RECORDS[1])) == ("icd", "C61")
+    assert "".join(few.prompt_parts("x")) == few.prompt("x")
+
+
+def test_examples_are_of_different_answers_first_and_seeded():
+    task = TASKS["icd"]
+    for seed in range(8):
+        shown = choose_examples(task, TRAINING, 3, seed)
+        assert {task.reference(example) for example in shown} == {"C61", "C20", "C50.912"}
+        assert shown == choose_examples(task, TRAINING[::-1], 3, seed)
+    assert len({choose_examples(task, TRAINING, 3, seed)[0] for seed in range(8)}) > 1
+    assert len(choose_examples(task, TRAINING, 6)) == 6
+    with pytest.raises(ValueError, match="between 1 and 6"):
+        choose_examples(task, TRAINING, 7)

@@ -8,7 +8,7 @@ from rouge_score import rouge_scorer
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from radonc_jax.evaluation import metrics
-from radonc_jax.evaluation.statistics import patient_weights
+from radonc_jax.evaluation.statistics import PatientBootstrap
 from radonc_jax.tasks import TASKS, Record
 
 
@@ -81,11 +81,11 @@ def test_golden_values_by_hand():
     }
 
 
-def sklearn_scores(references, answers):
-    classes = sorted(set(references))
+def sklearn_scores(references, answers, classes=None):
+    classes = classes or sorted(set(references))
     answers = [answer or "unparseable" for answer in answers]
     scores = {}
-    for average in ("macro", "weighted"):
+    for average in ("macro", "micro", "weighted"):
         values = precision_recall_fscore_support(
             references, answers, labels=classes, average=average, zero_division=0
         )
@@ -117,16 +117,12 @@ def test_every_bootstrap_sample_is_what_scikit_learn_gives_on_the_resampled_case
     references = [p["reference"] for p in predictions]
     answers = [p["answer"] for p in predictions]
     patients = [p["patient_id"] for p in predictions]
-    samples = metrics._class_score_samples(
-        references,
-        [answer or "unparseable" for answer in answers],
-        sorted(set(references)),
-        patients,
-        resamples=15,
-        seed=3,
-    )
-    weights = np.concatenate(list(patient_weights(patients, 15, seed=3)))
+    draw = PatientBootstrap(patients, 15, seed=3)
+    samples = metrics.ClassCounts(references, answers).samples(draw)
+    weights = np.concatenate(list(draw.weights()))
     names = np.unique(patients)
+    classes = sorted(set(references))
+    lacking = 0
     for row in range(15):
         drawn = [
             i
@@ -135,9 +131,41 @@ def test_every_bootstrap_sample_is_what_scikit_learn_gives_on_the_resampled_case
             for i, patient in enumerate(patients)
             if patient == name
         ]
-        expected = sklearn_scores([references[i] for i in drawn], [answers[i] for i in drawn])
+        lacking += len({references[i] for i in drawn}) < len(classes)
+        expected = sklearn_scores(
+            [references[i] for i in drawn], [answers[i] for i in drawn], classes
+        )
         for name, value in expected.items():
             assert samples[name][row] == pytest.approx(value, abs=1e-12), name
+    assert lacking  # the classes stay those of the split where a resample lacks one
+
+
+def simulate_class_scores(classes, cases, each, runs, seed):
+    """Values and intervals of macro F1 on test splits drawn from one law of cases and answers."""
+    rng = np.random.default_rng(seed)
+    shares = 1 / np.arange(1, classes + 1)
+    shares /= shares.sum()
+    recall = np.clip(rng.beta(4, 2, classes), 0.05, 0.98)
+    found = []
+    for number in range(runs):
+        drawn = np.repeat(rng.choice(classes, cases // each, p=shares), each)
+        other = rng.choice(classes, cases, p=shares)
+        answer = np.where(rng.random(cases) < recall[drawn], drawn, other).astype(str)
+        counts = metrics.ClassCounts(drawn.astype(str), list(answer))
+        patients = np.arange(cases) // each
+        draw = PatientBootstrap(patients, 300, seed=number)
+        value = counts.scores()["f1_macro"]
+        found.append((value, *draw.centred_interval(value, counts.samples(draw)["f1_macro"], 0, 1)))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("classes", "cases", "each"), [(4, 200, 1), (15, 300, 1), (15, 300, 3)])
+def test_intervals_of_macro_f1_cover_and_hold_the_value(classes, cases, each):
+    value, low, high = simulate_class_scores(classes, cases, each, runs=400, seed=1).T
+    # The estimand: what a test split of this size and make scores on average.
+    covered = np.mean((low <= value.mean()) & (value.mean() <= high))
+    assert 0.93 - 0.011 <= covered <= 0.97 + 0.011  # one standard error of the simulation
+    assert ((low <= value) & (value <= high)).all()
 
 
 def test_intervals_hold_the_value_and_are_seeded():
@@ -167,7 +195,10 @@ def test_all_unparseable_is_a_defined_result():
 
 def test_one_patient_has_no_spread():
     result = score([prediction(i, "photon", "photon", patient="p") for i in range(4)])
-    assert result["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    # One patient who is right says little of the next: 0.025 ** (1 / 1).
+    assert result["accuracy"] == {"value": 1.0, "low": pytest.approx(0.025), "high": 1.0}
+    assert result["f1_macro"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert result["rouge1"]["low"] == result["rouge1"]["high"] == 1.0
 
 
 def test_bad_predictions():
@@ -188,6 +219,42 @@ def test_rouge_is_that_of_rouge_score():
     # No stemming: the plural is another word.
     assert metrics.rouge1("photons", "photon") == 0
     assert metrics.rouge1("", "photon") == 0
+
+
+def test_all_rouge_scores_are_those_of_rouge_score_on_random_text():
+    rng = np.random.default_rng(0)
+    words = ["Gy", "gy", "40.05", "40", "05", "in", "fractions,", "fraction", "Left", "C50.411"]
+    scorer = rouge_scorer.RougeScorer(["rouge1"], use_stemmer=False)
+    for _ in range(200):
+        output, reference = (" ".join(rng.choice(words, rng.integers(0, 9))) for _ in range(2))
+        expected = scorer.score(reference, output)["rouge1"]
+        found = metrics.rouge_scores(output, reference)
+        assert found["rouge1"] == pytest.approx(expected.fmeasure, abs=1e-12)
+        assert found["rouge1_precision"] == pytest.approx(expected.precision, abs=1e-12)
+        assert found["rouge1_recall"] == pytest.approx(expected.recall, abs=1e-12)
+
+
+def test_a_wrong_dose_costs_more_where_the_tokenizer_keeps_numbers_whole():
+    reference = "Right breast, 40.05 Gy in 15 fractions"
+    wrong = "Right breast, 60.05 Gy in 15 fractions."
+    found = metrics.rouge_scores(wrong, reference)
+    assert found["rouge1"] == pytest.approx(7 / 8)
+    assert found["rouge1_decimal"] == pytest.approx(6 / 7)
+    assert metrics.DecimalTokenizer().tokenize("C50.411, 40.05Gy. VMAT") == [
+        "c50.411",
+        "40.05gy",
+        "vmat",
+    ]
+
+
+def test_shares_of_unreadable_and_unfinished_answers():
+    result = score(
+        [prediction(i, "photon", None if i < 6 else "photon", finished=i > 1) for i in range(20)]
+    )
+    assert result["unparseable_share"]["value"] == 0.3
+    assert 0 < result["unparseable_share"]["low"] < 0.3 < result["unparseable_share"]["high"]
+    assert result["unfinished_share"]["value"] == 0.1
+    assert result["patients"] == 20
 
 
 def test_judge_takes_rouge_of_the_raw_output():

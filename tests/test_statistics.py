@@ -1,12 +1,13 @@
 """Intervals and tests against scipy, closed forms and simulation."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from radonc_jax.evaluation import statistics
+from radonc_jax.evaluation import comparison, statistics
 
 
 def predictions(correct, rouge=None, patients=None, task="icd"):
@@ -16,6 +17,7 @@ def predictions(correct, rouge=None, patients=None, task="icd"):
             "patient_id": f"p{i}" if patients is None else patients[i],
             "task": task,
             "reference": "C61",
+            "answer": "C61" if right else None,
             "correct": bool(right),
             "rouge1": float(right) if rouge is None else rouge[i],
         }
@@ -78,27 +80,87 @@ def test_holm():
 
 def test_tests_keep_their_level_under_no_difference():
     rng = np.random.default_rng(0)
-    rejected = sum(
-        statistics.wilcoxon_one_sided(rng.random(80) < 0.4, rng.random(80) < 0.4)["p_value"] < 0.05
-        for _ in range(1000)
-    )
-    # Binomial(1000, 0.05): three standard deviations are 0.021.
-    assert 0.02 < rejected / 1000 < 0.072
+    rejected = {"wilcoxon": 0, "graded": 0, "mcnemar": 0, "bootstrap": 0}
+    patients = np.arange(120)
+    for number in range(1000):
+        one, other = rng.random((2, 120)) < 0.4
+        rejected["wilcoxon"] += statistics.wilcoxon_one_sided(one, other)["p_value"] < 0.05
+        graded = statistics.wilcoxon_one_sided(*rng.random((2, 120)).round(1))
+        rejected["graded"] += graded["p_value"] < 0.05
+        only = int((one & ~other).sum()), int((other & ~one).sum())
+        rejected["mcnemar"] += statistics.mcnemar_exact(*only) < 0.05
+        interval = statistics.bootstrap_mean(
+            one.astype(float) - other, patients, resamples=300, seed=number
+        )
+        rejected["bootstrap"] += not interval["low"] <= 0 <= interval["high"]
+    # Binomial(1000, 0.05): three standard deviations are 0.021. The exact test may stay below.
+    for name in ("wilcoxon", "graded", "bootstrap"):
+        assert 0.029 < rejected[name] / 1000 < 0.071, name
+    assert 0.01 < rejected["mcnemar"] / 1000 < 0.071
+
+
+def test_the_test_by_patient_keeps_its_level_where_cases_of_a_patient_agree():
+    rng = np.random.default_rng(1)
+    by_case = by_patient = 0
+    patients = [f"p{i // 8}" for i in range(320)]
+    for _ in range(100):
+        one, other = np.repeat(rng.random((2, 40)) < 0.5, 8, axis=1)
+        tests = comparison.compare_models(
+            predictions(one, patients=patients), predictions(other, patients=patients), bootstrap=0
+        )
+        by_case += tests["wilcoxon"]["p_value"] < 0.05
+        by_patient += tests["wilcoxon_by_patient"]["p_value"] < 0.05
+    assert by_patient / 100 < 0.12 < 0.2 < by_case / 100
+
+
+def test_effect_sizes_by_hand():
+    # Ranks of |1|, |2|, |3|, |-4|: three in favour (6 of 10), one against (4 of 10).
+    assert statistics.rank_biserial([1, 2, 3, 0], [0, 0, 0, 4]) == pytest.approx(0.2)
+    assert statistics.rank_biserial([1, 1], [1, 1]) == 0
+    assert statistics.cohen_h(0.5, 0.5) == 0
+    assert statistics.cohen_h(1, 0) == pytest.approx(math.pi)
+    assert statistics.paired_odds_ratio(4, 16) == 4
+    assert statistics.paired_odds_ratio(0, 5) == 11
+    assert statistics.paired_odds_ratio(0, 0) is None
+
+
+def test_rank_biserial_agrees_with_scipys_statistic():
+    rng = np.random.default_rng(2)
+    tuned, original = rng.random((2, 90)).round(1)
+    test = statistics.wilcoxon_one_sided(tuned, original)
+    n = test["n_nonzero"]
+    expected = 2 * test["statistic"] / (n * (n + 1) / 2) - 1
+    assert statistics.rank_biserial(tuned, original) == pytest.approx(expected, abs=1e-12)
 
 
 # -- bootstrap -------------------------------------------------------------------------------
 
 
 def test_weights_draw_every_patient_equally_whatever_the_chunks(monkeypatch):
-    patients = ["b", "a", "b", "c"]
-    weights = np.concatenate(list(statistics.patient_weights(patients, 500, seed=1)))
+    draw = statistics.PatientBootstrap(["b", "a", "b", "c"], 500, seed=1)
+    weights = np.concatenate(list(draw.weights()))
     assert weights.shape == (500, 3)
     assert (weights.sum(1) == 3).all()
     assert weights.mean(0) == pytest.approx([1, 1, 1], abs=0.12)
     monkeypatch.setattr(statistics, "_CHUNK_ENTRIES", 21)
-    chunks = list(statistics.patient_weights(patients, 500, seed=1))
+    chunks = list(draw.weights())
     assert len(chunks) == 72
     np.testing.assert_array_equal(np.concatenate(chunks), weights)
+
+
+def test_bootstrap_means_are_those_of_the_drawn_cases():
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 9, 40).astype(str)
+    values, inside = rng.random((40, 2)), rng.random((40, 2)) < 0.5
+    draw = statistics.PatientBootstrap(patients, 25, seed=3)
+    samples = draw.mean_samples(values, inside)
+    names = np.unique(patients)
+    for row, weights in enumerate(np.concatenate(list(draw.weights()))):
+        times = weights[np.searchsorted(names, patients)]
+        for column in range(2):
+            counted = times * inside[:, column]
+            expected = np.average(values[:, column], weights=counted)
+            assert samples[row, column] == pytest.approx(expected, abs=1e-12)
 
 
 def test_interval_is_by_patient_and_not_by_case():
@@ -112,22 +174,59 @@ def test_interval_is_by_patient_and_not_by_case():
     assert width == pytest.approx(narrow * math.sqrt(10), rel=0.15)
 
 
-def test_interval_is_the_central_95_percent():
-    assert statistics.percentile_interval(np.arange(1001)) == pytest.approx((25, 975))
+def test_interval_is_the_central_95_percent_and_wider_for_few_patients():
+    samples = np.arange(1001.0)
+    many = statistics.PatientBootstrap(np.arange(10**6), 0, 0)
+    assert many.interval(samples) == pytest.approx((25, 975), abs=0.01)
+    few = statistics.PatientBootstrap(np.arange(10), 0, 0)
+    # Hesterberg 2015: the quantile is Phi(sqrt(10 / 9) t(0.025, 9)).
+    low = 1000 * stats.norm.cdf(math.sqrt(10 / 9) * stats.t.ppf(0.025, 9))
+    assert few.interval(samples) == pytest.approx((low, 1000 - low))
+    assert many.interval(np.full(3, np.nan)) == (None, None)
 
 
-def test_intervals_cover():
+@pytest.mark.parametrize(("patients", "each"), [(40, 3), (150, 1)])
+def test_intervals_of_means_cover(patients, each):
     rng = np.random.default_rng(4)
-    patients = np.repeat(np.arange(50), 3)
+    index = np.repeat(np.arange(patients), each)
     covered = 0
-    for number in range(400):
-        chance = np.repeat(rng.beta(3, 3, 50), 3)  # cases of a patient share their chance
-        values = rng.random(150) < chance
-        result = statistics.bootstrap_mean(values, patients, resamples=300, seed=number)
-        covered += result["low"] <= 0.5 <= result["high"]
-    # 0.95 within three standard deviations of Binomial(400, 0.95), less the percentile
-    # method's known shortfall at 50 patients.
-    assert 0.91 <= covered / 400 <= 0.985
+    for number in range(1000):
+        chance = np.repeat(rng.beta(4, 2, patients), each)  # cases of a patient share their chance
+        values = rng.random(patients * each) < chance
+        result = statistics.bootstrap_mean(values, index, resamples=400, seed=number)
+        covered += result["low"] <= 2 / 3 <= result["high"]
+    assert 0.93 <= covered / 1000 <= 0.97
+
+
+def test_a_constant_share_is_not_called_certain():
+    patients = [f"p{i // 2}" for i in range(40)]
+    result = statistics.bootstrap_mean(np.zeros(40), patients, share=True)
+    expected = stats.binomtest(0, 20).proportion_ci(0.95, method="exact")
+    assert (result["low"], result["high"]) == pytest.approx((0, expected.high))
+    assert result["high"] == pytest.approx(1 - 0.025 ** (1 / 20))
+    # A mean that is no share has no such law.
+    assert statistics.bootstrap_mean(np.zeros(40), patients)["high"] == 0
+
+
+def test_a_mean_over_no_case_is_null_and_not_nan():
+    result = statistics.bootstrap_means(
+        {"all": [1.0, 0.0], "none": [1.0, 1.0]},
+        ["a", "b"],
+        resamples=50,
+        within={"none": np.array([False, False])},
+    )
+    assert result["none"] == {"value": None, "low": None, "high": None}
+    assert result["all"]["value"] == 0.5
+
+
+def test_a_mean_over_some_cases_is_resampled_over_them():
+    rng = np.random.default_rng(1)
+    values, inside = rng.random(400), np.arange(400) < 60
+    patients = np.arange(400).astype(str)
+    part = statistics.bootstrap_means({"x": values}, patients, within={"x": inside}, seed=2)["x"]
+    alone = statistics.bootstrap_mean(values[inside], patients[inside], seed=5)
+    assert part["value"] == pytest.approx(alone["value"])
+    assert part["high"] - part["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.15)
 
 
 def test_bootstrap_without_resamples_or_cases():
@@ -146,7 +245,7 @@ def test_bootstrap_without_resamples_or_cases():
 def test_compare_models_by_hand():
     original = predictions([1, 0, 0, 0, 1, 0], rouge=[1, 0.2, 0.2, 0.2, 1, 0.5])
     tuned = predictions([1, 1, 1, 1, 0, 0], rouge=[1, 1, 1, 1, 0.4, 0.5])
-    tests = statistics.compare_models(original, tuned[::-1])
+    tests = comparison.compare_models(original, tuned[::-1])
     assert tests["mcnemar"] == {"only_original": 1, "only_tuned": 3, "p_value": 0.625}
     assert tests["difference"]["value"] == pytest.approx(2 / 6)
     assert tests["difference"]["low"] <= 2 / 6 <= tests["difference"]["high"]
@@ -160,28 +259,36 @@ def test_difference_is_paired():
     rng = np.random.default_rng(0)
     original = rng.random(300) < 0.5
     better = original | (rng.random(300) < 0.05)  # right wherever the original is
-    result = statistics.compare_models(predictions(original), predictions(better))["difference"]
+    result = comparison.compare_models(predictions(original), predictions(better))["difference"]
     assert 0 < result["low"] < result["value"] < result["high"] < 0.06
 
 
 def test_models_that_never_differ():
     same = predictions([1, 0, 1])
-    tests = statistics.compare_models(same, same)
+    tests = comparison.compare_models(same, same)
     assert tests["wilcoxon"]["p_value"] == tests["mcnemar"]["p_value"] == 1
     assert tests["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert tests["wilcoxon_by_patient"]["p_value"] == 1
+    assert tests["effect"] == {
+        "rank_biserial": 0.0,
+        "rank_biserial_rouge1": 0.0,
+        "cohen_h": 0.0,
+        "odds_ratio": None,
+    }
+    json.dumps(tests, allow_nan=False)
 
 
 def test_other_cases_are_refused():
     original = predictions([1, 0, 1])
     with pytest.raises(ValueError, match=r"tuned \(2 cases\).* 1 are in one only, such as c2"):
-        statistics.compare_models(original, original[:2])
+        comparison.compare_models(original, original[:2])
     with pytest.raises(ValueError, match="tuned: 1 case ids stand more than once"):
-        statistics.compare_models(original, [*original, original[0]])
+        comparison.compare_models(original, [*original, original[0]])
     with pytest.raises(ValueError, match="disagree on the task of 3 cases"):
-        statistics.compare_models(original, predictions([1, 0, 1], task="modality"))
+        comparison.compare_models(original, predictions([1, 0, 1], task="modality"))
     changed = [dict(p, reference="C00" if p["case_id"] == "c1" else "C61") for p in original]
     with pytest.raises(ValueError, match="the reference of 1 cases, such as c1") as error:
-        statistics.compare_models(original, changed)
+        comparison.compare_models(original, changed)
     assert "C00" not in str(error.value)
     with pytest.raises(ValueError, match="hold no cases"):
-        statistics.compare_models([], [])
+        comparison.compare_models([], [])

@@ -3,41 +3,76 @@
 Definitions:
 * accuracy: share of cases that the task calls correct; an unparseable answer is wrong.
 * rouge1: F1 of unigram overlap between the raw output, stripped, and the reference answer, as
-  computed by rouge-score without stemming (Lin 2004). Its tokenizer splits "40.05" in two.
+  computed by rouge-score without stemming (Lin 2004): with m words in common (each counted as
+  often as both have it), precision m / words of the output, recall m / words of the reference,
+  F1 their harmonic mean. Its tokenizer splits "40.05" in two.
+* rouge1_decimal: the same F1 with a tokenizer that keeps numbers and codes whole ("40.05",
+  "C50.411"), so that a wrong dose costs a whole word.
 * precision, recall, F1 (scikit-learn): the classes are the answers that occur among the
   references. An unparseable answer, or one that is no reference of any case, is a miss for its
-  reference's class and a false alarm for none. Macro is the mean over the classes, weighted is
-  weighted by their number of cases; 0 / 0 counts as 0. Free text (regimen) has no classes, so
-  the values are null there.
+  reference's class and a false alarm for none. Macro is the mean over the classes, micro pools
+  their counts, weighted is weighted by their number of cases; 0 / 0 counts as 0. Free text
+  (regimen) has no classes, so the values are null there.
+* unparseable_share, unfinished_share: of all cases; unfinished answers hit the token limit.
+
+Intervals of means are the bootstrap's percentiles by patient; those of class scores keep the set
+of classes fixed and are centred on the value: see `statistics`.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
-from rouge_score import rouge_scorer
+from rouge_score import rouge_scorer, tokenizers
 from scipy import sparse
 from sklearn.metrics import precision_recall_fscore_support
 
-from radonc_jax.evaluation.statistics import bootstrap_mean, patient_weights, percentile_interval
+from radonc_jax.evaluation.statistics import PatientBootstrap, bootstrap_means
 from radonc_jax.tasks import Record, Task
 
 UNPARSEABLE = "unparseable"
+AVERAGES = ("macro", "micro", "weighted")
 CLASS_SCORES = tuple(
-    f"{score}_{average}"
-    for average in ("macro", "weighted")
-    for score in ("precision", "recall", "f1")
+    f"{score}_{average}" for average in AVERAGES for score in ("precision", "recall", "f1")
 )
+ROUGE_SCORES = ("rouge1", "rouge1_precision", "rouge1_recall", "rouge1_decimal")
+_SHARES = ("accuracy", "unparseable_share", "unfinished_share")
+
+
+class DecimalTokenizer(tokenizers.Tokenizer):
+    """rouge-score's words in lower case, but a full stop between two of their characters joins
+    them: "40.05 Gy, VMAT." gives 40.05, gy, vmat."""
+
+    _WORD = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)*")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._WORD.findall(text.lower())
 
 
 @functools.cache
-def _rouge_scorer() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(["rouge1"], use_stemmer=False)
+def _rouge_scorer(decimal: bool) -> rouge_scorer.RougeScorer:
+    tokenizer = DecimalTokenizer() if decimal else None
+    return rouge_scorer.RougeScorer(["rouge1"], use_stemmer=False, tokenizer=tokenizer)
+
+
+@functools.lru_cache(maxsize=65536)  # short answers are given again and again
+def rouge_scores(output: str, reference: str) -> dict[str, float]:
+    """ROUGE_SCORES of the stripped output against the reference, each between 0 and 1."""
+    output = output.strip()
+    usual = _rouge_scorer(False).score(reference, output)["rouge1"]
+    decimal = _rouge_scorer(True).score(reference, output)["rouge1"]
+    return {
+        "rouge1": float(usual.fmeasure),
+        "rouge1_precision": float(usual.precision),
+        "rouge1_recall": float(usual.recall),
+        "rouge1_decimal": float(decimal.fmeasure),
+    }
 
 
 def rouge1(output: str, reference: str) -> float:
     """ROUGE-1 F1 of the stripped output against the reference, between 0 and 1."""
-    return float(_rouge_scorer().score(reference, output.strip())["rouge1"].fmeasure)
+    return rouge_scores(output, reference)["rouge1"]
 
 
 def judge(task: Task, record: Record, output: str, **decoded) -> dict:
@@ -95,12 +130,20 @@ def score(
         "split": split,
         "model": model,
         "n": len(predictions),
+        "patients": len(set(patients)),
         "unparseable": sum(prediction["answer"] is None for prediction in predictions),
         "unfinished": sum(not prediction["finished"] for prediction in predictions),
     }
-    for name, field in (("accuracy", "correct"), ("rouge1", "rouge1")):
-        values = [float(prediction[field]) for prediction in predictions]
-        metrics[name] = bootstrap_mean(values, patients, resamples=bootstrap, seed=seed)
+    rouge = [rouge_scores(p["output"], p["reference"]) for p in predictions]
+    columns = {
+        "accuracy": [float(prediction["correct"]) for prediction in predictions],
+        **{name: [scores[name] for scores in rouge] for name in ROUGE_SCORES},
+        "unparseable_share": [float(p["answer"] is None) for p in predictions],
+        "unfinished_share": [float(not p["finished"]) for p in predictions],
+    }
+    # What was judged when the model answered stands.
+    columns["rouge1"] = [float(prediction["rouge1"]) for prediction in predictions]
+    metrics |= bootstrap_means(columns, patients, resamples=bootstrap, seed=seed, shares=_SHARES)
     if not task.has_classes:
         nothing = {"value": None, "low": None, "high": None}
         metrics |= {name: dict(nothing) for name in CLASS_SCORES}
@@ -112,88 +155,113 @@ def _classification(
     predictions: Sequence[dict], task: Task, patients: list[str], bootstrap: int, seed: int
 ) -> dict:
     references = [prediction["reference"] for prediction in predictions]
-    answers = [prediction["answer"] or UNPARSEABLE for prediction in predictions]
-    classes = sorted(set(references))
-    if UNPARSEABLE in classes:
+    if UNPARSEABLE in references:
         raise ValueError(f"task {task.name}: {UNPARSEABLE!r} cannot be a reference answer")
-    result = {}
-    for average in ("macro", "weighted"):
-        values = precision_recall_fscore_support(
-            references, answers, labels=classes, average=average, zero_division=0
-        )
-        for name, value in zip(("precision", "recall", "f1"), values, strict=False):
-            result[f"{name}_{average}"] = {"value": float(value), "low": None, "high": None}
-    if bootstrap:
-        samples = _class_score_samples(references, answers, classes, patients, bootstrap, seed)
-        for name, values in samples.items():
-            result[name]["low"], result[name]["high"] = percentile_interval(values)
-    columns = precision_recall_fscore_support(
-        references, answers, labels=classes, average=None, zero_division=0
-    )
-    result["per_class"] = {
-        label: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
-        for label, p, r, f, s in zip(classes, *columns, strict=True)
+    answers = [prediction["answer"] for prediction in predictions]
+    counts = ClassCounts(references, answers)
+    result = {
+        name: {"value": value, "low": None, "high": None} for name, value in counts.scores().items()
     }
+    if bootstrap:
+        draw = PatientBootstrap(patients, bootstrap, seed)
+        for name, samples in counts.samples(draw).items():
+            ends = draw.centred_interval(result[name]["value"], samples, 0, 1)
+            result[name]["low"], result[name]["high"] = ends
+    result["per_class"] = counts.per_class()
     result["confusion"] = _confusion(references, answers, task)
     return result
 
 
-def _confusion(references: list[str], answers: list[str], task: Task) -> dict:
+class ClassCounts:
+    """Hits, answers and references by class, and the scores made of them.
+
+    Args:
+      references: the right answer of each case.
+      answers: what was answered, None where it could not be read.
+    """
+
+    def __init__(self, references: Sequence[str], answers: Sequence[str | None]):
+        self.classes, self._reference = np.unique(
+            np.asarray(references, dtype=str), return_inverse=True
+        )
+        index = {label: i for i, label in enumerate(self.classes.tolist())}
+        # -1: no class of its own
+        self._answer = np.array([index.get(answer, -1) for answer in answers])
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        labels = range(len(self.classes))
+        return precision_recall_fscore_support(
+            self._reference, self._answer, labels=labels, average=None, zero_division=0
+        )
+
+    def per_class(self) -> dict[str, dict]:
+        """{label: {precision, recall, f1, support}}."""
+        return {
+            label: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
+            for label, p, r, f, s in zip(self.classes.tolist(), *self._columns(), strict=True)
+        }
+
+    def scores(self) -> dict[str, float]:
+        """CLASS_SCORES by name, as scikit-learn has them."""
+        result = {}
+        for average in AVERAGES:
+            values = precision_recall_fscore_support(
+                self._reference,
+                self._answer,
+                labels=range(len(self.classes)),
+                average=average,
+                zero_division=0,
+            )
+            for name, value in zip(("precision", "recall", "f1"), values, strict=False):
+                result[f"{name}_{average}"] = float(value)
+        return result
+
+    def samples(self, draw: PatientBootstrap) -> dict[str, np.ndarray]:
+        """Bootstrap samples [B] of CLASS_SCORES, all resamples at once.
+
+        Each is what scikit-learn would give on the resampled cases with the very same classes; one
+        that a resample lacks scores 0 in it. Counts per class and patient are sparse [K, P];
+        weighting patients is then one product per chunk of resamples.
+        """
+        shape = len(self.classes), draw.count
+
+        def counts(rows: np.ndarray, chosen: np.ndarray) -> sparse.csr_matrix:
+            patient = draw.index[chosen]
+            return sparse.csr_matrix((np.ones(len(rows)), (rows, patient)), shape=shape)
+
+        named, hit = self._answer >= 0, self._answer == self._reference
+        hits = counts(self._reference[hit], hit)
+        answered = counts(self._answer[named], named)
+        supported = counts(self._reference, np.ones_like(named))
+        samples: dict[str, list[np.ndarray]] = {name: [] for name in CLASS_SCORES}
+        for weights in draw.weights():
+            tp, predicted, support = (m @ weights.T for m in (hits, answered, supported))  # [K, b]
+            found = {
+                "precision": (tp, predicted),
+                "recall": (tp, support),
+                "f1": (2 * tp, predicted + support),
+            }
+            for name, (numerator, denominator) in found.items():
+                values = _ratio(numerator, denominator)
+                samples[f"{name}_macro"].append(values.mean(0))
+                samples[f"{name}_weighted"].append((values * support).sum(0) / support.sum(0))
+                samples[f"{name}_micro"].append(_ratio(numerator.sum(0), denominator.sum(0)))
+        return {name: np.concatenate(chunks) for name, chunks in samples.items()}
+
+
+def _confusion(references: Sequence[str], answers: Sequence[str | None], task: Task) -> dict:
     """Counts by reference (rows) and answer (columns): L - 1 rows of L columns.
 
     `labels` [L] are the task's own where it has a closed set, else all that occur, sorted, and
     last "unparseable", which is a column only: no reference is unparseable.
     """
-    seen = set(references) | (set(answers) - {UNPARSEABLE})
+    seen = set(references) | (set(answers) - {None})
     labels = list(task.labels) if task.labels else sorted(seen)
-    column = {label: i for i, label in enumerate([*labels, UNPARSEABLE])}
+    column = {label: i for i, label in enumerate([*labels, None])}
     matrix = np.zeros((len(labels), len(labels) + 1), dtype=int)
     for reference, answer in zip(references, answers, strict=True):
         matrix[column[reference], column[answer]] += 1
     return {"labels": [*labels, UNPARSEABLE], "matrix": matrix.tolist()}
-
-
-def _class_score_samples(
-    references: list[str],
-    answers: list[str],
-    classes: list[str],
-    patients: list[str],
-    resamples: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """Bootstrap samples [B] of the macro and weighted scores, all resamples at once.
-
-    Each is what scikit-learn would give on the resampled cases with the classes that occur among
-    their references. Counts of hits, answers and references per patient and class are sparse
-    [P, K]; weighting patients is then one product per chunk of resamples.
-    """
-    names, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    index = {label: i for i, label in enumerate(classes)}
-    reference = np.array([index[label] for label in references])
-    answer = np.array([index.get(label, -1) for label in answers])  # -1: no class of its own
-    shape = len(names), len(classes)
-
-    def counts(rows: np.ndarray, columns: np.ndarray) -> sparse.csr_matrix:
-        return sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=shape).T.tocsr()
-
-    named, hit = answer >= 0, answer == reference
-    hits = counts(patient[hit], reference[hit])
-    answered = counts(patient[named], answer[named])
-    supported = counts(patient, reference)
-
-    samples: dict[str, list[np.ndarray]] = {name: [] for name in CLASS_SCORES}
-    for weights in patient_weights(patients, resamples, seed):
-        tp, predicted, support = (m @ weights.T for m in (hits, answered, supported))  # [K, b]
-        present = support > 0
-        per_class = {
-            "precision": _ratio(tp, predicted),
-            "recall": _ratio(tp, support),
-            "f1": _ratio(2 * tp, predicted + support),
-        }
-        for name, values in per_class.items():
-            samples[f"{name}_macro"].append((values * present).sum(0) / present.sum(0))
-            samples[f"{name}_weighted"].append((values * support).sum(0) / support.sum(0))
-    return {name: np.concatenate(chunks) for name, chunks in samples.items()}
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -17,6 +17,9 @@ from radonc_jax.tasks import Record, Task
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
 MODELS = ("original", "tuned")
+# Further ways in which a run's models may answer, each in a folder of its name: constrained
+# decoding, and the original model with examples of the training split in its prompt.
+VARIANTS = ("original_examples", "original_constrained", "tuned_constrained")
 
 
 class Generation(Protocol):
@@ -45,7 +48,7 @@ def evaluate(
     Args:
       decode: prompts -> generations, in the same order.
       split: name of the split, written into the metrics.
-      model: "original" or "tuned".
+      model: one of MODELS or VARIANTS.
       output: folder for predictions.jsonl and metrics.json, or None to write nothing.
       ceiling: best reachable accuracy by task name, where known (synthetic cohorts).
       bootstrap: resamples for the 95 % intervals; 0 is for quick scores inside the training loop.
@@ -58,8 +61,8 @@ def evaluate(
       ValueError: no records, a case id twice, a decoder that returns another number of answers or
         a log-probability that is not finite.
     """
-    if model not in MODELS:
-        raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")
+    if model not in (*MODELS, *VARIANTS):
+        raise ValueError(f"model is {model!r}; it must be one of {', '.join((*MODELS, *VARIANTS))}")
     if not records:
         raise ValueError(f"split {split!r} has no cases; nothing can be evaluated")
     predictions, scores = [], {}

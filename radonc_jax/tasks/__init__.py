@@ -1,6 +1,6 @@
 """The tasks: cohort row -> prompt and answer, model output -> parsed answer. No jax in here."""
 
-from radonc_jax.tasks.base import Record, Task
+from radonc_jax.tasks.base import Record, Task, WithExamples, choose_examples
 from radonc_jax.tasks.icd import IcdTask
 from radonc_jax.tasks.modality import ModalityTask
 from radonc_jax.tasks.regimen import RegimenTask
@@ -28,4 +28,12 @@ def select(name: str) -> tuple[Task, ...] | tuple[TextTask]:
     raise ValueError(f"unknown task {name!r}; choose one of {', '.join([*TASKS, 'all', 'text'])}")
 
 
-__all__ = ["TASKS", "Record", "Task", "TextTask", "select"]
+__all__ = [
+    "TASKS",
+    "Record",
+    "Task",
+    "TextTask",
+    "WithExamples",
+    "choose_examples",
+    "select",
+]

@@ -4,8 +4,11 @@ A task knows nothing of tokens, models or scores. Training and decoding render p
 nowhere else, so the two cannot drift apart.
 """
 
+import random
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Short, because every case pays for it in training and in decoding.
@@ -86,3 +89,61 @@ class Task(ABC):
     def correct(self, answer: str | None, reference: str) -> bool:
         """Whether a parsed answer counts as right. An unparseable one (None) never does."""
         return answer is not None and answer == reference
+
+
+class WithExamples(Task):
+    """A task whose prompt shows cases with their answers before it asks: few-shot prompting, for a
+    model that was not tuned. Everything but the prompt is the task's own.
+
+    Args:
+      task: what is asked.
+      examples: records of the training split, shown in this order.
+    """
+
+    def __init__(self, task: Task, examples: Sequence[Record]):
+        self.task = task
+        self.name, self.labels, self.has_classes = task.name, task.labels, task.has_classes
+        self.instruction = task.instruction
+        self.shown = "".join(
+            f"{task.prompt(example.diagnosis)}{task.answer(example)}\n\n" for example in examples
+        )
+
+    def prompt_parts(self, diagnosis: str) -> tuple[str, str, str]:
+        prefix, middle, suffix = self.task.prompt_parts(diagnosis)
+        return self.shown + prefix, middle, suffix
+
+    def reference(self, record: Record) -> str:
+        return self.task.reference(record)
+
+    def parse(self, output: str) -> str | None:
+        return self.task.parse(output)
+
+    def correct(self, answer: str | None, reference: str) -> bool:
+        return self.task.correct(answer, reference)
+
+
+def choose_examples(
+    task: Task, training: Sequence[Record], number: int, seed: int = 0
+) -> list[Record]:
+    """`number` training records of as many different answers as there are, drawn with the seed.
+
+    Different answers first: examples that all say the same would teach the majority class. The
+    order of `training` does not matter.
+
+    Raises:
+      ValueError: `number` is below 1 or the split has fewer records.
+    """
+    if not 1 <= number <= len(training):
+        raise ValueError(
+            f"{number} examples cannot be drawn from {len(training)} training cases; choose "
+            f"--examples between 1 and {len(training)}"
+        )
+    mixed = sorted(training, key=lambda record: record.case_id)
+    random.Random(seed).shuffle(mixed)
+    seen: Counter = Counter()
+    rounds = []
+    for record in mixed:
+        answer = task.reference(record)
+        rounds.append((seen[answer], len(rounds), record))
+        seen[answer] += 1
+    return [record for _, _, record in sorted(rounds, key=lambda entry: entry[:2])[:number]]

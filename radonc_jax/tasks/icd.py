@@ -65,10 +65,61 @@ def description(code: str) -> str:
     return _table().get_description(code) if known else ""
 
 
+def in_table(code: str) -> bool:
+    """Whether `code` is a category or a code of the table, one that can be billed or a header."""
+    return bool(_CODE.fullmatch(code)) and _table().is_valid_item(code)
+
+
+@functools.lru_cache(maxsize=65536)
+def path(code: str) -> tuple[str, ...]:
+    """Chapter, block, category and so on down to `code` itself: ("2", "C50-C50", "C50", "C50.4",
+    "C50.41", "C50.411").
+
+    A code that is not in the table hangs below the longest of its beginnings that is; () where not
+    even its category exists. A block that holds one category has the category's name in the table,
+    so it is written as a range here.
+    """
+    for length in range(len(code), 2, -1):
+        known = code[:length]
+        if known[-1] != "." and in_table(known):
+            break
+    else:
+        return ()
+    steps = [*reversed(_table().get_ancestors(known)), known]
+    if len(steps) > 1 and "-" not in steps[1]:
+        steps[1] = f"{steps[1]}-{steps[1]}"
+    return (*steps, code) if known != code else tuple(steps)
+
+
+_SIDE_WORD = re.compile(r"\b(?:right|left|bilateral|unspecified)\b")
+
+
+def differs_in_side_alone(code: str, other: str) -> bool:
+    """Whether two codes of the table have the same official words but for the side.
+
+    Their digits would not do: skin codes number their sides irregularly.
+    """
+    words = [_SIDE_WORD.sub("*", description(each).casefold()) for each in (code, other)]
+    return code != other and words[0] == words[1] != ""
+
+
 @functools.cache
 def _leaves() -> list[str]:
     """Every leaf, sorted: what begins alike lies together."""
     return sorted(code for code in _table().get_all_codes(with_dots=True) if is_leaf(code))
+
+
+@functools.lru_cache(maxsize=65536)
+def other_side(code: str) -> str | None:
+    """The code of the same words on the other side ("C50.411" gives "C50.412"), or None where the
+    code has no side or no such counterpart."""
+    words = description(code)
+    sides = re.findall(r"\b(?:right|left)\b", words)
+    if not sides or not is_leaf(code):
+        return None
+    turned = re.sub(r"\b(?:right|left)\b", lambda m: "left" if m[0] == "right" else "right", words)
+    near = _below(code[:3])
+    return next((leaf for leaf in near if description(leaf) == turned), None)
 
 
 def _below(prefix: str) -> list[str]:

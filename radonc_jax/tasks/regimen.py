@@ -875,6 +875,88 @@ def same_regimen(answer: Regimen, reference: Regimen) -> bool:
     )
 
 
+FIELDS = ("target", "side", "dose", "fractions", "technique", "boost")
+
+
+def stated_fields(regimen: Regimen) -> dict[str, object]:
+    """FIELDS as compared, None where the regimen states none: words of target and technique without
+    case and order, total dose in Gy, boost as (dose in Gy, fractions)."""
+    side, target = _place(regimen)
+    boost = None
+    if regimen.boost_dose_gy is not None:
+        boost = regimen.boost_dose_gy, regimen.boost_fractions
+    technique = re.findall(r"[a-z0-9]+", (regimen.technique or "").casefold())
+    return {
+        "target": target or None,
+        "side": side,
+        "dose": regimen.total_dose_gy,
+        "fractions": regimen.fractions,
+        "technique": tuple(sorted(technique)) or None,
+        "boost": boost,
+    }
+
+
+def same_field(name: str, one: object, other: object) -> bool:
+    """Whether two values of `stated_fields` agree; doses within DOSE_TOLERANCE_GY."""
+    if one is None or other is None or name not in ("dose", "boost"):
+        return one == other
+    if name == "dose":
+        return abs(one - other) <= DOSE_TOLERANCE_GY + 1e-9
+    return one[1] == other[1] and same_field("dose", one[0], other[0])
+
+
+def alpha_beta_gy(regimen: Regimen) -> float:
+    """alpha/beta by target, as the domain notes choose: prostate 1.5, breast 4, else 10."""
+    words = set(_place(regimen)[1])
+    if words & {"prostate", "prostatic", "seminal"}:
+        return 1.5
+    return 4.0 if words & {"breast", "chest"} else 10.0
+
+
+def eqd2_gy(regimen: Regimen, alpha_beta: float) -> float | None:
+    """The first phase's dose in 2 Gy fractions: D (d + a/b) / (2 + a/b), in Gy.
+
+    From BED = n d (1 + d / (a/b)) (Fowler, Br J Radiol 1989;62:679), EQD2 = BED / (1 + 2 / (a/b)).
+    None where dose or fractions are not known, and for implants: their dose rate decays, and the
+    formula is of short fractions. Two fractions a day count as if repair between them were full.
+    """
+    if regimen.total_dose_gy is None or not regimen.fractions or regimen.implant:
+        return None
+    each = regimen.total_dose_gy / regimen.fractions
+    return regimen.total_dose_gy * (each + alpha_beta) / (2 + alpha_beta)
+
+
+def fraction_class(fractions: int) -> str:
+    """Single, ultra-hypofractionated (2 to 8), hypofractionated (9 to 24) or conventional."""
+    if fractions == 1:
+        return "single"
+    if fractions <= 8:
+        return "ultra-hypofractionated"
+    return "hypofractionated" if fractions <= 24 else "conventional"
+
+
+EQD2_TOLERANCE = 0.05
+
+
+def equivalent_regimen(answer: Regimen, reference: Regimen) -> bool:
+    """Lenient accuracy: the same side and target, EQD2 within 5 % of the reference's and the same
+    class of fractionation, or strictly the same.
+
+    Definition (b) of the project's domain notes, section 2.4. alpha/beta is that of the reference's
+    target.
+    """
+    if same_regimen(answer, reference):
+        return True
+    ratio = alpha_beta_gy(reference)
+    doses = eqd2_gy(answer, ratio), eqd2_gy(reference, ratio)
+    return (
+        None not in doses
+        and _place(answer) == _place(reference)
+        and fraction_class(answer.fractions) == fraction_class(reference.fractions)
+        and abs(doses[0] - doses[1]) <= EQD2_TOLERANCE * doses[1] + 1e-9
+    )
+
+
 class RegimenTask(Task):
     name = "regimen"
     instruction = "Write the regimen for this diagnosis: site and side, dose, fractions, technique."

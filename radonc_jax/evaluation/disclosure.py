@@ -1,0 +1,400 @@
+"""The model card and the TRIPOD-LLM items, filled from manifests where a machine can know.
+
+What only a person can answer stays None, and the page leaves room for it. Nothing is guessed: a
+count that no manifest tells is not told here.
+
+Items after Gallifant et al., Nat Med 2025;31:60 (doi 10.1038/s41591-024-03425-5), in our own short
+words; their wording and the explanations are in the paper.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from radonc_jax.evaluation.figures import TITLES, name_of
+
+# (item, section, what it asks for)
+TRIPOD_LLM = (
+    ("1", "Title", "Developing, tuning or evaluating an LLM; task, population, outcome"),
+    ("2a-2l", "Abstract", "Structured summary of all of the following"),
+    ("3a", "Introduction", "Healthcare context, use case, rationale, existing approaches"),
+    ("3b", "Introduction", "Target population, place in the care pathway, intended users"),
+    ("4", "Introduction", "Objectives; development, tuning or validation"),
+    ("5a", "Data", "Sources of training, tuning and evaluation data, and why these"),
+    ("5b", "Data", "Distribution and descriptors of the data"),
+    ("5c", "Data", "Dates of the oldest and the newest text"),
+    ("5d", "Data", "Preprocessing and quality checks"),
+    ("5e", "Data", "Missing and imbalanced data, reasons for omissions"),
+    ("6a", "Methods", "Name, version and date of the LLM"),
+    ("6b", "Methods", "Architecture, hyperparameters, inference settings"),
+    ("6c", "Methods", "Training and fine-tuning procedure, alignment"),
+    ("6d", "Methods", "Raw and post-processed output"),
+    ("6e", "Methods", "Classification: probabilities and thresholds"),
+    ("6f", "Methods", "Measures of the quality of generated text"),
+    ("6g", "Methods", "Relevance of the measures, correlation with human judgement"),
+    ("7a", "Output", "Outcome, how answers are computed, measures with formulae"),
+    ("7b", "Output", "Subjective assessment: assessors, instructions, agreement"),
+    ("7c", "Output", "Comparison with other models, people, benchmarks"),
+    ("8a", "Annotation", "How text was labelled, guidelines"),
+    ("8b", "Annotation", "Number of annotators, share annotated twice"),
+    ("8c", "Annotation", "Annotators' background, agreement between them"),
+    ("9a", "Prompting", "How prompts were designed and chosen"),
+    ("9b", "Prompting", "Data used to develop prompts"),
+    ("10", "Summarisation", "Preprocessing before summarisation"),
+    ("11", "Instruction tuning", "Instructions, interface, evaluating population"),
+    ("12", "Compute", "Time, machines, cost"),
+    ("13", "Ethics", "Committee, consent or waiver"),
+    ("14a", "Open science", "Funding and the funders' role"),
+    ("14b", "Open science", "Conflicts of interest"),
+    ("14c", "Open science", "Protocol"),
+    ("14d", "Open science", "Registration"),
+    ("14e", "Open science", "Availability of data"),
+    ("14f", "Open science", "Availability of code"),
+    ("15", "Public involvement", "Patients and the public in the study"),
+    ("16a", "Results", "Flow of patients and texts, with and without the label"),
+    ("16b", "Results", "Characteristics, overall and by split, with key dates"),
+    ("16c", "Results", "Predictors in development and evaluation data compared"),
+    ("16d", "Results", "Numbers of patients and outcomes in each analysis"),
+    ("17", "Results", "Performance by the measures chosen beforehand"),
+    ("18", "Results", "Updating of the LLM and its result"),
+    ("19a", "Discussion", "Interpretation, fairness, previous studies"),
+    ("19b", "Discussion", "Limitations, bias, uncertainty, generalisability"),
+    ("19c", "Discussion", "Known difficulties of data for this task"),
+    ("19d", "Discussion", "Intended use: input, user, autonomy and oversight"),
+    ("19e", "Discussion", "Poor or missing input"),
+    ("19f", "Discussion", "What users must do, and the expertise they need"),
+    ("19g", "Discussion", "Next steps"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the manifests of one run tell.
+
+    Attributes:
+      entries: the run's tasks -> entry of report.json.
+      split: the split that was evaluated.
+      config: the run's config.json; {} where the folder has none.
+      manifest: the run's manifest.json; {} likewise.
+      cohort: the cohort's manifest.json; {} where the cohort is not at hand.
+    """
+
+    entries: Mapping[str, Mapping]
+    split: str
+    config: Mapping
+    manifest: Mapping
+    cohort: Mapping
+
+
+def model_card(source: Source) -> dict[str, dict[str, str | None]]:
+    """Heading -> name -> text; None is for a person to fill in."""
+    tasks = ", ".join(TITLES[task].lower() for task in source.entries)
+    return {
+        "Intended use": {
+            "Purpose": f"Research: answer from one diagnosis text the {tasks}.",
+            "Not for": "Clinical decisions; other kinds of text; text in other languages than "
+            "that of the training data.",
+            "Users, place in the care pathway, oversight": None,
+        },
+        "Model": {
+            "Base": _base(source),
+            "What was trained": _trained(source),
+            "Versions": _versions(source),
+            "Compute": _compute(source),
+            "Hours, energy and cost": None,
+            "Owner, contact, licence of the weights": None,
+        },
+        "Data": {
+            "Cohort": _cohort(source),
+            "Left out": _excluded(source),
+            "Splits": _splits(source),
+            "Identifiers": _identifiers(source),
+            "Origin, period, population": None,
+            "Approval and consent": None,
+        },
+        "Training and decoding": {
+            "Settings": _settings(source),
+            "Decoding": _decoding(source),
+        },
+        "Evaluation": {
+            **{TITLES[task]: _result(entry) for task, entry in source.entries.items()},
+            "Where it fails": _failures(source),
+            "Rated by physicians": None,
+        },
+        "Risks and their handling": {
+            "Harm of a wrong answer, and who notices it": None,
+            "Fairness": None,
+            "Updating and withdrawal": None,
+        },
+    }
+
+
+def tripod_llm(source: Source) -> list[dict[str, str | None]]:
+    """A row per item of TRIPOD_LLM: {item, section, asks, answer}; answer None is for a person."""
+    tasks = ", ".join(TITLES[task].lower() for task in source.entries)
+    data = _known(_cohort(source), _splits(source))
+    answers = {
+        "1": f"Fine-tuning and evaluation of a language model. Task: {tasks}. "
+        "Population and setting: for the authors.",
+        "4": "Fine-tuning, and paired comparison of the tuned with the original model on held-out "
+        "cases.",
+        "5a": _sources(source),
+        "5b": data,
+        "5d": _preprocessing(source),
+        "5e": _excluded(source),
+        "6a": _base(source),
+        "6b": _known(_decoding(source), _settings(source)),
+        "6c": _known(_trained(source), _settings(source), "No alignment step."),
+        "6d": "Raw text and the answer read from it, case by case, in predictions.jsonl.",
+        "6e": "The answer is the greedily decoded text; no threshold. Confidence is the "
+        "probability that the model gives its own answer.",
+        "6f": "ROUGE-1, with and without whole decimal numbers, beside field-by-field accuracy.",
+        "7a": "Section Definitions of this report; formulae in the docstrings of the code.",
+        "7c": _comparisons(source),
+        "8a": _annotation(source),
+        "9a": "One fixed prompt per task (an instruction, the diagnosis text), the same in "
+        "training and decoding.",
+        "9b": "No data of this cohort: the prompt is part of the code.",
+        "10": "Does not apply: no summarisation.",
+        "12": _compute(source),
+        "16a": _flow(source),
+        "16b": "table1.html in the cohort folder." if "table1" in source.cohort else None,
+        "16c": _shift(source),
+        "16d": _splits(source),
+        "17": " ".join(f"{TITLES[task]}: {_result(e)}" for task, e in source.entries.items()),
+        "19e": "Cases without text, dose or valid code are left out beforehand; an answer that "
+        "cannot be read counts as wrong and is told.",
+        "14f": _code(source),
+    }
+    return [
+        {"item": item, "section": section, "asks": asks, "answer": answers.get(item) or None}
+        for item, section, asks in TRIPOD_LLM
+    ]
+
+
+def _known(*texts: str | None) -> str | None:
+    return " ".join(text for text in texts if text) or None
+
+
+def _number(value) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _listed(counts: Mapping) -> str:
+    return ", ".join(f"{str(key).replace('_', ' ')} {_number(n)}" for key, n in counts.items())
+
+
+def _base(source: Source) -> str | None:
+    base = source.manifest.get("base") or {}
+    name = source.config.get("model") or base.get("folder")
+    if not name:
+        return None
+    hashes = base.get("sha256") or {}
+    weights = [f"{file} {value[:12]}" for file, value in sorted(hashes.items())]
+    revision = base.get("revision")
+    return _known(
+        f"{name}{f', revision {revision}' if revision else ''}.",
+        f"SHA-256 of its files begin: {', '.join(weights)}." if weights else None,
+    )
+
+
+def _trained(source: Source) -> str | None:
+    parameters = source.manifest.get("parameters") or {}
+    if not parameters:
+        return None
+    text = f"{_number(parameters['trainable'])} parameters trained"
+    lora = source.config.get("lora") or {}
+    if source.config.get("trainable") == "lora" and lora:
+        text += (
+            f" (LoRA, rank {lora.get('rank')}, alpha {lora.get('alpha')}, dropout "
+            f"{lora.get('dropout')}, on {', '.join(lora.get('targets') or ())})"
+        )
+    text += f", {_number(parameters['frozen'])} frozen."
+    before, after = (source.manifest.get(f"base_fingerprint_{w}") for w in ("before", "after"))
+    if after is not None:
+        text += " The frozen weights were the same before and after." if before == after else ""
+    step = source.manifest.get("best_step")
+    return text + (f" Checkpoint of step {step} was chosen on validation." if step else "")
+
+
+def _versions(source: Source) -> str | None:
+    environment = source.manifest.get("environment") or {}
+    if not environment:
+        return None
+    packages = {"python": environment.get("python")} | (environment.get("versions") or {})
+    return _known(
+        _listed({k: v for k, v in packages.items() if v}) + ".",
+        _code(source),
+    )
+
+
+def _code(source: Source) -> str | None:
+    revision = (source.manifest.get("environment") or {}).get("code_revision")
+    return f"Code revision {revision}." if revision else None
+
+
+def _compute(source: Source) -> str | None:
+    environment = source.manifest.get("environment") or {}
+    if not environment.get("devices"):
+        return None
+    steps = source.manifest.get("steps")
+    return (
+        f"{environment.get('device_count')} device(s): {', '.join(environment['devices'])}, "
+        f"{environment.get('process_count')} process(es)"
+        + (f"; {_number(steps)} optimiser steps." if steps else ".")
+    )
+
+
+def _cohort(source: Source) -> str | None:
+    cohort = source.cohort
+    if not cohort.get("assessed"):
+        return None
+    text = f"{_number(cohort['assessed'])} patients assessed, {_number(cohort['kept'])} kept."
+    if cohort.get("ceiling"):
+        text += " The cases are synthetic: their best reachable accuracy is known."
+    digest = (source.manifest.get("cohort") or {}).get("manifest_sha256")
+    return text + (f" SHA-256 of its manifest begins {digest[:12]}." if digest else "")
+
+
+def _excluded(source: Source) -> str | None:
+    excluded = source.cohort.get("excluded")
+    if not excluded:
+        return None
+    sentence = f"Left out, by first reason: {_listed(excluded)}."
+    return sentence + " Nothing was imputed and no class was weighted."
+
+
+def _splits(source: Source) -> str | None:
+    cases, patients = source.cohort.get("cases"), source.cohort.get("patients")
+    if not cases:
+        n = next((entry["tuned"]["n"] for entry in source.entries.values()), None)
+        return None if n is None else f"{_number(n)} cases of split {source.split} answered."
+    parts = [
+        f"{split} {_number(n)} cases of {_number((patients or {}).get(split, '?'))} patients"
+        for split, n in cases.items()
+    ]
+    return f"{'; '.join(parts)}. No patient is in two splits."
+
+
+def _identifiers(source: Source) -> str | None:
+    found = source.cohort.get("deidentification")
+    if not found:
+        return None
+    rows = found.get("rows", 0)
+    return (
+        f"Policy {found['policy']!r}: identifiers found in {_number(rows)} rows"
+        + (f" ({', '.join(sorted(found['classes']))})." if found.get("classes") else ".")
+        + " The search supports de-identification, it certifies nothing."
+    )
+
+
+def _settings(source: Source) -> str | None:
+    config = source.config
+    if not config.get("optimizer"):
+        return None
+    parts = [
+        f"{name} {value}"
+        for section in ("train", "batch", "optimizer", "precision")
+        for name, value in (config.get(section) or {}).items()
+    ]
+    return f"Seed {config.get('seed')}; {', '.join(parts)}.".replace("_", " ")
+
+
+def _decoding(source: Source) -> str | None:
+    decode = source.config.get("decode")
+    if not decode:
+        return None
+    return f"Greedy (temperature 0), at most {decode.get('max_new_tokens')} new tokens."
+
+
+def _percent(score: Mapping) -> str:
+    text = f"{100 * score['value']:.1f} %"
+    if score.get("low") is not None:
+        text += f" ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+    return text
+
+
+def _result(entry: Mapping) -> str:
+    return (
+        f"accuracy {_percent(entry['original']['accuracy'])} original, "
+        f"{_percent(entry['tuned']['accuracy'])} tuned, n {_number(entry['tuned']['n'])}."
+    )
+
+
+def _failures(source: Source) -> str | None:
+    parts = []
+    for task, entry in source.entries.items():
+        tuned = entry["tuned"]
+        wrong = tuned["n"] - round(tuned["accuracy"]["value"] * tuned["n"])
+        parts.append(
+            f"{TITLES[task]}: {_number(wrong)} of {_number(tuned['n'])} wrong, "
+            f"{_number(tuned['unparseable'])} of them unreadable."
+        )
+    return " ".join(parts) or None
+
+
+def _sources(source: Source) -> str | None:
+    origin = source.cohort.get("source") or {}
+    if not origin.get("name"):
+        return None
+    rows = (source.cohort.get("rows") or {}).get("read")
+    return (
+        f"One extract for all splits, {origin['name']}"
+        + (f", {_number(rows)} rows" if rows else "")
+        + f" (SHA-256 begins {str(origin.get('sha256'))[:12]}). Why these: for the authors."
+    )
+
+
+def _preprocessing(source: Source) -> str | None:
+    cohort = source.cohort
+    if not cohort.get("rules"):
+        return None
+    text = f"Rules in order: {', '.join(cohort['rules']).replace('_', ' ')}."
+    if cohort.get("rules_turned_off"):
+        text += f" Turned off: {', '.join(cohort['rules_turned_off']).replace('_', ' ')}."
+    if cohort.get("stripped"):
+        text += f" Answers taken out of the diagnosis texts: {_listed(cohort['stripped'])}."
+    return _known(text, _identifiers(source))
+
+
+def _annotation(source: Source) -> str | None:
+    annotation = source.cohort.get("annotation")
+    if annotation is None:
+        return None
+    sheets = annotation.get("files") or ()
+    offered = annotation.get("rows_offered", 0)
+    if not sheets:
+        return (
+            f"Labels come from the records; {_number(offered)} uncertain rows were offered to "
+            "annotators, none was annotated."
+        )
+    return (
+        f"{len(sheets)} annotation sheet(s) were read back; agreement is in the cohort's manifest."
+    )
+
+
+def _comparisons(source: Source) -> str | None:
+    names: list[str] = []
+    for entry in source.entries.values():
+        others = [*(entry.get("variants") or {}), *(entry["baselines"] or {})]
+        names += [name for name in others if name not in names and name not in ("tuned",)]
+    compared = ", ".join(name_of(name).lower() for name in names if name != "original")
+    return "The original model on the same cases" + (f"; {compared}." if compared else ".")
+
+
+def _flow(source: Source) -> str | None:
+    cohort = source.cohort
+    if not cohort.get("assessed"):
+        return None
+    return _known(_cohort(source), "flow.svg in the cohort folder." if "flow" in cohort else None)
+
+
+def _shift(source: Source) -> str | None:
+    largest = ((source.cohort.get("table1") or {}).get("largest_difference") or {}).get(
+        source.split
+    )
+    if not largest:
+        return None
+    return (
+        f"Largest standardised difference between train and {source.split}: "
+        f"{largest['characteristic']}, {largest['smd']:.2f}."
+    )

@@ -1,0 +1,476 @@
+"""What was found: run folders read, and the content of report.json made of them.
+
+No page and no drawing in here: `evaluation.report` shows what this module finds.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from radonc_jax.data.cohort import as_records, is_finished_cohort, load_manifest, load_split
+from radonc_jax.data.splits import SPLITS
+from radonc_jax.evaluation import confidence, details, robustness, subgroups
+from radonc_jax.evaluation import metrics as scores
+from radonc_jax.evaluation.baselines import judge_baselines
+from radonc_jax.evaluation.comparison import compare_models, pair_predictions
+from radonc_jax.evaluation.run import (
+    METRICS,
+    MODELS,
+    PREDICTIONS,
+    VARIANTS,
+    read_predictions,
+    split_tasks,
+)
+from radonc_jax.evaluation.statistics import holm
+from radonc_jax.evaluation.verdict import judge_tuning
+from radonc_jax.tasks import TASKS, Record
+
+NOTICE = "Research use only, not for clinical decisions."
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder's evaluation of both models on one split.
+
+    `predictions` and `metrics` are by model, then by task; beside "original" and "tuned" they hold
+    the variants that the folder has. `validation` are the predictions of the validation split, of
+    the models that answered it; `robustness` what robustness.json of a model holds.
+    """
+
+    name: str
+    split: str
+    predictions: dict[str, dict[str, list[dict]]]
+    metrics: dict[str, dict[str, dict]]
+    provenance: dict
+    ceiling: dict[str, float] = field(default_factory=dict)
+    training: Sequence[Record] = ()  # empty where the cohort is not at hand
+    held_out: Sequence[Record] = ()
+    sizes: dict[str, int] | None = None  # cases by split
+    config: dict = field(default_factory=dict)  # the run's config.json
+    cohort: dict = field(default_factory=dict)  # the cohort's manifest.json
+    cases: pd.DataFrame | None = None  # cohort rows of the split: site, sex, age ... where known
+    validation: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
+    robustness: dict[str, dict] = field(default_factory=dict)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return content
+
+
+def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> Run:
+    """Reads a run folder that holds the evaluations of both models on `split`.
+
+    The cohort (its place is `cohort`, else the one in the run's config.json) adds baselines, the
+    ceiling, subgroups and the split sizes. A run folder that has travelled without its cohort is
+    read all the same, unless `cohort` was given and is not there.
+
+    Raises:
+      FileNotFoundError: the folder, or the predictions or metrics of a model, are missing.
+      ValueError: a file cannot be read, holds predictions of another split, task or case than it
+        should, or the two models answered different tasks.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"{workdir} is no run folder")
+    predictions, metrics, provenance = {}, {}, {}
+    for model in (*MODELS, *VARIANTS):
+        folder = workdir / "evaluation" / split / model
+        if not (folder / PREDICTIONS).is_file() or not (folder / METRICS).is_file():
+            if model in VARIANTS:
+                continue
+            raise FileNotFoundError(
+                f"{workdir}: no predictions of the {model} model on split {split!r}; run "
+                f"python -m radonc_jax.evaluate --workdir={workdir} --split={split} --model={model}"
+            )
+        predictions[model], metrics[model] = _read_evaluation(folder, split)
+        content = (folder / PREDICTIONS).read_bytes()
+        provenance[f"{model}_predictions_sha256"] = hashlib.sha256(content).hexdigest()
+    if predictions["original"].keys() != predictions["tuned"].keys():
+        raise ValueError(
+            f"{workdir}: original answered {', '.join(predictions['original'])} and tuned "
+            f"{', '.join(predictions['tuned'])}; evaluate both on the same tasks"
+        )
+    unknown = predictions["tuned"].keys() - TASKS.keys()
+    if unknown:
+        raise ValueError(f"{workdir}: unknown task {', '.join(sorted(unknown))}")
+
+    config = _read_json(workdir / "config.json")
+    manifest = _read_json(workdir / "manifest.json")
+    provenance |= {"workdir": str(workdir), "model": config.get("model"), "manifest": manifest}
+    training = held_out = ()
+    sizes, facts, cases = None, {}, None
+    folder = cohort or config.get("cohort")
+    if folder and (cohort is not None or is_finished_cohort(Path(folder))):
+        splits = {name: load_split(folder, name) for name in SPLITS}
+        sizes = {name: len(rows) for name, rows in splits.items()}
+        cases = splits[split]
+        training, held_out = as_records(splits["train"]), as_records(cases)
+        facts = load_manifest(folder)
+    return Run(
+        name=workdir.resolve().name,
+        split=split,
+        predictions=predictions,
+        metrics=metrics,
+        provenance=provenance,
+        ceiling=facts.get("ceiling") or {},
+        training=training,
+        held_out=held_out,
+        sizes=sizes,
+        config=config,
+        cohort=facts,
+        cases=cases,
+        validation=_read_validation(workdir, split, predictions),
+        robustness={
+            model: found
+            for model in MODELS
+            if (found := _read_json(workdir / "evaluation" / split / model / robustness.ROBUSTNESS))
+        },
+    )
+
+
+def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """Predictions and metrics of one model by task, held against each other."""
+    predictions = read_predictions(folder / PREDICTIONS)
+    metrics = split_tasks(_read_json(folder / METRICS))
+    if predictions.keys() != metrics.keys():
+        raise ValueError(f"{folder}: {PREDICTIONS} and {METRICS} hold different tasks")
+    for task, entry in metrics.items():
+        if entry["split"] != split:
+            raise ValueError(
+                f"{folder / METRICS}: is of split {entry['split']!r}, not {split!r}; evaluate "
+                "this split again"
+            )
+        given = predictions[task]
+        if len({prediction["case_id"] for prediction in given}) < len(given):
+            twice = len(given) - len({prediction["case_id"] for prediction in given})
+            raise ValueError(
+                f"{folder / PREDICTIONS}: {twice} case ids of task {task} stand more than once; "
+                "evaluate again"
+            )
+        if len(given) != entry["n"]:
+            raise ValueError(
+                f"{folder}: {PREDICTIONS} holds {len(given)} cases of task {task}, {METRICS} "
+                f"{entry['n']}; rows are missing, so evaluate again"
+            )
+    return predictions, metrics
+
+
+def _read_validation(
+    workdir: Path, split: str, predictions: Mapping[str, Mapping]
+) -> dict[str, dict[str, list[dict]]]:
+    """Predictions of the validation split by the models that answered it and `split`."""
+    folder = workdir / "evaluation" / "validation"
+    if split == "validation":  # would be calibrated on itself
+        return {}
+    return {
+        model: _read_evaluation(folder / model, "validation")[0]
+        for model in predictions
+        if (folder / model / PREDICTIONS).is_file() and (folder / model / METRICS).is_file()
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# report.json
+# ---------------------------------------------------------------------------------------------
+
+
+def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -> dict:
+    """The content of report.json.
+
+    {"tasks": {task: entry}, "runs": [names], "split", "provenance": {run: ...}, "notice"}. Where
+    several runs share a task the first run's entry leads and holds the others' in `further_runs`.
+    An entry is
+      run, model, sizes: names, and cases by split or null.
+      original, tuned: metrics as in metrics.json. variants {name: metrics}: further ways in which
+        the run's models answered.
+      tests: as `compare_models` gives it, tuned against original.
+      baselines {majority, lookup, nearest, tfidf: metrics} or null where the cohort is not at hand;
+        baseline_tests {name: compare_models of tuned against it} or null.
+      ceiling: the best reachable accuracy or null.
+      verdict: see `judge_tuning`. details: see `details.assess`.
+      confidence {model or variant: see `confidence.assess`}: null for one without probabilities.
+      robustness {model: {perturbation: {n, rate, expected}}} or null; subgroups: see there.
+      against {run, model, tests} or null: this run's tuned model against that of the first run of
+        the task, where both answered the same cases.
+    In every family of tests (`wilcoxon`, `wilcoxon_rouge1`, `wilcoxon_by_patient`, `mcnemar`) Holm
+    adjusts over all entries of the report (`p_holm`); those of `against` and of `baseline_tests`
+    are families of their own.
+
+    Raises:
+      ValueError: the models of a run did not answer the same cases, or the cohort is another one.
+    """
+    names = _distinct_names(runs)
+    by_task: dict[str, list[tuple[str, Run]]] = {task: [] for task in TASKS}
+    for run, name in zip(runs, names, strict=True):
+        for task in run.predictions["tuned"]:
+            by_task[task].append((name, run))
+    found: dict[str, list[dict]] = {
+        task: [
+            _entry(run, name, task, bootstrap, seed)
+            | {"against": _against(group[0], name, run, task, bootstrap, seed)}
+            for name, run in group
+        ]
+        for task, group in by_task.items()
+    }
+    listed = [entry for group in found.values() for entry in group]
+    _adjust([entry["tests"] for entry in listed])
+    _adjust([entry["against"]["tests"] for entry in listed if entry["against"]])
+    _adjust([t for entry in listed for t in (entry["baseline_tests"] or {}).values()])
+    for task, group in found.items():
+        for entry in group:
+            entry["verdict"] = judge_tuning(task, entry)
+    return {
+        "notice": NOTICE,
+        "split": runs[0].split if runs else None,
+        "tasks": {
+            task: group[0] | {"further_runs": group[1:]} for task, group in found.items() if group
+        },
+        "runs": names,
+        "provenance": {name: run.provenance for run, name in zip(runs, names, strict=True)},
+    }
+
+
+_TESTS = ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient", "mcnemar")
+
+
+def _adjust(family: Sequence[dict]) -> None:
+    """Adds Holm's `p_holm` to each kind of test over all of the `tests` objects."""
+    for kind in _TESTS:
+        tests = [tests[kind] for tests in family]
+        for test, adjusted in zip(tests, holm([t["p_value"] for t in tests]), strict=True):
+            test["p_holm"] = adjusted
+
+
+def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
+    options = {"bootstrap": bootstrap, "seed": seed}
+    models = _aligned(run, task)
+    metrics = {model: _scored(run, model, task, options) for model in models}
+    baselines = _baselines(run, task)
+    counts = Counter(map(TASKS[task].reference, run.training)) if run.training else None
+    rows = None
+    if run.cases is not None:
+        rows = {row["case_id"]: row for row in run.cases.to_dict("records")}
+    sites = None
+    if rows is not None and "site" in run.cases.columns:
+        sites = {case: str(row["site"]) for case, row in rows.items()}
+    both = {model: models[model] for model in MODELS}
+    return {
+        "run": name,
+        "model": run.provenance.get("model"),
+        "original": metrics["original"],
+        "tuned": metrics["tuned"],
+        "variants": {variant: metrics[variant] for variant in VARIANTS if variant in metrics},
+        "tests": compare_models(models["original"], models["tuned"], **options),
+        "baselines": None
+        if baselines is None
+        else {
+            kind: scores.score(given, TASKS[task], split=run.split, model=kind, **options)
+            for kind, given in baselines.items()
+        },
+        "baseline_tests": None
+        if baselines is None
+        else {
+            kind: compare_models(given, models["tuned"], names=(kind, "tuned"), **options)
+            for kind, given in baselines.items()
+        },
+        "ceiling": run.metrics["tuned"][task].get("ceiling", run.ceiling.get(task)),
+        "sizes": run.sizes,
+        "details": details.assess(task, both, sites=sites, training_counts=counts, **options),
+        "confidence": {
+            model: confidence.assess(given, run.validation.get(model, {}).get(task))
+            for model, given in models.items()
+        },
+        "robustness": {
+            model: found[task] for model, found in run.robustness.items() if task in found
+        }
+        or None,
+        "subgroups": subgroups.assess(both, rows, counts, **options),
+    }
+
+
+def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
+    """Model or variant -> its predictions, all in the order of the original's cases.
+
+    Raises:
+      ValueError: one of them did not answer the same cases.
+    """
+    original = run.predictions["original"][task]
+    return {
+        model: [
+            given
+            for _, given in pair_predictions(original, by_task[task], names=("original", model))
+        ]
+        for model, by_task in run.predictions.items()
+        if task in by_task
+    }
+
+
+def _scored(run: Run, model: str, task: str, options: dict) -> dict:
+    """The model's metrics.json, scored anew where it was written before a score was thought of."""
+    written = run.metrics[model][task]
+    needed = (*scores.ROUGE_SCORES, *scores.CLASS_SCORES, "unparseable_share", "patients")
+    if all(name in written for name in needed):
+        return written
+    anew = scores.score(
+        run.predictions[model][task], TASKS[task], split=run.split, model=model, **options
+    )
+    return anew | ({"ceiling": written["ceiling"]} if "ceiling" in written else {})
+
+
+def _against(
+    first: tuple[str, Run], name: str, run: Run, task: str, bootstrap: int, seed: int
+) -> dict | None:
+    """This run's tuned model against that of the task's first run, on the same cases."""
+    other_name, other = first
+    if other is run:
+        return None
+    try:
+        tests = compare_models(
+            other.predictions["tuned"][task],
+            run.predictions["tuned"][task],
+            bootstrap=bootstrap,
+            seed=seed,
+            names=(other_name, name),
+        )
+    except ValueError:  # runs of other cohorts stand side by side, and cannot be compared
+        return None
+    return {"run": other_name, "model": other.provenance.get("model"), "tests": tests}
+
+
+def require_same_cases(runs: Sequence[Run]) -> None:
+    """
+    Raises:
+      ValueError: a run answered no task of the first run, or other cases of one.
+    """
+    names = _distinct_names(runs)
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        shared = run.predictions["tuned"].keys() & runs[0].predictions["tuned"].keys()
+        if not shared:
+            raise ValueError(
+                f"{name} answered no task that {names[0]} answered; compare runs of the same task"
+            )
+        for task in sorted(shared):
+            pair_predictions(
+                runs[0].predictions["tuned"][task],
+                run.predictions["tuned"][task],
+                names=(names[0], name),
+            )
+
+
+def _distinct_names(runs: Sequence[Run]) -> list[str]:
+    """Folder names; a number is added where two runs' folders have the same name."""
+    names: list[str] = []
+    for run in runs:
+        name, number = run.name, 2
+        while name in names:
+            name, number = f"{run.name} ({number})", number + 1
+        names.append(name)
+    return names
+
+
+def _baselines(run: Run, task: str) -> dict[str, list[dict]] | None:
+    """Answers to the very cases the models answered, so that the figures can stand side by side."""
+    references = {p["case_id"]: p["reference"] for p in run.predictions["tuned"][task]}
+    records = [record for record in run.held_out if record.case_id in references]
+    if not run.training or len(records) != len(references):
+        return None
+    changed = sum(TASKS[task].reference(r) != references[r.case_id] for r in records)
+    if changed:
+        raise ValueError(
+            f"run {run.name}: {changed} references of task {task} differ between its predictions "
+            "and its cohort; the cohort was prepared anew, so evaluate again"
+        )
+    return judge_baselines(TASKS[task], run.training, records)
+
+
+def entries(report: Mapping) -> list[tuple[str, dict]]:
+    """(task, entry) of every run, the leading run of each task first."""
+    return [
+        (task, entry)
+        for task, first in report["tasks"].items()
+        for entry in (first, *first["further_runs"])
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# The published form
+# ---------------------------------------------------------------------------------------------
+
+
+def publish(report: Mapping) -> dict:
+    """report.json in the form to be shared: no case ids, no cell of fewer than 11 cases.
+
+    Small groups of `subgroups` and `details.by_rarity` and small classes of `per_class` have n
+    "<11" (support likewise) and no scores; where one alone would be hidden the next smallest is
+    "hidden" too. Counts of 1 to 10 in `confusion` and `details.errors` are null; a row of the
+    matrix never has one null alone, which its sum would tell. Fields of regimens and bins of the
+    reliability curve that are as small have n "<11" and no scores. Sums that stand elsewhere
+    (`n`, `unparseable`) are of the whole split and stay.
+    """
+    result = json.loads(json.dumps(report))
+    for _, entry in entries(result):
+        entry["subgroups"] = subgroups.hide_small(entry["subgroups"], "by")
+        found = entry["details"]
+        if "high_rouge_wrong" in found:
+            found["high_rouge_wrong"] = []
+        for model in filter(None, entry["confidence"].values()):
+            model["reliability"] = [_without_small(row) for row in model["reliability"]]
+        for name, scored in found.get("fields", {}).items():
+            found["fields"][name] = _without_small(scored)
+        if found.get("by_rarity"):
+            found["by_rarity"] = subgroups.hide_small(found["by_rarity"], "")
+        for counts in found.get("errors", {}).values():
+            for model, count in counts.items():
+                counts[model] = _large(count)
+        measured = (entry["original"], entry["tuned"], *entry["variants"].values())
+        for metrics in (*measured, *(entry["baselines"] or {}).values()):
+            _publish_classes(metrics)
+    return result
+
+
+def _large(count: int) -> int | None:
+    return None if 0 < count < subgroups.SMALLEST_CELL else count
+
+
+def _without_small(row: dict) -> dict:
+    if _large(row["n"]) is not None:
+        return row
+    return dict.fromkeys(row) | {"n": f"<{subgroups.SMALLEST_CELL}"}
+
+
+def _publish_counts(row: Sequence[int]) -> list[int | None]:
+    shown = [_large(count) for count in row]
+    others = [i for i, count in enumerate(shown) if count]
+    if shown.count(None) == 1 and others:
+        shown[min(others, key=lambda i: row[i])] = None
+    return shown
+
+
+def _publish_classes(metrics: dict) -> None:
+    rows = [
+        {"label": label, "n": row["support"], **row} for label, row in metrics["per_class"].items()
+    ]
+    metrics["per_class"] = {
+        row["label"]: {
+            "precision": row["precision"],
+            "recall": row["recall"],
+            "f1": row["f1"],
+            "support": row["n"],
+        }
+        for row in subgroups.hide_small(rows, "")
+    }
+    matrix = metrics["confusion"]["matrix"]
+    metrics["confusion"]["matrix"] = [_publish_counts(row) for row in matrix]

@@ -1,0 +1,596 @@
+"""report.html: what report.json says, to be read by people.
+
+One file without a request: style and script are part of it, figures are inline vector graphics,
+and its content security policy forbids the rest and any script but its own. Every text is escaped
+unless it is `Html`; an unknown figure is a dash.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from matplotlib.figure import Figure
+
+from radonc_jax.evaluation import figures
+from radonc_jax.evaluation.disclosure import Source, model_card, tripod_llm
+from radonc_jax.evaluation.explorer import Texts, explorer_section
+from radonc_jax.evaluation.figures import TITLES, name_of
+from radonc_jax.evaluation.findings import NOTICE, Run, entries
+from radonc_jax.evaluation.markup import (
+    DASH,
+    Drawer,
+    Html,
+    drop_unknown,
+    escape,
+    format_p,
+    join,
+    make_table,
+    plain_cell,
+    score_cell,
+)
+from radonc_jax.evaluation.run import MODELS
+from radonc_jax.evaluation.sections import task_parts
+
+
+def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = True) -> str:
+    """report.html as one text.
+
+    Args:
+      report: the content of report.json, in its published form if the page is to be shared.
+      runs: the runs behind it, in the report's order: their cases and manifests.
+      include_text: False leaves out diagnoses, answers and references: no clinical text at all.
+    """
+    drawer = Drawer()
+    several = len(runs) > 1
+    sections: list[tuple[str, str, str]] = [
+        ("found", "What was found", _found(report, drawer)),
+        ("paper", "The paper's table", _paper_table(report)),
+        ("scores", "All scores", _score_table(report)),
+        ("tests", "Tests", _test_table(report) + _rival_table(report) + _against_table(report)),
+    ]
+    texts = Texts(runs, report["runs"]) if include_text else None
+    for task in report["tasks"]:
+        parts = []
+        for of_task, entry in entries(report):
+            if of_task == task:
+                run = f", {entry['run']}" if _is_shared(report, task) else ""
+                parts += task_parts(task, entry, run, drawer, texts)
+        sections.append((f"task-{task}", TITLES[task], "".join(parts)))
+    script = ""
+    if texts is not None:
+        data = texts.explorer(report)
+        sections.append(("cases", "Cases", explorer_section(data)))
+        script = _read("page.js")
+    else:
+        omitted = "<p>Left out: this report was written without clinical text.</p>"
+        sections.append(("cases", "Cases", omitted))
+    sources = [
+        (name, _source(report, run, name)) for run, name in zip(runs, report["runs"], strict=True)
+    ]
+    sections += [
+        ("definitions", "Definitions", _definitions()),
+        ("card", "Model card", "".join(_card(s, name, several) for name, s in sources)),
+        ("tripod", "TRIPOD-LLM items", "".join(_tripod(s, name, several) for name, s in sources)),
+        ("provenance", "Provenance", _provenance(report)),
+    ]
+    contents = "".join(f'<li><a href="#{key}">{escape(t)}</a></li>' for key, t, _ in sections)
+    body = [
+        f'<section id="{key}" aria-labelledby="{key}-title">'
+        f'<h2 id="{key}-title">{escape(title)}</h2>{content}</section>'
+        for key, title, content in sections
+    ]
+    # After the first screen, so that what was found comes before what else there is.
+    body.insert(1, f'<nav aria-label="Contents"><ul>{contents}</ul></nav>')
+    return _document(report, "\n".join(body), script)
+
+
+def _document(report: Mapping, body: str, script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = f"'sha256-{digest}'" if script else "'none'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src {scripts}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    runs = f"{len(report['runs'])} run{'s' if len(report['runs']) != 1 else ''}"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>radonc_jax report</title>\n<style>\n{_read('page.css')}</style>\n</head>\n<body>\n"
+        '<a class="skip" href="#main">Skip to the findings</a>\n<header>\n'
+        "<h1>Original and tuned model on the same held-out cases</h1>\n"
+        f'<p class="soft">Split: {escape(report["split"])}. {runs}.</p>\n'
+        f'<p class="notice"><strong>{escape(NOTICE)}</strong></p>\n</header>\n'
+        f'<main id="main" tabindex="-1">\n{body}\n</main>\n'
+        "<footer><p>Every figure of this page stands in report.json.</p></footer>\n"
+        + (f"<script>{script}</script>\n" if script else "")
+        + "</body>\n</html>\n"
+    )
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _is_shared(report: Mapping, task: str) -> bool:
+    """Whether several runs have this task, so that the run must be named with it."""
+    return bool(report["tasks"][task]["further_runs"])
+
+
+def _named(report: Mapping, task: str, entry: Mapping) -> Html:
+    run = f"<small>{escape(entry['run'])}</small>" if _is_shared(report, task) else ""
+    return Html(f"{TITLES[task]}{run}")
+
+
+def _called(report: Mapping, task: str, entry: Mapping) -> Html:
+    """A task within a sentence."""
+    title = TITLES[task] if task == "icd" else TITLES[task].lower()
+    return escape(f"{title} ({entry['run']})" if _is_shared(report, task) else title)
+
+
+# ---------------------------------------------------------------------------------------------
+# The first screen
+# ---------------------------------------------------------------------------------------------
+
+
+def _accuracy(metrics: Mapping) -> float:
+    return metrics["accuracy"]["value"]
+
+
+def _models(entry: Mapping) -> dict[str, Mapping]:
+    """Metrics by name: the two models, their variants, the baselines."""
+    models = {model: entry[model] for model in MODELS}
+    return models | dict(entry.get("variants") or {}) | dict(entry["baselines"] or {})
+
+
+def _best_baseline(entry: Mapping) -> tuple[str, Mapping] | None:
+    name = entry["verdict"]["best_baseline"]
+    return None if name is None else (name, entry["baselines"][name])
+
+
+def _standing(entry: Mapping) -> str | None:
+    """How the tuned model stands to the best baseline: "better" or "worse" where the 95 % interval
+    of the difference says so, else "unclear"; None without baselines."""
+    best = _best_baseline(entry)
+    if best is None:
+        return None
+    if entry["verdict"]["tuned_beats_baseline"]:
+        return "better"
+    difference = entry["baseline_tests"][best[0]]["difference"]
+    high = difference["value"] if difference["high"] is None else difference["high"]
+    return "worse" if high < 0 else "unclear"
+
+
+def _holm(entry: Mapping) -> float:
+    test = entry["tests"]["wilcoxon"]
+    return test.get("p_holm", test["p_value"])
+
+
+_STANDINGS = {
+    None: DASH,
+    "better": "yes",
+    "worse": Html("<strong>no</strong>"),
+    "unclear": Html("<strong>unclear</strong>"),
+}
+
+
+def _found(report: Mapping, drawer: Drawer) -> str:
+    listed = entries(report)
+    if not listed:
+        return "<p>This report holds no evaluation.</p>"
+    sentences = (_changes(report), _rivals(report), _certainty(report))
+    rows = []
+    for task, entry in listed:
+        best = _best_baseline(entry)
+        shown = DASH
+        if best is not None:
+            shown = join(
+                [
+                    score_cell(best[1]["accuracy"]),
+                    Html(f"<small>{escape(name_of(best[0]))}</small>"),
+                ]
+            )
+        rows.append(
+            [
+                _named(report, task, entry),
+                plain_cell(entry["tuned"]["n"]),
+                score_cell(entry["original"]["accuracy"]),
+                score_cell(entry["tuned"]["accuracy"]),
+                format_p(_holm(entry)),
+                shown,
+                _STANDINGS[_standing(entry)],
+                score_cell(entry["ceiling"]),
+            ]
+        )
+    heads = (
+        "Task",
+        "Cases",
+        "Original",
+        "Tuned",
+        "p (Wilcoxon)",
+        "Best simple baseline",
+        "Tuned beats it",
+        "Best reachable",
+    )
+    caption = "Accuracy with 95 % intervals; p is one-sided (Wilcoxon), after Holm over all rows."
+    figure = drawer(
+        accuracy_figure(report),
+        "Accuracy of each model and baseline; lines are 95 % intervals.",
+        "Accuracy of each model and baseline with 95 percent intervals",
+    )
+    found = "".join(f"<p>{sentence}</p>" for sentence in sentences)
+    return f'<div class="found">{found}</div>{make_table(caption, heads, rows, stack=True)}{figure}'
+
+
+def accuracy_figure(report: Mapping) -> Figure:
+    """Accuracy of every model and baseline of the report; raises ValueError if it has no task."""
+    if not entries(report):
+        raise ValueError("the report holds no evaluation, so there is nothing to draw")
+    return figures.draw_accuracy(
+        [
+            (
+                TITLES[task] + (f", {entry['run']}" if _is_shared(report, task) else ""),
+                _models(entry),
+                entry["ceiling"],
+            )
+            for task, entry in entries(report)
+        ]
+    )
+
+
+def _sentence(parts: Sequence[str], most: int = 4) -> str:
+    """Joined with commas and "and"; the rest is counted where there are many."""
+    shown = list(parts[:most])
+    if len(parts) > most:
+        shown.append(f"{len(parts) - most} more")
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _changes(report: Mapping) -> str:
+    groups: dict[str, list[str]] = {"raised": [], "lowered": [], "did not change": []}
+    for task, entry in entries(report):
+        before, after = (_accuracy(entry[model]) for model in MODELS)
+        name = _called(report, task, entry)
+        if before == after:
+            groups["did not change"].append(f"{name} ({_share(after)})")
+        else:
+            verb = "raised" if after > before else "lowered"
+            groups[verb].append(f"{name} from {_share(before)} to {_share(after)}")
+    clauses = [f"{verb} the accuracy of {_sentence(g)}" for verb, g in groups.items() if g]
+    return f"<strong>Tuning</strong> {'; it '.join(clauses)}."
+
+
+def _rivals(report: Mapping) -> str:
+    known = [(task, entry) for task, entry in entries(report) if entry["baselines"]]
+    start = "<strong>Against simple baselines</strong>: "
+    if not known:
+        return start + "none was computed, because the cohort is not at hand."
+    by_standing: dict[str, list[str]] = {"worse": [], "unclear": [], "better": []}
+    for task, entry in known:
+        name, metrics = _best_baseline(entry)
+        reached, tuned = _share(_accuracy(metrics)), _share(_accuracy(entry["tuned"]))
+        by_standing[_standing(entry)].append(
+            f"{_called(report, task, entry)} ({escape(name_of(name))} {reached}, tuned {tuned})"
+        )
+    says = {
+        "worse": "a simple baseline does better than the tuned model on",
+        "unclear": "a simple baseline does no worse, as far as these cases tell, on",
+        "better": "the tuned model beats all of them on",
+    }
+    return (
+        start
+        + "; ".join(
+            f"{says[standing]} {_sentence(names)}"
+            for standing, names in by_standing.items()
+            if names
+        )
+        + "."
+    )
+
+
+def _certainty(report: Mapping) -> str:
+    listed = entries(report)
+    sure = sum(_holm(entry) <= 0.05 for _, entry in listed)
+    unread = sum(entry["tuned"]["unparseable"] for _, entry in listed)
+    total = sum(entry["tuned"]["n"] for _, entry in listed)
+    text = (
+        "<strong>How sure</strong>: the gain is significant (one-sided Wilcoxon at 5 %, after "
+        f"Holm) in {sure} of {len(listed)} comparison{'s' if len(listed) > 1 else ''}; {unread:,} "
+        f"of {total:,} tuned answers cannot be read"
+    )
+    ceilings = [
+        f"{_called(report, task, entry)} {_share(entry['ceiling'])}"
+        for task, entry in listed
+        if entry["ceiling"] is not None
+    ]
+    if ceilings:
+        return (
+            text
+            + f"; no reader of these texts could be right more often than {_sentence(ceilings)}."
+        )
+    return text + "; the best reachable accuracy is not known."
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables over all runs
+# ---------------------------------------------------------------------------------------------
+
+SCORES = {
+    "accuracy": "Accuracy",
+    "rouge1": "ROUGE-1 F1",
+    "rouge1_precision": "ROUGE-1 precision",
+    "rouge1_recall": "ROUGE-1 recall",
+    "rouge1_decimal": "ROUGE-1 F1, decimals whole",
+    "precision_macro": "Precision, macro",
+    "recall_macro": "Recall, macro",
+    "f1_macro": "F1, macro",
+    "precision_micro": "Precision, micro",
+    "recall_micro": "Recall, micro",
+    "f1_micro": "F1, micro",
+    "precision_weighted": "Precision, weighted",
+    "recall_weighted": "Recall, weighted",
+    "f1_weighted": "F1, weighted",
+    "unparseable_share": "Unreadable",
+    "unfinished_share": "Unfinished",
+}
+EFFECTS = {"rank_biserial": "Rank-biserial r", "cohen_h": "Cohen's h", "odds_ratio": "Odds ratio"}
+PAPER_SCORES = ("accuracy", "rouge1", "precision_weighted", "recall_weighted", "f1_weighted")
+
+
+def _paper_table(report: Mapping) -> str:
+    rows = []
+    for task, entry in entries(report):
+        for model in MODELS:
+            tests = entry["tests"] if model == "tuned" else {}
+            rows.append(
+                [
+                    _named(report, task, entry),
+                    _base_name(entry),
+                    name_of(model),
+                    *(score_cell(entry[model].get(score)) for score in PAPER_SCORES),
+                    format_p(tests.get("wilcoxon", {}).get("p_value")),
+                    format_p(tests.get("wilcoxon_rouge1", {}).get("p_value")),
+                ]
+            )
+    heads = ["Task", "Base", "Model", *(SCORES[score] for score in PAPER_SCORES)]
+    heads += ["p, accuracy", "p, ROUGE-1"]
+    caption = (
+        "Original against tuned model, as the paper compares them; one-sided Wilcoxon "
+        "signed-rank tests, not adjusted. Free-text regimens have no classes."
+    )
+    return make_table(caption, heads, rows, texts=3)
+
+
+def _base_name(entry: Mapping) -> str:
+    """The last part of a folder or hub id: the rest is in the provenance."""
+    return str(entry.get("model") or "not stated").rstrip("/").rpartition("/")[2]
+
+
+def _score_table(report: Mapping) -> str:
+    rows = [
+        [
+            _named(report, task, entry),
+            name_of(name),
+            plain_cell(metrics["n"]),
+            *(score_cell(metrics.get(score)) for score in SCORES),
+            plain_cell(metrics["unparseable"]),
+            plain_cell(metrics["unfinished"]),
+        ]
+        for task, entry in entries(report)
+        for name, metrics in _models(entry).items()
+    ]
+    heads = ["Task", "Model", "Cases", *SCORES.values(), "Unreadable, cases", "Unfinished, cases"]
+    heads, rows = drop_unknown(heads, rows, 3)
+    caption = "Every score of every model and baseline; small print: 95 % interval by patient."
+    return make_table(caption, heads, rows, texts=2)
+
+
+def _test_table(report: Mapping) -> str:
+    heads = [
+        "Task",
+        "Difference in accuracy",
+        "Wilcoxon p",
+        "after Holm",
+        "Right only: original",
+        "Right only: tuned",
+        "McNemar p",
+        "McNemar p after Holm",
+        "Difference in ROUGE-1",
+        "Wilcoxon p, ROUGE-1",
+        "ROUGE-1 after Holm",
+        "Wilcoxon p, by patient",
+        "Difference in F1 macro",
+        *EFFECTS.values(),
+    ]
+    rows = []
+    for task, entry in entries(report):
+        tests = entry["tests"]
+        effect = tests.get("effect") or {}
+        rows.append(
+            [
+                _named(report, task, entry),
+                score_cell(tests["difference"], signed=True),
+                format_p(tests["wilcoxon"]["p_value"]),
+                format_p(tests["wilcoxon"].get("p_holm")),
+                plain_cell(tests["mcnemar"]["only_original"]),
+                plain_cell(tests["mcnemar"]["only_tuned"]),
+                format_p(tests["mcnemar"]["p_value"]),
+                format_p(tests["mcnemar"].get("p_holm")),
+                score_cell(tests["difference_rouge1"], signed=True),
+                format_p(tests["wilcoxon_rouge1"]["p_value"]),
+                format_p(tests["wilcoxon_rouge1"].get("p_holm")),
+                format_p((tests.get("wilcoxon_by_patient") or {}).get("p_value")),
+                score_cell(tests.get("f1_macro"), signed=True),
+                *(
+                    plain_cell(effect.get(key))
+                    for key in ("rank_biserial", "cohen_h", "odds_ratio")
+                ),
+            ]
+        )
+    heads, rows = drop_unknown(heads, rows, 3)
+    return make_table("Tuned against original, case by case.", heads, rows)
+
+
+def _rival_table(report: Mapping) -> str:
+    """Tuned against each baseline, case by case."""
+    rows = [
+        [_named(report, task, entry), name_of(name), *_test_cells(tests)]
+        for task, entry in entries(report)
+        for name, tests in (entry["baseline_tests"] or {}).items()
+    ]
+    if not rows:
+        return ""
+    heads = ["Task", "Baseline", *_TEST_CELLS]
+    return make_table(
+        "Tuned model against each simple baseline, case by case.", heads, rows, texts=2
+    )
+
+
+def _against_table(report: Mapping) -> str:
+    """The tuned models of two runs, where they answered the same cases."""
+    rows = [
+        [TITLES[task], entry["run"], entry["against"]["run"]]
+        + _test_cells(entry["against"]["tests"])
+        for task, entry in entries(report)
+        if entry.get("against")
+    ]
+    if not rows:
+        return ""
+    heads = ["Task", "Tuned model of", "Against that of", *_TEST_CELLS]
+    return make_table("The tuned models of two runs on the same cases.", heads, rows, texts=3)
+
+
+_TEST_CELLS = (
+    "Difference in accuracy",
+    "Wilcoxon p",
+    "after Holm",
+    "Right only: the other",
+    "Right only: tuned",
+    "McNemar p",
+)
+
+
+def _test_cells(tests: Mapping) -> list[object]:
+    return [
+        score_cell(tests["difference"], signed=True),
+        format_p(tests["wilcoxon"]["p_value"]),
+        format_p(tests["wilcoxon"].get("p_holm")),
+        plain_cell(tests["mcnemar"]["only_original"]),
+        plain_cell(tests["mcnemar"]["only_tuned"]),
+        format_p(tests["mcnemar"]["p_value"]),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# What the figures mean, and where they come from
+# ---------------------------------------------------------------------------------------------
+
+DEFINITIONS = {
+    "Accuracy": "Share of cases answered right. Regimen: the same side, target and number of "
+    "fractions and a total dose within 0.5 Gy; modality and ICD code: the same answer. An answer "
+    "that cannot be read counts as wrong.",
+    "ROUGE-1": "Words shared by the raw answer and the reference, without stemming: precision is "
+    "their share of the answer, recall their share of the reference, F1 = 2PR / (P + R). The "
+    "customary tokenizer splits 40.05 in two, and a wrong dose costs it little: read it beside "
+    "the accuracy.",
+    "Precision, recall, F1": "Over the answers that occur among the references; macro is their "
+    "plain mean, weighted by their number of cases, micro over all answers together. An "
+    "unreadable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
+    "classes.",
+    "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
+    "few patients, and exact (binomial, over patients) for a share of 0 or 1.",
+    "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; cases "
+    "on which the models tie are left out. Holm adjusts for all comparisons of this report.",
+    "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right.",
+    "Effect sizes": "Rank-biserial r: (ranks for tuned - ranks for original) / all ranks, from -1 "
+    "to 1. Cohen's h: 2 asin(sqrt(p tuned)) - 2 asin(sqrt(p original)). Odds ratio: cases only "
+    "tuned gets right over cases only original gets right.",
+    "Simple baselines": "Answers that need no language model, made from the training cases: the "
+    "most frequent answer; the most frequent answer to the very same text; the answer of the most "
+    "similar texts; logistic regression on the words. A model that does not beat them is of no "
+    "use.",
+    "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
+    "synthetic cohorts only.",
+    "Regimens, field by field": "Share of the references that state a field whose answer states "
+    "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
+    "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, and a number of fractions "
+    "of the same class. Customary for the site: any dose and number of fractions that the site "
+    "table lists for it, on no other side. The right words: a ROUGE-1 of 0.8 or more.",
+    "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
+    "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
+    "of our own choice.",
+    "Robustness": "The text is changed a little: where the side in it is flipped the answer must "
+    "follow, and elsewhere it must stay what it was.",
+    "Hierarchical scores": "Over a code together with all codes above it: precision is the share "
+    "of the answer's that are the reference's too, recall the reverse.",
+    "Calibration": "ECE: mean distance between confidence and share right over the bins, weighted "
+    "by their cases. Brier score: mean squared distance between confidence and right (1) or wrong "
+    "(0). Coverage at 5 % error: the largest share of cases, most confident first, of which at "
+    "most 5 % are wrong. Conformal sets hold the right answer in at least the stated share of "
+    "cases if new cases are like those of the validation split.",
+    "Small groups": "Below 11 cases a share says little, and in a report without clinical text "
+    "such groups are not shown.",
+}
+
+
+def _definitions() -> str:
+    terms = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in DEFINITIONS.items())
+    return f"<dl>{terms}</dl>"
+
+
+def _source(report: Mapping, run: Run, name: str) -> Source:
+    return Source(
+        entries={task: entry for task, entry in entries(report) if entry["run"] == name},
+        split=run.split,
+        config=run.config,
+        manifest=run.provenance.get("manifest") or {},
+        cohort=run.cohort,
+    )
+
+
+BLANK = Html('<span class="blank">To be filled in by a person.</span>')
+
+
+def _card(source: Source, name: str, several: bool) -> str:
+    parts = [f"<h3>{escape(name)}</h3>"] if several else []
+    level = "h4" if several else "h3"
+    for heading, lines in model_card(source).items():
+        terms = "".join(
+            f"<dt>{escape(key)}</dt><dd>{BLANK if text is None else escape(text)}</dd>"
+            for key, text in lines.items()
+        )
+        parts.append(f"<{level}>{escape(heading)}</{level}><dl>{terms}</dl>")
+    return "".join(parts)
+
+
+def _tripod(source: Source, name: str, several: bool) -> str:
+    rows = tripod_llm(source)
+    filled = sum(row["answer"] is not None for row in rows)
+    head = f"<h3>{escape(name)}</h3>" if several else ""
+    table = make_table(
+        "TRIPOD-LLM (Gallifant et al. 2025, doi 10.1038/s41591-024-03425-5), items in short.",
+        ["Item", "Section", "Asks for", "Told by the manifests"],
+        [
+            [r["item"], r["section"], r["asks"], BLANK if r["answer"] is None else r["answer"]]
+            for r in rows
+        ],
+        texts=4,
+        wrap=True,
+    )
+    return (
+        f"{head}<p>{filled} of {len(rows)} lines are filled; the others are for people.</p>{table}"
+    )
+
+
+def _provenance(report: Mapping) -> str:
+    provenance = json.dumps(report["provenance"], indent=1)
+    return (
+        "<details><summary>Models, data, versions</summary>"
+        f'<pre tabindex="0">{escape(provenance)}</pre></details>'
+    )

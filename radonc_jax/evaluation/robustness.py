@@ -1,0 +1,263 @@
+"""Does the answer hang on what it should: answers to diagnosis texts that were changed a little.
+
+Each perturbation is a pure function of a text and a random generator; it gives the changed text,
+or None where it does not apply. A flip of the side must flip the answer's side; the others change
+nothing that an answer may depend on, so the parsed answer must stay the same by the task's own
+accuracy (a regimen: target, side, dose and fractions). What is measured is
+the model against itself, right or wrong: an answer that ignores the text is steady and still fails
+the flip.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from radonc_jax.evaluation.run import PREDICTIONS, read_predictions, write_file
+from radonc_jax.evaluation.statistics import bootstrap_mean
+from radonc_jax.tasks import Record, Task
+from radonc_jax.tasks.icd import other_side
+from radonc_jax.tasks.regimen import parse_regimen, render_regimen
+
+ROBUSTNESS = "robustness.json"
+ROBUSTNESS_CASES = "robustness.jsonl"
+
+_OTHER_SIDE = {"right": "left", "rt": "lt", "r": "l", "od": "os"}
+_OTHER_SIDE |= {f"r{lobe}": f"l{lobe}" for lobe in ("ul", "ll")}
+_OTHER_SIDE |= {other: one for one, other in _OTHER_SIDE.items()}
+_SIDE = re.compile(
+    # A letter alone is a side in capitals only ("R breast"), and not as a stage or after a digit.
+    r"\b(?:[Rr]ight|RIGHT|[Ll]eft|LEFT|[Rr]t|RT|[Ll]t|LT|R|L|[RL](?:UL|LL))\b(?![/&'0-9-])"
+)
+_NO_COUNTERPART = re.compile(r"\b(?:RML|lingula|right middle lobe|bilateral)\b", re.IGNORECASE)
+# "RT" is radiotherapy as often as right, and "s/p" or a level ("L4 spine") stands before digits.
+_RADIOTHERAPY = re.compile(r"\bRT\b|\bL spine\b|\bR/L\b")
+
+# Each pair says the same in any note of this field; the first is replaced by the second or, where
+# it is not there, the second by the first.
+SYNONYMS = (
+    ("adenocarcinoma", "adenoca"),
+    ("squamous cell carcinoma", "SCC"),
+    ("carcinoma", "ca"),
+    ("metastatic", "mets from"),
+    ("year-old", "y/o"),
+    ("status post", "s/p"),
+    ("biopsy", "bx"),
+    ("lymph node", "LN"),
+    ("history of", "h/o"),
+    ("with", "w/"),
+    ("right", "Rt"),
+    ("left", "Lt"),
+)
+_ONE_WAY = frozenset({"metastatic", "carcinoma", "right", "left"})
+
+IRRELEVANT = (
+    "Lives with a partner and two dogs.",
+    "Prefers appointments in the afternoon.",
+    "Drove to the visit with a neighbor.",
+    "Enjoys gardening and bird watching.",
+    "Parking was validated at the front desk.",
+)
+
+
+def flip_side(text: str, rng: np.random.Generator) -> str | None:
+    """Right for left and left for right, in every spelling of it; None where no side stands, or one
+    that has no counterpart (the middle lobe, both sides)."""
+    if _NO_COUNTERPART.search(text) or _RADIOTHERAPY.search(text):
+        return None
+
+    def other(found: re.Match) -> str:
+        word = found[0]
+        turned = _OTHER_SIDE[word.casefold()]
+        if word.isupper():
+            return turned.upper()
+        return turned.capitalize() if word[0].isupper() else turned
+
+    flipped = _SIDE.sub(other, text)
+    return flipped if flipped != text else None
+
+
+def swap_synonyms(text: str, rng: np.random.Generator) -> str | None:
+    """Up to two terms in another wording of the same; None where the text has none of them."""
+    options = []
+    for one, other in SYNONYMS:
+        for old, new in ((one, other), (other, one)):
+            if old == other and one in _ONE_WAY:
+                continue
+            pattern = re.compile(rf"(?<![\w-]){re.escape(old)}(?![\w-])", re.IGNORECASE)
+            if pattern.search(text):
+                options.append((pattern, new))
+                break
+    if not options:
+        return None
+    for index in rng.permutation(len(options))[:2]:
+        pattern, new = options[index]
+        text = pattern.sub(lambda _, new=new: new, text, count=1)
+    return text
+
+
+def shuffle_fields(text: str, rng: np.random.Generator) -> str | None:
+    """The sentences in another order; None where there is one alone, or its parts are."""
+    parts = [part.strip() for part in re.split(r"(?<=[.;])\s+|\n+", text) if part.strip()]
+    if len(set(parts)) < 2:
+        return None
+    while True:
+        mixed = [parts[i] for i in rng.permutation(len(parts))]
+        if mixed != parts:
+            return " ".join(mixed)
+
+
+def add_irrelevant_sentence(text: str, rng: np.random.Generator) -> str | None:
+    """One sentence of daily life at the end or the beginning."""
+    sentence = IRRELEVANT[int(rng.integers(len(IRRELEVANT)))]
+    if rng.random() < 0.5:
+        return f"{sentence} {text}"
+    return f"{text.rstrip()}{'' if text.rstrip()[-1:] in ('.', ';') else '.'} {sentence}"
+
+
+PERTURBATIONS: dict[str, Callable[[str, np.random.Generator], str | None]] = {
+    "side_flip": flip_side,
+    "synonyms": swap_synonyms,
+    "shuffled_fields": shuffle_fields,
+    "irrelevant_sentence": add_irrelevant_sentence,
+}
+
+
+def expected_answer(task: str, perturbation: str, answer: str) -> str | None:
+    """The answer that a changed text must get where the text as it was got `answer`.
+
+    None where nothing follows: a flipped side says nothing of a code or a regimen without one.
+    """
+    if perturbation != "side_flip" or task == "modality":
+        return answer
+    if task == "icd":
+        return other_side(answer)
+    regimen = parse_regimen(answer)
+    if regimen is None or regimen.side not in ("right", "left"):
+        return None
+    side = "left" if regimen.side == "right" else "right"
+    return render_regimen(replace(regimen, side=side))
+
+
+def _generator(seed: int, case_id: str, perturbation: str) -> np.random.Generator:
+    # Of the case and not of its place, so that a part of the split is changed as the whole is.
+    return np.random.default_rng([seed, zlib.crc32(f"{perturbation} {case_id}".encode())])
+
+
+def probe(
+    decode: Callable[[list[str]], list],
+    records: Sequence[Record],
+    task: Task,
+    predictions: Sequence[Mapping],
+    *,
+    seed: int = 0,
+    bootstrap: int = 1000,
+) -> tuple[dict, list[dict]]:
+    """Lets a model answer the changed texts of one task.
+
+    Args:
+      decode: prompts -> generations, in the same order; the very decoder of `predictions`.
+      records: the cases; those whose answer could not be read are left out, for there is nothing to
+        hold the new answer against.
+      predictions: the model's answers to the texts as they are.
+
+    Returns:
+      {perturbation: {n, rate, low, high, expected}}: the share of the n cases to which it applies
+      whose answer did what it must, `expected` being "flips" or "same", with its interval by
+      patient (rate null where n is 0); and the cases, {case_id, task, perturbation, as_expected}.
+
+    Raises:
+      ValueError: a record has no prediction, or the decoder gives another number of answers.
+    """
+    given = {prediction["case_id"]: prediction["answer"] for prediction in predictions}
+    missing = [record.case_id for record in records if record.case_id not in given]
+    if missing:
+        raise ValueError(
+            f"task {task.name}: {len(missing)} cases have no answer to their own text, such as "
+            f"{', '.join(missing[:3])}; evaluate the split first"
+        )
+    asked, prompts = [], []
+    for name, change in PERTURBATIONS.items():
+        for record in records:
+            answer = given[record.case_id]
+            wanted = None if answer is None else expected_answer(task.name, name, answer)
+            if wanted is None:
+                continue
+            text = change(record.diagnosis, _generator(seed, record.case_id, name))
+            if text is not None:
+                asked.append((name, record, wanted))
+                prompts.append(task.prompt(text))
+    generations = decode(prompts) if prompts else []
+    if len(generations) != len(prompts):
+        raise ValueError(
+            f"task {task.name}: the decoder returned {len(generations)} answers to "
+            f"{len(prompts)} prompts"
+        )
+    cases = [
+        {
+            "case_id": record.case_id,
+            "patient_id": record.patient_id,
+            "task": task.name,
+            "perturbation": name,
+            "as_expected": _same(task, task.parse(generation.text), wanted),
+        }
+        for (name, record, wanted), generation in zip(asked, generations, strict=True)
+    ]
+    summary = {}
+    for name in PERTURBATIONS:
+        own = [case for case in cases if case["perturbation"] == name]
+        flips = name == "side_flip" and task.name != "modality"
+        score = {"value": None, "low": None, "high": None}
+        if own:
+            score = bootstrap_mean(
+                [float(case["as_expected"]) for case in own],
+                [case["patient_id"] for case in own],
+                resamples=bootstrap,
+                seed=seed,
+                share=True,
+            )
+        summary[name] = {
+            "n": len(own),
+            "rate": score["value"],
+            "low": score["low"],
+            "high": score["high"],
+            "expected": "flips" if flips else "same",
+        }
+    return summary, cases
+
+
+def _same(task: Task, answer: str | None, wanted: str) -> bool:
+    # A regimen in other words or another order of words is the same regimen.
+    return bool(task.correct(answer, wanted))
+
+
+def probe_tasks(
+    decode: Callable[[list[str]], list],
+    records: Sequence[Record],
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    write: bool = True,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """`probe` for each task, held against the predictions in `folder`; {task: summary}.
+
+    Writes robustness.json and, a line a case and without any text, robustness.jsonl beside them
+    unless `write` is False (the other processes of several). Raises as `probe` and
+    `read_predictions`.
+    """
+    predictions = read_predictions(folder / PREDICTIONS)
+    summaries, lines = {}, []
+    for task in tasks:
+        summaries[task.name], cases = probe(
+            decode, records, task, predictions.get(task.name, ()), seed=seed
+        )
+        lines += [json.dumps(case) + "\n" for case in cases]
+    if write:
+        write_file(folder / ROBUSTNESS_CASES, "".join(lines))
+        write_file(folder / ROBUSTNESS, json.dumps(summaries, indent=1, allow_nan=False) + "\n")
+    return summaries

@@ -1,0 +1,102 @@
+"""What was found, in three plain sentences, the bad news included."""
+
+from collections.abc import Mapping
+
+NAMES = {
+    "majority": "the majority class",
+    "lookup": "a dictionary lookup",
+    "nearest": "nearest neighbours",
+    "tfidf": "TF-IDF with logistic regression",
+}
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _p(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+
+
+def _range(score: Mapping, scale: float = 100) -> str:
+    if score["low"] is None:
+        return ""
+    return f", 95 % interval {scale * score['low']:.1f} to {scale * score['high']:.1f}"
+
+
+def judge_tuning(task: str, entry: Mapping) -> dict:
+    """The `verdict` of one entry of report.json.
+
+    best_baseline: the baseline of the highest accuracy, or null without baselines.
+    tuned_beats_baseline: whether the paired 95 % interval of the difference to it lies above 0;
+      null without baselines. False covers both "worse" and "cannot be told apart", and the second
+      sentence says which.
+    sentences: what tuning did; how that compares with what needs no language model; what remains.
+    """
+    best, beats = None, None
+    baselines = entry["baselines"]
+    if baselines:
+        best = max(baselines, key=lambda name: baselines[name]["accuracy"]["value"])
+        difference = entry["baseline_tests"][best]["difference"]
+        low = difference["value"] if difference["low"] is None else difference["low"]
+        beats = low > 0
+    return {
+        "best_baseline": best,
+        "tuned_beats_baseline": beats,
+        "sentences": [_tuning(entry), _against_baselines(entry, best, beats), _remains(entry)],
+    }
+
+
+def _tuning(entry: Mapping) -> str:
+    original, tuned = (entry[model]["accuracy"]["value"] for model in ("original", "tuned"))
+    difference, test = entry["tests"]["difference"], entry["tests"]["wilcoxon"]
+    if original == tuned:
+        change = f"left accuracy at {_percent(tuned)}"
+    else:
+        verb = "raised" if tuned > original else "lowered"
+        change = f"{verb} accuracy from {_percent(original)} to {_percent(tuned)}"
+    sure = difference["low"] is not None and difference["low"] > 0
+    said = "" if sure or tuned <= original else ", which chance alone could explain"
+    return (
+        f"On {entry['tuned']['n']} held-out cases tuning {change} (difference "
+        f"{100 * difference['value']:+.1f} points{_range(difference)}; one-sided Wilcoxon "
+        f"{_p(test['p_value'])}){said}."
+    )
+
+
+def _against_baselines(entry: Mapping, best: str | None, beats: bool | None) -> str:
+    if best is None:
+        return "How simple baselines do is not known: the cohort they learn from was not at hand."
+    reached = _percent(entry["baselines"][best]["accuracy"]["value"])
+    difference = entry["baseline_tests"][best]["difference"]
+    figures = f"(tuned {100 * difference['value']:+.1f} points{_range(difference)})"
+    if beats:
+        return (
+            f"It beats every simple baseline; the best, {NAMES[best]}, reaches {reached} {figures}."
+        )
+    high = difference["value"] if difference["high"] is None else difference["high"]
+    if high < 0:
+        return (
+            f"A simple baseline does better than the tuned model: {NAMES[best]} reaches {reached} "
+            f"{figures}."
+        )
+    return (
+        "A simple baseline does no worse than the tuned model as far as these cases tell: "
+        f"{NAMES[best]} reaches {reached} {figures}."
+    )
+
+
+def _remains(entry: Mapping) -> str:
+    tuned = entry["tuned"]
+    wrong = 1 - tuned["accuracy"]["value"]
+    text = f"{_percent(wrong)} of the tuned model's answers are wrong"
+    if tuned["unparseable"]:
+        text += f", {tuned['unparseable']} of them unreadable"
+    hidden = (entry["details"].get("high_rouge_wrong_share") or {}).get("tuned")
+    if hidden and hidden["value"]:
+        text += f"; {_percent(hidden['value'])} sound right (ROUGE-1) with a wrong dose or side"
+    if entry["ceiling"] is not None:
+        text += f"; the best reachable accuracy is {_percent(entry['ceiling'])}"
+    else:
+        text += "; the best reachable accuracy is not known"
+    return text + "."

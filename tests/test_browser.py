@@ -1,0 +1,291 @@
+"""The report in a real browser: nothing leaves it, nothing breaks, filters do what they say.
+
+Chromium and its driver are no part of the package; where they are not installed these tests are
+skipped and say so.
+"""
+
+import base64
+import json
+import re
+import shutil
+
+import pytest
+from reports import run_in_memory
+
+from radonc_jax.evaluation.findings import build_report
+from radonc_jax.evaluation.page import render_page
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+DRIVER = shutil.which("chromedriver")
+if not BROWSER or not DRIVER:
+    pytest.skip(
+        "no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)",
+        allow_module_level=True,
+    )
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+RIGHT = "Left breast, 50 Gy in 25 fractions, VMAT"
+WRONG_DOSE = "Left breast, 60 Gy in 25 fractions, VMAT"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The page of three runs (5,000 codes among them), and the same without clinical text."""
+    codes = [("C61", "C20", "C61"), ("C61", "", "C20"), ("C50.911", "C50.911", "C20")] * 1667
+    modality = [("photon", "photon", "photon")] * 30 + [("proton", "photon", "<b>x</b>")] * 12
+    regimens = [(RIGHT, "", RIGHT), (RIGHT, RIGHT, WRONG_DOSE), (RIGHT, "", "I do not know")] * 5
+    sites = ["breast", "<i>lung</i>", None] * 5
+    runs = [
+        run_in_memory(regimens, sites=sites, name="regimens"),
+        run_in_memory(modality, "modality", name="modality"),
+        run_in_memory(codes[:5000], "icd", name="codes"),
+    ]
+    folder = tmp_path_factory.mktemp("pages")
+    content = build_report(runs, bootstrap=20)
+    for name, texts in (("report", True), ("public", False)):
+        page = render_page(content, runs, include_text=texts)
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+def show(browser, path, *, width=1000, dark=False, media=""):
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.get(path.as_uri())
+
+
+def requests(browser):
+    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    return [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+
+
+def state(browser):
+    return browser.find_element(By.ID, "state").text
+
+
+def choose(browser, key, text):
+    select = browser.find_element(By.ID, key)
+    next(o for o in select.find_elements(By.TAG_NAME, "option") if o.text == text).click()
+
+
+def write(browser, key, text):
+    field = browser.find_element(By.ID, key)
+    field.clear()
+    field.send_keys(text)
+
+
+def listed(browser):
+    return browser.find_elements(By.CSS_SELECTOR, "#list > li")
+
+
+@pytest.mark.parametrize("name", ["report", "public"])
+def test_nothing_leaves_the_page_and_nothing_fails(browser, pages, name):
+    path = pages / f"{name}.html"
+    show(browser, path)
+    assert requests(browser) == [path.as_uri()]
+    if name == "report":
+        # Turning through every hostile text must not change that.
+        for _ in range(3):
+            browser.find_element(By.ID, "next").click()
+        assert len(listed(browser)) == 20
+    assert browser.get_log("browser") == []
+    assert requests(browser) == []
+    assert browser.execute_script("return window.pwned") is None
+    inside = "#list, #filter, main table"
+    for tag in ("img", "i", "b:not(.verdict b)", "svg", "script:not(#data)"):
+        found = browser.find_elements(By.CSS_SELECTOR, f":is({inside}) {tag}")
+        assert found == [], tag
+
+
+def test_a_script_that_is_not_the_pages_own_is_refused(browser, pages, tmp_path):
+    """What keeps the page safe if an escape were ever forgotten."""
+    text = (pages / "report.html").read_text()
+    text = text.replace("<footer>", "<footer><script>window.pwned = 4</script>")
+    text = text.replace("<footer>", "<footer><img src='http://images.example/a.png'>")
+    (tmp_path / "broken.html").write_text(text)
+    show(browser, tmp_path / "broken.html")
+    assert browser.execute_script("return window.pwned") is None
+    assert len(browser.get_log("browser")) == 2
+    loaded = browser.execute_script("return document.querySelector('footer img').naturalWidth")
+    assert loaded == 0
+
+
+def test_regimens_with_the_right_words_and_a_wrong_dose_come_first(browser, pages):
+    show(browser, pages / "report.html")
+    assert state(browser) == "Cases 1 to 20 of 5,057"
+    first = listed(browser)[:6]
+    assert [("Right words, wrong dose" in item.text) for item in first] == [True] * 5 + [False]
+    assert WRONG_DOSE in first[0].text and "ROUGE-1 0.8" in first[0].text
+
+
+def test_filters_narrow_the_list_down(browser, pages):
+    show(browser, pages / "report.html")
+    choose(browser, "by-task", "Treatment regimen")
+    assert state(browser) == "Cases 1 to 15 of 15"
+    choose(browser, "by-result", "Tuned right")
+    assert state(browser) == "Cases 1 to 5 of 5"
+    choose(browser, "by-result", "Tuned cannot be read")
+    assert "I do not know" in listed(browser)[0].text and len(listed(browser)) == 5
+    choose(browser, "by-result", "Only original right")
+    assert state(browser) == "Cases 1 to 5 of 5" and WRONG_DOSE in listed(browser)[0].text
+    choose(browser, "by-result", "Any")
+    choose(browser, "by-site", "<i>lung</i>")
+    assert state(browser) == "Cases 1 to 5 of 5"
+    browser.find_element(By.CSS_SELECTOR, "button[type=reset]").click()
+    assert state(browser) == "Cases 1 to 20 of 5,057"
+    choose(browser, "by-task", "Modality")
+    write(browser, "words", "NUMBER photon window.pwned")
+    assert state(browser) == "Cases 1 to 20 of 42"
+    write(browser, "words", "no such words")
+    assert state(browser) == "No case is like that." and listed(browser) == []
+    browser.find_element(By.CSS_SELECTOR, "button[type=reset]").click()
+    # Confidences are exp(-0.5), exp(-1.5) ... by turns of seven cases.
+    write(browser, "least", "0.6")
+    assert state(browser).endswith(f"of {3 + 6 + 715}")
+    write(browser, "most", "0.1")
+    assert state(browser) == "No case is like that."
+
+
+def test_pages_turn_by_keyboard_and_stop_at_the_ends(browser, pages):
+    show(browser, pages / "report.html")
+    choose(browser, "by-task", "Modality")
+    following, previous = (browser.find_element(By.ID, key) for key in ("next", "previous"))
+    assert previous.get_attribute("aria-disabled") == "true"
+    following.send_keys(Keys.ENTER)
+    assert state(browser) == "Cases 21 to 40 of 42"
+    following.send_keys(Keys.SPACE)
+    following.send_keys(Keys.ENTER)
+    assert state(browser) == "Cases 41 to 42 of 42" and len(listed(browser)) == 2
+    assert following.get_attribute("aria-disabled") == "true"
+    assert browser.switch_to.active_element == following
+    previous.send_keys(Keys.ENTER)
+    assert state(browser) == "Cases 21 to 40 of 42"
+
+
+def test_five_thousand_cases_stay_quick(browser, pages):
+    show(browser, pages / "report.html")
+    took = browser.execute_script(
+        """const words = document.getElementById("words"), start = performance.now();
+        for (const text of ["n", "nu", "number 4", "number 49", ""]) {
+          words.value = text;
+          words.dispatchEvent(new Event("input", {bubbles: true}));
+        }
+        return performance.now() - start;"""
+    )
+    assert took < 2500  # five searches; a machine under load is slow
+
+
+@pytest.mark.parametrize("name", ["report", "public"])
+def test_a_narrow_screen_never_scrolls_sideways(browser, pages, name):
+    show(browser, pages / f"{name}.html", width=360)
+    for element in browser.find_elements(By.TAG_NAME, "summary"):
+        browser.execute_script("arguments[0].click()", element)
+    wide = browser.execute_script(
+        """const wide = [...document.querySelectorAll("main *, header *, nav *")].filter(e =>
+          !e.closest(".scroll") && !e.closest("svg") && e.getBoundingClientRect().right > 361);
+        return [document.documentElement.scrollWidth, wide.map(e => e.outerHTML.slice(0, 80))];"""
+    )
+    assert wide == [360, []]
+    # The first table is read without scrolling at all.
+    first = (
+        "const t = document.querySelector('#found .scroll'); return t.scrollWidth - t.clientWidth"
+    )
+    assert browser.execute_script(first) == 0
+
+
+def test_reading_order_and_names(browser, pages):
+    show(browser, pages / "report.html")
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    skip = browser.switch_to.active_element
+    assert skip.get_attribute("href").endswith("#main") and skip.is_displayed()
+    outline = "return getComputedStyle(document.activeElement).outlineStyle"
+    assert browser.execute_script(outline) == "solid"
+    levels = browser.execute_script(
+        "return [...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))"
+    )
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    faults = browser.execute_script(
+        """const all = query => [...document.querySelectorAll(query)];
+        return {
+          landmarks: all("header, main, nav, footer").length,
+          uncaptioned: all("table").filter(t => !t.caption || !t.caption.textContent).length,
+          unscoped: all("th").filter(t => !t.scope).length,
+          unnamed: all("input, select").filter(i => !i.labels.length).length,
+          figures: all("figure > div").filter(d => !d.getAttribute("aria-label")).length,
+          targets: all("a").filter(a => !document.querySelector(a.getAttribute("href"))).length,
+          twice: all("[id]").length - new Set(all("[id]").map(e => e.id)).size,
+        };"""
+    )
+    assert faults == {
+        "landmarks": 4,
+        "uncaptioned": 0,
+        "unscoped": 0,
+        "unnamed": 0,
+        "figures": 0,
+        "targets": 0,
+        "twice": 0,
+    }
+
+
+def luminance(colour):
+    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_and_figures_stand_out_in_light_and_dark(browser, pages, dark):
+    """Contrast of at least 4.5 for words and 3 for graphics (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    show(browser, pages / "report.html", dark=dark)
+    colour = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    ground = luminance(browser.execute_script(colour, "body", "backgroundColor"))
+    assert (ground < 0.05) == dark
+    found = {
+        ("body", "color"): 4.5,
+        ("caption", "color"): 4.5,
+        ("nav a", "color"): 4.5,
+        ("figure svg text", "fill"): 4.5,
+        ('figure svg [style*="--tuned"]', "fill"): 3,
+        ('figure svg [style*="--baseline"], figure svg [style*="--original"]', "fill"): 3,
+    }
+    for (selector, which), least in found.items():
+        other = luminance(browser.execute_script(colour, selector, which))
+        light, deep = max(ground, other), min(ground, other)
+        assert (light + 0.05) / (deep + 0.05) >= least, selector
+
+
+def test_screenshot_and_print(browser, pages, tmp_path):
+    show(browser, pages / "report.html")
+    shot = tmp_path / "report.png"
+    assert browser.save_screenshot(str(shot)) and shot.stat().st_size > 20_000
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})
+    assert base64.b64decode(printed["data"])[:5] == b"%PDF-"
+    show(browser, pages / "report.html", media="print")
+    shown = "[...document.querySelectorAll('nav, form, .pager')].filter(e => e.offsetHeight)"
+    assert browser.execute_script(f"return {shown}.length") == 0

@@ -1,0 +1,205 @@
+"""Regimens field by field, codes by depth, the cost of a modality: figures made by hand."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from radonc_jax.evaluation import codes, details, regimens
+from radonc_jax.tasks import TASKS, icd, regimen
+
+
+def predictions(task, pairs, rouge=0.0):
+    return [
+        {
+            "case_id": f"c{i}",
+            "patient_id": f"p{i}",
+            "task": task,
+            "answer": None if answer is None else TASKS[task].parse(answer),
+            "reference": reference,
+            "correct": TASKS[task].correct(
+                None if answer is None else TASKS[task].parse(answer), reference
+            ),
+            "rouge1": rouge,
+        }
+        for i, (answer, reference) in enumerate(pairs)
+    ]
+
+
+RIGHT = "Right breast, 40.05 Gy in 15 fractions, 3DCRT tangents"
+REGIMENS = [
+    (RIGHT, RIGHT),
+    ("Left breast, 40.05 Gy in 15 fractions, 3DCRT tangents", RIGHT),  # side
+    ("Right breast, 60.05 Gy in 15 fractions, 3DCRT tangents", RIGHT),  # dose
+    ("Right breast, 42.56 Gy in 16 fractions, VMAT", RIGHT),  # equivalent: EQD2 within 5 %
+    (None, RIGHT),
+    ("Prostate, 70 Gy in 28 fractions, VMAT", "Prostate, 60 Gy in 20 fractions, VMAT"),
+]
+
+
+def assessed(**options):
+    given = predictions("regimen", REGIMENS, rouge=0.9)
+    return regimens.assess({"original": given, "tuned": given}, **options)
+
+
+def test_regimen_fields_by_hand():
+    fields = assessed(bootstrap=0)["fields"]
+    assert {name: row["n"] for name, row in fields.items()} == {
+        "target": 6,
+        "side": 5,
+        "dose": 6,
+        "fractions": 6,
+        "technique": 6,
+        "boost": 0,
+    }
+    assert fields["side"]["tuned"]["value"] == 3 / 5
+    assert fields["side"]["tuned"]["precision"] == 3 / 4
+    assert fields["side"]["tuned"]["f1"] == pytest.approx(2 / (5 / 3 + 4 / 3))
+    assert fields["dose"]["tuned"]["value"] == 2 / 6
+    assert fields["fractions"]["tuned"]["value"] == 3 / 6
+    assert fields["technique"]["tuned"]["value"] == 4 / 6
+    assert fields["target"]["tuned"]["value"] == 5 / 6
+    # No reference states a boost: null, and neither 0 nor NaN.
+    assert fields["boost"]["tuned"] == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "precision": None,
+        "f1": None,
+    }
+
+
+def test_lenient_accuracy_takes_equivalent_doses_and_nothing_else():
+    result = assessed(bootstrap=0)
+    assert result["strict"]["tuned"]["value"] == 1 / 6
+    # 42.56 / 16 to the breast (alpha/beta 4): EQD2 47.24 Gy beside 44.52 Gy is 6 % away.
+    assert result["lenient"]["tuned"]["value"] == 1 / 6
+    given = predictions(
+        "regimen",
+        [
+            ("Right breast, 41.6 Gy in 16 fractions, VMAT", RIGHT),  # EQD2 45.8, 2.7 % above
+            ("Left breast, 41.6 Gy in 16 fractions, VMAT", RIGHT),
+            ("Right breast, 26 Gy in 5 fractions", RIGHT),  # another class of fractionation
+        ],
+    )
+    lenient = regimens.assess({"tuned": given}, bootstrap=0)["lenient"]["tuned"]["value"]
+    assert lenient == pytest.approx(1 / 3)
+
+
+def test_eqd2_is_the_textbooks():
+    def eqd2(text, ratio):
+        return regimen.eqd2_gy(regimen.parse_regimen(text), ratio)
+
+    assert eqd2("Prostate, 60 Gy in 30 fractions", 1.5) == pytest.approx(60)
+    assert eqd2("Prostate, 60 Gy in 20 fractions", 1.5) == pytest.approx(60 * 4.5 / 3.5)
+    bed = 20 * 3 * (1 + 3 / 10)
+    assert eqd2("Lung, 60 Gy in 20 fractions", 10) == pytest.approx(bed / (1 + 2 / 10))
+    assert eqd2("Prostate, 145 Gy LDR I-125 seeds implant", 1.5) is None
+    assert eqd2("Prostate, 60 Gy", 1.5) is None
+    ratios = [
+        regimen.alpha_beta_gy(regimen.parse_regimen(f"{target}, 50 Gy in 25 fractions"))
+        for target in ("Prostate bed", "Left breast", "Right chest wall", "Left lung")
+    ]
+    assert ratios == [1.5, 4, 4, 10]
+    classes = [regimen.fraction_class(n) for n in (1, 2, 8, 9, 24, 25)]
+    assert len(set(classes)) == 4 and classes[1] == classes[2] and classes[3] == classes[4]
+
+
+def test_a_high_rouge_with_a_wrong_dose_or_side_is_listed():
+    result = assessed(bootstrap=50)
+    assert set(result["high_rouge_wrong"]) == {"c1", "c2", "c3", "c5"}
+    assert result["high_rouge_wrong_share"]["tuned"]["value"] == pytest.approx(4 / 6)
+    low = predictions("regimen", REGIMENS, rouge=0.79)
+    assert regimens.assess({"tuned": low}, bootstrap=0)["high_rouge_wrong"] == []
+    json.dumps(result, allow_nan=False)
+
+
+def test_allowed_regimens_are_those_of_the_site():
+    sites = {f"c{i}": "breast_wbi" for i in range(5)} | {"c5": "somewhere else"}
+    allowed = assessed(sites=sites, bootstrap=0)["allowed"]
+    # Right as it stands, and 42.56 Gy in 16: the wrong side and 60.05 Gy in 15 are never allowed.
+    assert allowed["n"] == 5
+    assert allowed["tuned"]["value"] == 2 / 5
+    assert assessed(sites={"c0": "unheard of"}, bootstrap=0)["allowed"] is None
+    assert assessed(bootstrap=0)["allowed"] is None
+    assert (40.05, 15) in regimens.allowed_regimens()["breast_wbi"]
+    assert (10.0, 5) not in regimens.allowed_regimens()["breast_wbi"]  # a boost
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "kind"),
+    [
+        ("C50.411", "C50.411", None),
+        (None, "C50.411", "not_a_code"),
+        ("C61.0", "C61", "not_a_code"),
+        ("C50.4", "C50.411", "too_general"),
+        ("C50", "C50.411", "too_general"),
+        ("C50.411", "C50.4", "too_specific"),
+        ("C50.412", "C50.411", "side_only"),
+        ("C44.219", "C44.212", "side_only"),  # left and right, numbered irregularly
+        ("C44.222", "C44.212", "other"),
+        ("C50.911", "C50.411", "other"),
+        ("C61", "C50.411", "other"),
+    ],
+)
+def test_kinds_of_wrong_codes(answer, reference, kind):
+    assert codes.kind_of_error(answer, reference) == kind
+
+
+def test_codes_by_depth_and_hierarchy_by_hand():
+    pairs = [
+        ("C50.411", "C50.411"),
+        ("C50.412", "C50.411"),
+        ("C61", "C50.411"),
+        (None, "C61"),
+        ("C34.1", "C34.11"),
+    ]
+    result = codes.assess(
+        {"tuned": predictions("icd", pairs)}, Counter({"C50.411": 7, "C61": 2}), bootstrap=100
+    )
+    value = {depth: result["by_depth"][depth]["tuned"]["value"] for depth in codes.DEPTHS}
+    assert value == {"chapter": 4 / 5, "block": 3 / 5, "category": 3 / 5, "full": 1 / 5}
+    assert result["valid_leaf"]["tuned"]["value"] == 3 / 5
+    # Steps from the chapter: 6 of 6, 5 of 6, 1 of 3 (chapter alone), 0 of 0, 4 of 4 given;
+    # of 6, 6, 6, 3 and 5 that are right.
+    precise, recalled = 16 / 19, 16 / 26
+    found = {name: score["tuned"]["value"] for name, score in result["hierarchical"].items()}
+    assert found["precision"] == pytest.approx(precise)
+    assert found["recall"] == pytest.approx(recalled)
+    assert found["f1"] == pytest.approx(2 / (1 / precise + 1 / recalled))
+    assert {kind: count["tuned"] for kind, count in result["errors"].items()} == {
+        "too_general": 1,
+        "too_specific": 0,
+        "side_only": 1,
+        "other": 1,
+        "not_a_code": 1,
+    }
+    rarity = {row["bin"]: (row["n"], row["tuned"]["value"]) for row in result["by_rarity"]}
+    assert rarity == {"0": (1, 0.0), "1-5": (1, 0.0), "6-20": (3, 1 / 3)}
+    assert codes.assess({"tuned": predictions("icd", pairs)}, bootstrap=0)["by_rarity"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_path_names_each_step_once():
+    assert icd.path("C50.411") == ("2", "C50-C50", "C50", "C50.4", "C50.41", "C50.411")
+    assert icd.path("C61.0") == ("2", "C60-C63", "C61", "C61.0")
+    assert icd.path("A3X") == icd.path("") == ()
+    assert icd.other_side("C50.411") == "C50.412" and icd.other_side("C44.219") == "C44.212"
+    assert icd.other_side("C61") is None and icd.other_side("C50.4") is None
+
+
+def test_modality_costs():
+    pairs = [
+        ("photon", "photon"),
+        ("photon", "proton"),
+        ("electron", "photon"),
+        ("HDR", "photon"),
+        (None, "electron"),
+    ]
+    result = details.assess("modality", {"tuned": predictions("modality", pairs)}, bootstrap=20)
+    assert result["cost"]["tuned"]["value"] == (0 + 1 + 2 + 3 + 1) / 5
+    matrix = result["cost"]["matrix"]
+    assert [row[i] for i, row in enumerate(matrix)] == [0, 0, 0, 0]
+    assert [[row[c] for c in range(4)] for row in matrix] == [
+        [matrix[c][r] for c in range(4)] for r in range(4)
+    ]

@@ -1,0 +1,362 @@
+"""report.json: what a reviewer asks of it, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from radonc_jax.data.cohort import load_records, write_cohort
+from radonc_jax.evaluation import findings, robustness, run, subgroups
+from radonc_jax.evaluation.verdict import judge_tuning
+from radonc_jax.tasks import select
+
+PLACES = {
+    "C50.911": ("right breast", "breast_wbi", "Right breast, 40.05 Gy in 15 fractions", "photon"),
+    "C61": ("prostate", "prostate", "Prostate, 70 Gy in 28 fractions", "proton"),
+    "C20": ("rectum", "rectal", "Rectum, 50 Gy in 25 fractions", "photon"),
+}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    rows = []
+    for split, n in (("train", 90), ("validation", 40), ("test", 60)):
+        for i in range(n):
+            code = list(PLACES)[i % 3]
+            place, site, regimen, modality = PLACES[code]
+            rows.append(
+                {
+                    "case_id": f"{split}-{i}",
+                    "patient_id": f"{split}-p{i // 2}",
+                    "diagnosis": f"Cancer of the {place}. Stage {rng.integers(4)}.",
+                    "regimen": regimen,
+                    "modality": modality,
+                    "icd10": code,
+                    "site": site,
+                    "sex": "FM"[i % 2],
+                    # Few are young: a cell that must not be published.
+                    "age": "35" if i < 4 else "64",
+                    "split": split,
+                }
+            )
+    folder = tmp_path_factory.mktemp("data") / "cohort"
+    excluded = pd.DataFrame(columns=["row", "reason"])
+    write_cohort(folder, pd.DataFrame(rows), excluded, {"ceiling": {"icd": 0.93}})
+    return folder
+
+
+def answer(workdir, cohort, model, share, *, task="icd", split="test", seed=3):
+    records = load_records(cohort, split)
+    rng = np.random.default_rng(seed)
+    remaining = list(select(task))
+
+    def decode(prompts):
+        current = remaining.pop(0)
+        return [
+            SimpleNamespace(
+                text=current.answer(record) if rng.random() < share else "none that is known",
+                tokens=[],
+                logprob=float(-rng.random()),
+                finished=True,
+            )
+            for record in records
+        ]
+
+    output = workdir / "evaluation" / split / model
+    run.evaluate(
+        decode, records, select(task), split=split, model=model, output=output, bootstrap=50
+    )
+
+
+def make_run(workdir, cohort, *, task="icd", right=(0.3, 0.8), seed=3):
+    for model, share in zip(run.MODELS, right, strict=True):
+        answer(workdir, cohort, model, share, task=task, seed=seed)
+    (workdir / "config.json").write_text(json.dumps({"cohort": str(cohort), "model": "base"}))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, cohort):
+    folder = make_run(tmp_path_factory.mktemp("runs") / "all", cohort, task="all")
+    answer(folder, cohort, "tuned", 0.8, task="all", split="validation")
+    answer(folder, cohort, "original_examples", 0.5, task="icd")
+    probes = {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}}
+    path = folder / "evaluation" / "test" / "tuned" / robustness.ROBUSTNESS
+    path.write_text(json.dumps(probes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(workdir):
+    return findings.build_report([findings.read_run(workdir)], bootstrap=50)
+
+
+def test_an_entry_answers_every_question(report):
+    json.dumps(report, allow_nan=False)
+    for task, entry in report["tasks"].items():
+        assert set(entry["baselines"]) == {"majority", "lookup", "nearest", "tfidf"}
+        assert len(entry["verdict"]["sentences"]) == 3
+        assert {row["by"] for row in entry["subgroups"]} == set(subgroups.ORDER)
+        assert entry["confidence"]["tuned"]["conformal"]["n_validation"] == 40
+        assert entry["confidence"]["original"]["conformal"] is None
+        for test in ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient", "mcnemar"):
+            assert entry["tests"][test]["p_holm"] >= entry["tests"][test]["p_value"]
+        assert entry["against"] is None
+        assert (entry["robustness"] is None) == (task != "icd")
+    icd = report["tasks"]["icd"]
+    assert set(icd["variants"]) == {"original_examples"}
+    assert report["tasks"]["modality"]["variants"] == {}
+    assert icd["robustness"]["tuned"]["side_flip"]["rate"] == 1.0
+    assert icd["ceiling"] == 0.93
+    assert report["tasks"]["regimen"]["details"]["allowed"]["n"] > 0
+    assert [(row["bin"], row["n"]) for row in icd["details"]["by_rarity"]] == [("21-100", 60)]
+    assert icd["details"]["by_rarity"][0]["tuned"]["value"] == icd["tuned"]["accuracy"]["value"]
+
+
+def test_subgroups_add_up_to_the_whole(report):
+    entry = report["tasks"]["icd"]
+    for by in subgroups.ORDER:
+        rows = [row for row in entry["subgroups"] if row["by"] == by]
+        assert sum(row["n"] for row in rows) == 60
+        right = sum(row["n"] * row["tuned"]["value"] for row in rows)
+        assert right / 60 == pytest.approx(entry["tuned"]["accuracy"]["value"])
+    ages = {row["group"]: row["n"] for row in entry["subgroups"] if row["by"] == "age"}
+    assert ages == {"0-39": 4, "60-69": 56}
+
+
+def test_the_published_form_hides_small_cells_and_cases(report):
+    published = findings.publish(report)
+    text = json.dumps(published, allow_nan=False)
+    assert '"test-' not in text.replace(json.dumps(published["provenance"]), "")
+    for entry in published["tasks"].values():
+        young, other = [row for row in entry["subgroups"] if row["by"] == "age"]
+        assert young == {
+            "by": "age",
+            "group": "0-39",
+            "n": "<11",
+            "original": None,
+            "tuned": None,
+        }
+        # Alone, it could be found by subtraction.
+        assert other["n"] == "hidden" and other["tuned"] is None
+        for row in entry["subgroups"]:
+            assert row["by"] != "sex" or row["n"] == 30
+        for row in entry["tuned"]["confusion"]["matrix"]:
+            assert all(count is None or count == 0 or count >= 11 for count in row)
+        errors = entry["details"].get("errors", {}).values()
+        assert all(n is None or n == 0 or n >= 11 for row in errors for n in row.values())
+    assert report["tasks"]["icd"]["subgroups"] != published["tasks"]["icd"]["subgroups"]
+
+
+def test_small_classes_are_hidden_and_the_next_smallest_with_a_single_one():
+    rows = [{"label": name, "n": n, "f1": 0.5} for name, n in (("a", 3), ("b", 20), ("c", 90))]
+    hidden = subgroups.hide_small(rows, "")
+    assert hidden[0] == {"label": "a", "n": "<11", "f1": None}
+    assert hidden[1] == {"label": "b", "n": "hidden", "f1": None}
+    assert hidden[2] == rows[2]
+    two = subgroups.hide_small([*rows, {"label": "d", "n": 10, "f1": 1.0}], "")
+    assert two[1] == rows[1] and two[3]["n"] == "<11"
+    assert subgroups.hide_small(rows[1:], "") == rows[1:]
+
+
+def test_groups_of_a_case():
+    case = {"age": "64.0", "sex": " F ", "site": None, "diagnosis": "x" * 250, "modality": ""}
+    found = {by: subgroups.group_of(by, case) for by in ("age", "sex", "site", "length")}
+    assert found == {"age": "60-69", "sex": "F", "site": None, "length": "200-399"}
+    assert subgroups.group_of("modality", case) is None
+    ages = [subgroups.group_of("age", {"age": age}) for age in ("39", "40", "90+", "unknown", "-3")]
+    assert ages == ["0-39", "40-49", "80+", None, None]
+
+
+def entry_with(tuned, baseline, difference, low, high):
+    score = {"value": tuned, "low": None, "high": None}
+    interval = {"value": difference, "low": low, "high": high}
+    return {
+        "original": {"accuracy": {"value": 0.1}},
+        "tuned": {"accuracy": score, "n": 100, "unparseable": 0},
+        "baselines": {"lookup": {"accuracy": {"value": baseline}}},
+        "baseline_tests": {"lookup": {"difference": interval}},
+        "tests": {"difference": interval, "wilcoxon": {"p_value": 0.01}},
+        "details": {},
+        "ceiling": None,
+    }
+
+
+def test_the_verdict_says_plainly_who_wins():
+    better = judge_tuning("icd", entry_with(0.8, 0.5, 0.3, 0.2, 0.4))
+    assert better["tuned_beats_baseline"] is True
+    assert "beats every simple baseline" in better["sentences"][1]
+    worse = judge_tuning("icd", entry_with(0.5, 0.8, -0.3, -0.4, -0.2))
+    assert worse["tuned_beats_baseline"] is False
+    assert "A simple baseline does better" in worse["sentences"][1]
+    unsure = judge_tuning("icd", entry_with(0.8, 0.79, 0.01, -0.05, 0.07))
+    assert unsure["tuned_beats_baseline"] is False
+    assert "no worse than the tuned model as far as these cases tell" in unsure["sentences"][1]
+    none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
+    assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
+    assert "which chance alone could explain" in unsure["sentences"][0]
+
+
+# -- two tuned models, and a folder that has travelled ---------------------------------------
+
+
+def test_two_adapters_are_compared_on_the_same_cases(tmp_path, cohort):
+    first = make_run(tmp_path / "rank8", cohort, right=(0.2, 0.5), seed=1)
+    second = make_run(tmp_path / "rank16", cohort, right=(0.2, 0.9), seed=1)
+    runs = [findings.read_run(folder) for folder in (first, second)]
+    entry = findings.build_report(runs, bootstrap=50)["tasks"]["icd"]
+    assert entry["against"] is None
+    other = entry["further_runs"][0]
+    against = other["against"]
+    assert against["run"] == "rank8"
+    value = other["tuned"]["accuracy"]["value"] - entry["tuned"]["accuracy"]["value"]
+    assert against["tests"]["difference"]["value"] == pytest.approx(value)
+    assert against["tests"]["wilcoxon"]["p_holm"] == against["tests"]["wilcoxon"]["p_value"]
+    findings.require_same_cases(runs)
+
+
+def test_runs_of_other_cases_stand_side_by_side_but_are_not_compared(tmp_path, cohort):
+    first = make_run(tmp_path / "a", cohort)
+    second = make_run(tmp_path / "b", cohort)
+    for model in run.MODELS:
+        path = second / "evaluation" / "test" / model / "predictions.jsonl"
+        path.write_text(path.read_text().replace('"case_id": "test-', '"case_id": "other-'))
+    (second / "config.json").write_text("{}")
+    runs = [findings.read_run(folder) for folder in (first, second)]
+    entry = findings.build_report(runs, bootstrap=20)["tasks"]["icd"]
+    assert entry["further_runs"][0]["against"] is None
+    with pytest.raises(ValueError, match=r"a \(60 cases\) and b \(60 cases\) did not answer the"):
+        findings.require_same_cases(runs)
+
+
+def test_a_folder_that_has_travelled_is_reported_from_what_it_holds(tmp_path, workdir, report):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(workdir, moved)
+    (moved / "config.json").write_text(json.dumps({"cohort": str(tmp_path / "gone")}))
+    entry = findings.build_report([findings.read_run(moved)], bootstrap=50)["tasks"]["icd"]
+    whole = report["tasks"]["icd"]
+    for name in ("original", "tuned", "variants", "confidence", "robustness"):
+        assert entry[name] == whole[name], name
+    assert entry["tests"]["difference"] == whole["tests"]["difference"]
+    assert entry["baselines"] is None and entry["subgroups"] == []
+    assert "was not at hand" in entry["verdict"]["sentences"][1]
+
+
+def compare(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "radonc_jax.compare", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_compare_against_a_run(tmp_path, cohort):
+    first = make_run(tmp_path / "rank8", cohort, right=(0.2, 0.5), seed=1)
+    second = make_run(tmp_path / "rank16", cohort, right=(0.2, 0.9), seed=1)
+    done = compare(f"--runs={second}", f"--against={first}", f"--output={tmp_path / 'report'}")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["runs"] == ["rank8", "rank16"]
+    assert "icd: rank16 tuned against rank8 tuned: +" in done.stdout
+
+
+# -- bad input -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def icd_run(tmp_path, cohort):
+    return make_run(tmp_path / "run", cohort)
+
+
+def edit(folder, change, model="tuned", name="predictions.jsonl"):
+    path = folder / "evaluation" / "test" / model / name
+    path.write_text(change(path.read_text()))
+
+
+def drop_last(text):
+    return "".join(text.splitlines(keepends=True)[:-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("test-7", "test-700"), "such as test-7"),
+        (lambda text: text + text.splitlines()[0] + "\n", "1 case ids of task icd stand more than"),
+        (drop_last, "holds 59 cases of task icd, metrics.json 60; rows are missing"),
+        (lambda text: text.replace('"task": "icd"', '"task": "modality"'), "hold different tasks"),
+        (lambda text: text[:-30], "line 60: not a JSON object"),
+        (lambda text: "", "holds no predictions"),
+        (
+            lambda text: text.replace('"reference": "C61"', '"reference": "C62.9"'),
+            "disagree on the reference of 20 cases",
+        ),
+    ],
+    ids=["other cases", "duplicate", "missing rows", "other task", "cut off", "empty", "reference"],
+)
+def test_predictions_that_do_not_belong_together_are_refused(icd_run, change, message):
+    edit(icd_run, change)
+    with pytest.raises(ValueError, match=message) as error:
+        findings.build_report([findings.read_run(icd_run)], bootstrap=20)
+    assert "\n" not in str(error.value) and "Cancer" not in str(error.value)
+
+
+def test_predictions_of_another_split_are_refused(icd_run):
+    edit(icd_run, lambda text: text.replace('"split": "test"', '"split": "train"'), "tuned",
+         "metrics.json")  # fmt: skip
+    with pytest.raises(ValueError, match="is of split 'train', not 'test'"):
+        findings.read_run(icd_run)
+
+
+@pytest.mark.parametrize(
+    ("task", "right"),
+    [("all", (0.0, 0.0)), ("all", (1.0, 1.0)), ("icd", (0.0, 1.0))],
+    ids=["all unparseable", "all right", "as different as can be"],
+)
+def test_extreme_models_have_defined_figures(tmp_path, cohort, task, right):
+    folder = make_run(tmp_path / "run", cohort, task=task, right=right)
+    report = findings.build_report([findings.read_run(folder)], bootstrap=20)
+    json.dumps(report, allow_nan=False)
+    json.dumps(findings.publish(report), allow_nan=False)
+    for entry in report["tasks"].values():
+        if right[0] == right[1]:
+            assert entry["tests"]["wilcoxon"]["p_value"] == 1
+            assert entry["tests"]["mcnemar"]["p_value"] == 1
+            assert entry["tests"]["effect"]["odds_ratio"] is None
+            assert "left accuracy at" in entry["verdict"]["sentences"][0]
+
+
+def test_one_patient_and_one_class_have_defined_figures(icd_run):
+    for model in run.MODELS:
+        path = icd_run / "evaluation" / "test" / model
+        lines = [json.loads(line) for line in (path / "predictions.jsonl").open()]
+        kept = [line | {"patient_id": "p"} for line in lines if line["reference"] == "C61"]
+        (path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        scores = json.loads((path / "metrics.json").read_text())
+        # As an evaluation of before would have left it: scored anew.
+        del scores["patients"]
+        (path / "metrics.json").write_text(json.dumps(scores | {"n": len(kept)}))
+    (icd_run / "config.json").write_text("{}")
+    report = findings.build_report([findings.read_run(icd_run)], bootstrap=50)
+    json.dumps(report, allow_nan=False)
+    entry = report["tasks"]["icd"]
+    assert entry["tuned"]["patients"] == 1 and list(entry["tuned"]["per_class"]) == ["C61"]
+    accuracy = entry["tuned"]["accuracy"]
+    assert accuracy["low"] == accuracy["value"] == accuracy["high"]
+    assert entry["tests"]["wilcoxon_by_patient"]["n"] == 1
+
+
+def test_an_older_evaluation_is_scored_anew(icd_run, cohort):
+    before = findings.build_report([findings.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    for model in run.MODELS:
+        path = icd_run / "evaluation" / "test" / model / "metrics.json"
+        scores = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in scores.items() if "micro" not in k}))
+    after = findings.build_report([findings.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    assert after["tuned"] == before["tuned"]

@@ -1,0 +1,230 @@
+"""The page of the report: what it says where a run is odd, and what it keeps from view."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from reports import HOSTILE, run_in_memory
+
+from radonc_jax.evaluation import report
+from radonc_jax.evaluation.disclosure import TRIPOD_LLM, Source, model_card, tripod_llm
+from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
+from radonc_jax.evaluation.findings import build_report, publish
+from radonc_jax.evaluation.page import render_page
+
+RIGHT = "Left breast, 50 Gy in 25 fractions"
+WRONG_DOSE = "Left breast, 60 Gy in 25 fractions"
+NO_FIGURE = r"\b(nan|NaN|None|inf|Infinity)\b"
+
+
+def shown(page):
+    """The words of a page, without markup, style and data."""
+    page = page[page.index("</style>") :]
+    page = re.sub(r"<script.*?</script>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+def embedded(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def render(*runs, include_text=True):
+    content = build_report(runs, bootstrap=20)
+    json.dumps(content, allow_nan=False)
+    if not include_text:
+        content = publish(content)
+    return render_page(content, runs, include_text=include_text)
+
+
+ODD = {
+    "one_case": [("C61", "C61", "C50.911")],
+    "nothing_readable": [("C61", HOSTILE, "")] * 5,
+    "models_never_differ": [("C61", "C61", "C61"), ("C20", "C61", "C61")] * 6,
+    "all_right": [("C61", "C61", "C61")] * 4,
+}
+
+
+@pytest.mark.parametrize("task", ["regimen", "icd"])
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_runs_give_defined_figures(odd, task):
+    answers = ODD[odd]
+    if task == "regimen":
+        answers = [tuple(t.replace("C61", RIGHT) for t in answer) for answer in answers]
+    text = shown(render(run_in_memory(answers, task)))
+    assert not re.search(NO_FIGURE, text)
+    assert f"of {len(answers)} tuned answers cannot be read" in text
+    if odd == "models_never_differ":
+        assert "did not change the accuracy of" in text and "in 0 of 1 comparison" in text
+    if odd == "nothing_readable":
+        assert "5 of 5 tuned answers cannot be read" in text
+
+
+def test_one_patient_has_defined_figures():
+    answers = [("C61", "C20", "C61"), ("C20", "C20", "C20"), ("C61", "C61", "C20")]
+    text = shown(render(run_in_memory(answers, "icd", patients=["one"] * 3)))
+    assert not re.search(NO_FIGURE, text)
+
+
+def test_a_report_without_any_task_says_so():
+    content = {"notice": "", "split": "test", "tasks": {}, "runs": [], "provenance": {}}
+    assert "This report holds no evaluation." in render_page(content, [])
+
+
+def test_embedded_data_cannot_leave_its_element():
+    content = {"text": "</script><!-- & \u2028\u2029 \ud800 'x' \"y\" \\ é", "n": [1, None]}
+    text = embed_json(content)
+    assert text.isascii() and not set("<>&") & set(text)
+    assert json.loads(text) == content
+
+
+def test_half_a_surrogate_pair_is_no_error():
+    page = render(run_in_memory([("C61", "\ud800", "C61 \udfff")], "icd"))
+    page.encode("utf-8")
+
+
+def test_the_explorer_holds_every_text_and_orders_by_nearness():
+    answers = [(RIGHT, HOSTILE, RIGHT), (RIGHT, RIGHT, "no idea"), (RIGHT, "", WRONG_DOSE)]
+    page = render(run_in_memory(answers, logprobs=[-0.1, None, -2.0], sites=["a", None, "b"]))
+    data = embedded(page)
+    assert [row[2] for row in data["cases"]] == ["case-2", "case-1", "case-0"]
+    closest = data["cases"][0]
+    texts = data["texts"]
+    assert texts[closest[4]] == f"{HOSTILE} number 2" and texts[closest[5]] == RIGHT
+    assert texts[closest[3]] == "b" and data["cases"][1][3] is None
+    assert texts[closest[7][0]] == WRONG_DOSE
+    assert [row[7][1] for row in data["cases"]] == [0, 2, 1]  # wrong, unreadable, right
+    assert data["cases"][1][7][2] is None and closest[7][2] == 0.1353
+
+
+def test_a_very_large_run_leaves_right_cases_out_and_says_so():
+    answers = [("C61", "C61", "C61")] * (MOST_CASES + 30) + [("C61", "C61", "C20")] * 40
+    page = render(run_in_memory(answers, "icd"))
+    cases = embedded(page)["cases"]
+    assert len(cases) == MOST_CASES
+    assert sum(row[7][1] == 0 for row in cases) == 40
+    assert f"70 of {MOST_CASES + 70:,} cases are left out" in shown(page)
+
+
+def test_runs_are_named_where_they_share_a_task():
+    runs = [
+        run_in_memory([("C61", "C20", "C61")] * 3, "icd", name="mistral"),
+        run_in_memory([("C61", "C20", "C20")] * 3, "icd", name="llama & co"),
+        run_in_memory([(RIGHT, "", RIGHT)] * 3, name="alone"),
+    ]
+    page = render(*runs)
+    text = shown(page)
+    assert "ICD-10-CM code (mistral) from 0.0" in text
+    assert "ICD-10-CM code (llama &amp; co) (0.0" in text
+    assert "treatment regimen from 0.0" in text and "regimen (alone)" not in text
+    # The paper's table has two rows for each run.
+    table = page[page.index('id="paper"') : page.index('id="scores"')]
+    assert table.count("<tr>") == 1 + 2 * 3
+
+
+def test_two_adapters_are_compared_on_the_same_cases(tmp_path):
+    old = run_in_memory([("C61", "", "C20")] * 6 + [("C20", "", "C20")] * 3, "icd", name="old")
+    new = run_in_memory([("C61", "", "C61")] * 6 + [("C20", "", "C61")] * 3, "icd", name="new")
+    content = report.write_runs([old, new], tmp_path, bootstrap=20)
+    tests = content["tasks"]["icd"]["further_runs"][0]["against"]["tests"]
+    assert (tests["mcnemar"]["only_original"], tests["mcnemar"]["only_tuned"]) == (3, 6)
+    text = shown((tmp_path / "report.html").read_text())
+    assert re.search(r"on the same cases\. .*ICD-10-CM code new old \+0\.333", text)
+
+
+def test_variants_probes_and_conformal_sets_stand_where_there_are_any(tmp_path):
+    answers = [("C50.911", "", "C50.911")] * 14 + [("C50.912", "", "C50.911")] * 6
+    run = run_in_memory(answers, "icd")
+    plain = shown(render(run))
+    for absent in ("Change of the text", "Wanted coverage", "Tuned, constrained"):
+        assert absent not in plain
+    probes = {
+        "flip_side": {"n": 20, "rate": 0.25, "low": 0.1, "high": 0.4, "expected": "flips"},
+        "synonyms": {"n": 0, "rate": None, "low": None, "high": None, "expected": "same"},
+    }
+    tuned = {"tuned_constrained": run.predictions["tuned"]}
+    full = dataclasses.replace(
+        run,
+        predictions=run.predictions | tuned,
+        metrics=run.metrics | {"tuned_constrained": run.metrics["tuned"]},
+        validation={"tuned": run.predictions["tuned"]},
+        robustness={"tuned": {"icd": probes}},
+    )
+    text = shown(render(full))
+    assert "Flip side flip 20 &ndash; 0.250 0.100 to 0.400" in text
+    assert "Synonyms stay the same 0 &ndash; &ndash;" in text
+    assert "ICD-10-CM code Tuned, constrained 20 0.700" in text
+    assert re.search(
+        r"Conformal sets Wanted coverage .* the answer, or any 0\.900 [01]\.\d{3}", text
+    )
+
+
+def test_a_published_report_hides_small_groups(tmp_path):
+    answers = [("C61", "C61", "C61")] * 20 + [("C34.11", "C34.11", "C34.11")] * 12
+    answers += [("C20", "C61", "C50.911")] * 3 + [("C19", "C61", "C50.911")] * 2
+    runs = [run_in_memory(answers, "icd", name="icd", sites=["a"] * 32 + ["tiny"] * 5)]
+    report.write_runs(runs, tmp_path, include_text=False, bootstrap=20)
+    page = (tmp_path / "report.html").read_text()
+    public = json.loads((tmp_path / "report.json").read_text())
+    classes = public["tasks"]["icd"]["tuned"]["per_class"]
+    assert classes["C20"] == {"precision": None, "recall": None, "f1": None, "support": "<11"}
+    text = shown(page)
+    assert "2 small classes are not shown" in text
+    groups = text[text.index("Accuracy in subgroups. Group") :]
+    assert re.search(r"Site: tiny &lt;11 &ndash; &ndash;", groups)
+    for hidden in ("pwned", "case-1"):
+        assert hidden not in page and hidden not in json.dumps(public)
+
+
+def test_no_small_count_of_a_confusion_matrix_can_be_worked_out():
+    answers = [("photon", "photon", "photon")] * 40 + [("photon", "", "proton")] * 3
+    answers += [("photon", "", "electron")] * 20 + [("proton", "", "photon")] * 12
+    runs = [run_in_memory(answers, "modality")]
+    confusion = publish(build_report(runs, bootstrap=0))["tasks"]["modality"]["tuned"]["confusion"]
+    row = dict(zip(confusion["labels"], confusion["matrix"][0], strict=True))
+    # Had only the 3 been hidden, the row's sum would tell them.
+    assert row["proton"] is None and row["electron"] is None and row["photon"] == 40
+    assert "&lt; 11" in render(*runs, include_text=False)
+
+
+MANIFEST = {
+    "base": {"sha256": {"model.safetensors": "a7caac16391deefe"}},
+    "parameters": {"trainable": 299008, "frozen": 2786560},
+    "environment": {"python": "3.11.7", "versions": {"jax": "0.10.2"}, "code_revision": "31f9b65"},
+}
+COHORT = {
+    "assessed": 7000,
+    "kept": 3515,
+    "excluded": {"several_diagnoses": 1537},
+    "cases": {"train": 2917, "test": 422},
+    "patients": {"train": 2900, "test": 420},
+    "deidentification": {"policy": "redact", "rows": 3, "classes": {"date": 4}},
+}
+
+
+def source(manifest=MANIFEST, cohort=COHORT):
+    run = run_in_memory([(RIGHT, "", RIGHT)] * 4)
+    return Source(build_report([run], bootstrap=20)["tasks"], "test", {}, manifest, cohort)
+
+
+def test_model_card_tells_the_manifests_and_leaves_the_rest_to_people():
+    card = model_card(source())
+    assert "299,008 parameters trained, 2,786,560 frozen" in card["Model"]["What was trained"]
+    assert "train 2,917 cases of 2,900 patients" in card["Data"]["Splits"]
+    assert card["Data"]["Left out"].startswith("Left out, by first reason: several diagnoses 1,537")
+    assert "3 rows (date)" in card["Data"]["Identifiers"]
+    assert card["Data"]["Approval and consent"] is None
+    result = card["Evaluation"]["Treatment regimen"]
+    assert result.startswith("accuracy 0.0 % (0.0 to ") and result.endswith("tuned, n 4.")
+
+
+def test_tripod_items_are_filled_from_manifests_and_blank_without_them():
+    rows = {row["item"]: row["answer"] for row in tripod_llm(source())}
+    assert len(rows) == len(TRIPOD_LLM)
+    assert rows["14f"] == "Code revision 31f9b65." and "jax" not in rows["14f"]
+    for for_people in ("2a-2l", "3a", "3b", "13", "14a", "14b", "15", "19a", "19d"):
+        assert rows[for_people] is None
+    bare = {row["item"]: row["answer"] for row in tripod_llm(source({}, {}))}
+    for unknown in ("5a", "5d", "5e", "6a", "12", "14f", "16a", "16b", "16c"):
+        assert bare[unknown] is None
+    assert not any("None" in (text or "") for text in (rows | bare).values())

@@ -1,0 +1,159 @@
+"""Changed texts and what must follow from them."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from radonc_jax.evaluation import robustness
+from radonc_jax.tasks import TASKS, Record
+
+TEXT = "IDC, Rt breast. Stage: cT1 cN0. Left lung nodule, LUL; with L axilla node. 60 yo woman."
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_every_spelling_of_the_side_is_flipped():
+    flipped = robustness.flip_side(TEXT, rng())
+    assert flipped == (
+        "IDC, Lt breast. Stage: cT1 cN0. Right lung nodule, RUL; with R axilla node. 60 yo woman."
+    )
+    assert robustness.flip_side(flipped, rng()) == TEXT
+    assert robustness.flip_side("RIGHT BREAST", rng()) == "LEFT BREAST"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prostate ca, T2",
+        "NSCLC of the RML, right lung",
+        "bilateral breast ca, left larger",
+        "mets to L4 and L5",
+        "right-handed man with a glioma",
+        "s/p RT to the left breast",
+    ],
+)
+def test_a_text_without_a_side_that_has_a_counterpart_is_not_flipped(text):
+    assert robustness.flip_side(text, rng()) is None
+
+
+def test_synonyms_keep_the_rest_of_the_text():
+    text = "60 yo woman with adenocarcinoma of the lung, s/p biopsy"
+    changed = robustness.swap_synonyms(text, rng())
+    assert changed != text
+    back = changed
+    for one, other in robustness.SYNONYMS:
+        back = re.sub(rf"(?<![\w-]){re.escape(other)}(?![\w-])", one, back)
+    whole = re.sub("s/p", "status post", text)
+    assert back == whole
+    assert robustness.swap_synonyms("nothing here", rng()) is None
+
+
+def test_shuffled_fields_are_the_same_fields_in_another_order():
+    changed = robustness.shuffle_fields("A one. B two; C three.\nD four.", rng())
+    assert changed != "A one. B two; C three. D four."
+    assert sorted(re.split(r"(?<=[.;]) ", changed)) == ["A one.", "B two;", "C three.", "D four."]
+    assert robustness.shuffle_fields("One sentence of 40.05 Gy", rng()) is None
+
+
+def test_an_irrelevant_sentence_is_added_and_nothing_taken():
+    for seed in range(6):
+        changed = robustness.add_irrelevant_sentence("Breast ca", np.random.default_rng(seed))
+        assert "Breast ca" in changed
+        assert any(sentence in changed for sentence in robustness.IRRELEVANT)
+
+
+def test_what_a_flipped_side_must_do_to_an_answer():
+    expected = robustness.expected_answer
+    assert expected("icd", "side_flip", "C50.411") == "C50.412"
+    assert expected("icd", "side_flip", "C44.212") == "C44.219"  # numbered irregularly
+    assert expected("icd", "side_flip", "C61") is None
+    assert expected("modality", "side_flip", "photon") == "photon"
+    flipped = expected("regimen", "side_flip", "Right breast, 40 Gy in 15 fractions, VMAT")
+    assert flipped == "Left breast, 40 Gy in 15 fractions, VMAT"
+    assert expected("regimen", "side_flip", "Prostate, 70 Gy in 28 fractions") is None
+    assert expected("icd", "synonyms", "C61") == "C61"
+
+
+RECORDS = [
+    Record(f"c{i}", f"p{i}", f"IDC of the {side} breast. Stage II.", "", "", "")
+    for i, side in enumerate(["right", "left"] * 6)
+]
+
+
+def read_side(prompts):
+    """A model that reads the side and nothing else."""
+    return [
+        SimpleNamespace(text="C50.911" if "right" in p.casefold() or "Rt " in p else "C50.912")
+        for p in prompts
+    ]
+
+
+def always_right(prompts):
+    """A model that reads nothing."""
+    return [SimpleNamespace(text="C50.911")] * len(prompts)
+
+
+def answers(decode):
+    task = TASKS["icd"]
+    generations = decode([task.prompt(record.diagnosis) for record in RECORDS])
+    return [
+        {"case_id": record.case_id, "answer": task.parse(generation.text)}
+        for record, generation in zip(RECORDS, generations, strict=True)
+    ]
+
+
+def test_a_model_that_reads_passes_and_one_that_does_not_fails_the_flip():
+    summary, cases = robustness.probe(read_side, RECORDS, TASKS["icd"], answers(read_side))
+    assert {name: entry["rate"] for name, entry in summary.items()} == dict.fromkeys(summary, 1.0)
+    assert summary["side_flip"]["expected"] == "flips"
+    assert summary["synonyms"]["expected"] == "same"
+    assert summary["side_flip"]["n"] == 12
+    assert set(cases[0]) == {"case_id", "patient_id", "task", "perturbation", "as_expected"}
+    summary, _ = robustness.probe(always_right, RECORDS, TASKS["icd"], answers(always_right))
+    assert summary["side_flip"]["rate"] == 0.0
+    assert summary["side_flip"]["high"] > 0.2  # twelve cases do not make it certain
+    assert summary["irrelevant_sentence"]["rate"] == 1.0
+    json.dumps(summary, allow_nan=False)
+
+
+def test_texts_are_changed_alike_whatever_the_order_of_the_cases():
+    def recording(seen):
+        def decode(prompts):
+            seen.append(sorted(prompts))
+            return always_right(prompts)
+
+        return decode
+
+    seen = []
+    for records in (RECORDS, RECORDS[::-1]):
+        robustness.probe(recording(seen), records, TASKS["icd"], answers(always_right))
+    assert seen[0] == seen[1]
+
+
+def test_unreadable_answers_are_left_out_and_missing_ones_refused():
+    nothing = [{"case_id": record.case_id, "answer": None} for record in RECORDS]
+    summary, cases = robustness.probe(always_right, RECORDS, TASKS["icd"], nothing)
+    assert cases == [] and summary["synonyms"]["rate"] is None
+    with pytest.raises(ValueError, match="12 cases have no answer to their own text, such as c0"):
+        robustness.probe(always_right, RECORDS, TASKS["icd"], [])
+    with pytest.raises(ValueError, match="returned 1 answers to"):
+        robustness.probe(lambda _: [1], RECORDS, TASKS["icd"], answers(always_right))
+
+
+def test_files_hold_no_text(tmp_path):
+    lines = [
+        json.dumps(answer | {"patient_id": "p", "task": "icd", "output": "", "reference": "C61"}
+                   | {"correct": False, "rouge1": 0.0, "finished": True})
+        for answer in answers(read_side)
+    ]  # fmt: skip
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+    summary = robustness.probe_tasks(read_side, RECORDS, [TASKS["icd"]], tmp_path)
+    written = json.loads((tmp_path / "robustness.json").read_text())
+    assert written == summary and written["icd"]["side_flip"]["rate"] == 1.0
+    text = (tmp_path / "robustness.jsonl").read_text()
+    assert "breast" not in text and text.count("\n") == sum(e["n"] for e in summary["icd"].values())
