@@ -2,11 +2,14 @@
 
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd [--step=best] [--split=test]
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --model=original
+    python -m radonc_jax.evaluate --workdir=runs/mistral_icd --constrained=table
     python -m radonc_jax.evaluate --config=configs/mistral_icd.py [--output=original]
 
 With a run folder the answers go into it, and its report is written anew once both models have
-answered. With a config alone the original model answers, and its scores are printed; --output
-names a folder for its answers.
+answered. A killed evaluation, started again, goes on with the answers that it has. With
+--constrained the answers come from closed sets (modality: its four labels, each scored; icd: the
+codes of the code table, or of the cohort) and lie in folders of their own. With a config alone the
+original model answers, and its scores are printed; --output names a folder for its answers.
 """
 
 from pathlib import Path
@@ -15,9 +18,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from radonc_jax import command, loading, parallel, settings, tracking
-from radonc_jax.answering import answer_split
+from radonc_jax.answering import answer_split, constraints, variant
 from radonc_jax.data import cohort
-from radonc_jax.decoding.scheduler import Scheduler, text_decoder
+from radonc_jax.decoding.constrain import CODES
+from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.evaluation import run as evaluation
 from radonc_jax.evaluation.report import write_report
 from radonc_jax.tasks import select
@@ -28,6 +32,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of `train`.")
 _OUTPUT = flags.DEFINE_string("output", None, "With --config: folder for the answers, if wanted.")
 _STEP = flags.DEFINE_string("step", "best", '"best", "latest" or a checkpoint\'s number.')
 _SPLIT = flags.DEFINE_enum("split", "test", cohort.SPLITS, "Whose cases are answered.")
+_CONSTRAINED = flags.DEFINE_enum(
+    "constrained", "", ["", *CODES], "Answers from closed sets; where the ICD-10-CM codes are from."
+)
 _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model answers.")
 
 
@@ -65,7 +72,8 @@ def evaluate_run(workdir: Path, step: str, split: str, model: str) -> None:
         loaded = loading.load_original(config, mesh, workdir)
     else:
         loaded = loading.load_run(workdir, step, mesh)
-    output = workdir / "evaluation" / split / model
+    constrained = evaluation.CONSTRAINED if _CONSTRAINED.value else ""
+    output = workdir / "evaluation" / split / (model + constrained)
     answer(loaded, config, records, split=split, model=model, output=output)
     both = [workdir / "evaluation" / split / name / "metrics.json" for name in evaluation.MODELS]
     if parallel.is_main_process() and all(path.is_file() for path in both):
@@ -93,34 +101,36 @@ def answer(
     loaded: loading.LoadedModel, config, records, *, split, model, output: Path | None
 ) -> None:
     """Decodes, scores and prints; writes too where `output` names a folder."""
-    scheduler = Scheduler(
-        loaded.partition,
-        loaded.mesh,
-        batch=config.decode.batch,
-        max_new_tokens=config.decode.max_new_tokens,
-        stops=loaded.stops,
-        context=loaded.config.max_position_embeddings,
-    )
-    decode = text_decoder(
-        scheduler,
+    closed = None
+    if _CONSTRAINED.value:
+        closed = constraints(config, loaded.tokenizer, _CONSTRAINED.value)
+        if not closed:
+            raise ValueError(
+                f"task {config.task!r} is answered in free text: leave --constrained out"
+            )
+    decoder = TextDecoder(
+        loaded.scheduler(config.decode.batch, config.decode.max_new_tokens),
         loaded.tokenizer,
         loaded.trainable,
         loaded.frozen,
+        config.batch.over_length,
         progress=f"{model}, {split}",
     )
     result = answer_split(
-        decode,
+        decoder,
         records,
         select(config.task),
         split=split,
-        model=model,
+        model=variant(model, closed),
         output=output,
         config=config,
         origin={
             "step": loaded.step,
             "trained_fingerprint": training_step.fingerprint(loaded.trainable),
+            "base_fingerprint": training_step.fingerprint(loaded.frozen),
             "base": str(loaded.folder),
         },
+        constrained=closed,
     )
     if not parallel.is_main_process():
         return

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from radonc_jax.data.batches import BatchConfig
+from radonc_jax.decoding.constrain import CODES
 from radonc_jax.models.lora import LoRAConfig
 from radonc_jax.models.quantize import KINDS
 from radonc_jax.parallel import MeshConfig
@@ -86,10 +87,25 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Greedy decoding: rows decoded together, and the longest answer in tokens."""
+    """Greedy decoding.
+
+    Attributes:
+      batch: rows decoded together.
+      max_new_tokens: longest answer, the stop token included.
+      constrained: whether the final evaluation of `train` also lets the models answer from closed
+        sets (modality by its labels, ICD-10-CM by a trie of codes), in folders of their own: "" for
+        no, "table" for the codes of the code table, "cohort" for those of the cohort.
+    """
 
     batch: int
     max_new_tokens: int
+    constrained: str = ""
+
+    def __post_init__(self):
+        if self.constrained not in ("", *CODES):
+            raise ValueError(
+                f"decode.constrained must be one of {('', *CODES)}, not {self.constrained!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,7 +177,10 @@ def from_mapping(mapping: Mapping) -> Settings:
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):
                 raise ValueError(f"config.{name} must be a section, not {value!r}")
-            _check_keys(f"config.{name}", value, [f.name for f in dataclasses.fields(kind)])
+            kept = dataclasses.fields(kind)
+            if kind is DecodeConfig:  # runs from before the key was there can still be read
+                value = {"constrained": ""} | dict(value)
+            _check_keys(f"config.{name}", value, [f.name for f in kept])
             value = kind(**value)
         values[name] = value
     return Settings(**values)

@@ -38,6 +38,7 @@ PACKAGES = (
 FREE_KEYS = (
     ("train", "log_every"),
     ("decode", "batch"),
+    ("decode", "constrained"),
     ("final_evaluation",),
 )
 # Dropout masks are drawn by place in the batch, which these move.

@@ -17,6 +17,9 @@ from radonc_jax.tasks import Record, Task
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
 MODELS = ("original", "tuned")
+# Each in a folder of its own: the answers of MODELS are free, and comparable with the paper.
+CONSTRAINED = "_constrained"
+VARIANTS = (*MODELS, *(model + CONSTRAINED for model in MODELS), "original_examples")
 
 
 class Generation(Protocol):
@@ -26,10 +29,13 @@ class Generation(Protocol):
     tokens: list[int]
     logprob: float
     finished: bool
+    gap: float | None
+    trimmed: bool
+    label_logprobs: dict[str, float] | None
 
 
 def evaluate(
-    decode: Callable[[list[str]], list[Generation]],
+    decode: Callable[[Task, list[str]], list[Generation]],
     records: Sequence[Record],
     tasks: Sequence[Task],
     *,
@@ -43,9 +49,9 @@ def evaluate(
     """Lets a model answer every task for every record, and scores the answers.
 
     Args:
-      decode: prompts -> generations, in the same order.
+      decode: a task and diagnoses -> generations, in the same order.
       split: name of the split, written into the metrics.
-      model: "original" or "tuned".
+      model: one of VARIANTS.
       output: folder for predictions.jsonl and metrics.json, or None to write nothing.
       ceiling: best reachable accuracy by task name, where known (synthetic cohorts).
       bootstrap: resamples for the 95 % intervals; 0 is for quick scores inside the training loop.
@@ -58,8 +64,8 @@ def evaluate(
       ValueError: no records, a case id twice, a decoder that returns another number of answers or
         a log-probability that is not finite.
     """
-    if model not in MODELS:
-        raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")
+    if model not in VARIANTS:
+        raise ValueError(f"model is {model!r}; it must be one of {', '.join(VARIANTS)}")
     if not records:
         raise ValueError(f"split {split!r} has no cases; nothing can be evaluated")
     predictions, scores = [], {}
@@ -80,10 +86,10 @@ def evaluate(
 
 
 def _answer(
-    decode: Callable[[list[str]], list[Generation]], records: Sequence[Record], task: Task
+    decode: Callable[[Task, list[str]], list[Generation]], records: Sequence[Record], task: Task
 ) -> list[dict]:
     prompts = [task.prompt(record.diagnosis) for record in records]
-    generations = decode(prompts)
+    generations = decode(task, [record.diagnosis for record in records])
     if len(generations) != len(prompts):
         raise ValueError(
             f"task {task.name}: the decoder returned {len(generations)} answers to "
@@ -103,6 +109,15 @@ def _answer(
             prompt_sha256=hashlib.sha256(prompt.encode()).hexdigest(),
             logprob=float(generation.logprob),
             finished=bool(generation.finished),
+        )
+        | {
+            "gap": generation.gap,
+            "trimmed": generation.trimmed,
+        }
+        | (
+            {}
+            if generation.label_logprobs is None
+            else {"label_logprobs": generation.label_logprobs}
         )
         for record, prompt, generation in zip(records, prompts, generations, strict=True)
     ]
