@@ -28,9 +28,8 @@ LENGTH_STEP = 16
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 # A row's float32 numbers are the same to the last bit, whatever rows are beside it and however
 # many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment, which the
-# tests repeat)
-# that is so with at least two rows, of at least 4096 numbers together wherever a sum runs over
-# a row's own, and with keys in multiples of 64.
+# tests repeat) that is so with at least two rows, of at least 4096 numbers together wherever a
+# row's own are reduced, and with keys in multiples of 64.
 FEWEST_ROWS, FEWEST_NUMBERS = 2, 4096
 
 
@@ -44,12 +43,12 @@ class Answer(NamedTuple):
 
 
 def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 16, or of a sixteenth of the next power of two.
+    """`length` rounded up to a multiple of 16, or of an eighth of the next power of two.
 
-    Up to 256 tokens padding costs at most 15 tokens, above it less than an eighth, with eight
-    shapes for each doubling.
+    Four shapes for each doubling beyond 64 tokens: compiling one more costs seconds, on average
+    padding costs a twelfth.
     """
-    step = max(LENGTH_STEP, (1 << (max(length, 1) - 1).bit_length()) // 16)
+    step = max(LENGTH_STEP, (1 << (max(length, 1) - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 

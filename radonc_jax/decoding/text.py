@@ -119,19 +119,22 @@ class TextDecoder:
         Raises:
           ValueError: a prompt is too long and may not be cut, or not even its instruction fits.
         """
-        prompts, trimmed = [], []
-        for diagnosis in diagnoses:
-            prompt = encode_prompt(self.tokenizer, task.prompt(diagnosis))
-            long = len(prompt) > self.scheduler.room
-            if long and self.over_length == "trim_diagnosis":
-                cut = trim_prompt(self.tokenizer, task, diagnosis, self.scheduler.room)
-                prompt, long = (prompt, False) if cut is None else (cut, True)
-            else:
-                long = False
-            prompts.append(prompt)
-            trimmed.append(long)
+        pairs = [self._prompt(task, diagnosis) for diagnosis in diagnoses]
+        prompts, trimmed = [prompt for prompt, _ in pairs], [cut for _, cut in pairs]
         self.scheduler.check(prompts)
         return prompts, trimmed
+
+    def fits(self, task: Task, diagnosis: str) -> bool:
+        """Whether a diagnosis can be answered, if need be after it has been cut."""
+        return len(self._prompt(task, diagnosis)[0]) <= self.scheduler.room
+
+    def _prompt(self, task: Task, diagnosis: str) -> tuple[list[int], bool]:
+        prompt = encode_prompt(self.tokenizer, task.prompt(diagnosis))
+        if len(prompt) > self.scheduler.room and self.over_length == "trim_diagnosis":
+            cut = trim_prompt(self.tokenizer, task, diagnosis, self.scheduler.room)
+            if cut is not None:
+                return cut, True
+        return prompt, False
 
     def __call__(self, task: Task, diagnoses: Sequence[str]) -> list[Generation]:
         """Answers a task for each diagnosis; errors as `encode`."""
