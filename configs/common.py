@@ -77,4 +77,5 @@ def get_config() -> ConfigDict:
     config.decode = ConfigDict()
     config.decode.batch = 64
     config.decode.max_new_tokens = 96
+    config.decode.constrained = ""
     return config

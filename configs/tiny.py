@@ -21,4 +21,5 @@ def get_config():
     config.train.save_every = 100
     config.train.validation_cases = 128
     config.decode.batch = 64
+    config.decode.constrained = "table"
     return config

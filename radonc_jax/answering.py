@@ -1,41 +1,116 @@
 """Lets one model answer a split and writes what came of it: the end of `train`, and `evaluate`."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from radonc_jax import parallel, tracking
 from radonc_jax.data import cohort
+from radonc_jax.decoding.journal import Journal
+from radonc_jax.decoding.text import Constraint, TextDecoder, constrain_task
 from radonc_jax.evaluation import run as evaluation
+from radonc_jax.settings import Settings
+from radonc_jax.tasks import icd, select
 
 SOURCE = "source.json"
+JOURNAL = ".answers.jsonl"  # while answers are being given; token ids, as private as predictions
 
 
-def answer_split(decode, records, tasks, *, split, model, output: Path | None, config, origin):
-    """Decodes, scores and, where `output` names a folder, writes answers, scores and their source.
-
-    Answers that are already there from the same source are kept, and not decoded again.
+def constraints(config: Settings, tokenizer, codes: str = "") -> dict[str, Constraint]:
+    """What the answers of a run's tasks can be held to, by task name; empty for free text alone.
 
     Args:
-      decode: prompts -> generations, as `decoding.scheduler.text_decoder` makes it.
+      config: of the run.
+      tokenizer: of its model.
+      codes: "table" for the leaves of the ICD-10-CM code table, "cohort" for the codes of the
+        cohort's training and validation cases; "" for what `config.decode.constrained` says.
+
+    Raises:
+      ValueError: a code is longer than `decode.max_new_tokens`.
+    """
+    found = {}
+    for task in select(config.task):
+        allowed: list[str] = []
+        if task.name == "icd":
+            if (codes or config.decode.constrained) == "table":
+                allowed = icd.leaves()
+            else:
+                # Not those of the test cases, which would tell answers.
+                records = [
+                    record
+                    for split in ("train", "validation")
+                    for record in cohort.load_records(config.cohort, split)
+                ]
+                allowed = [task.reference(record) for record in records]
+        constraint = constrain_task(tokenizer, task, allowed)
+        if constraint is None:
+            continue
+        longest = constraint.trie.depth if constraint.trie else max(map(len, constraint.label_ids))
+        if longest > config.decode.max_new_tokens:
+            raise ValueError(
+                f"task {task.name}: the longest allowed answer has {longest} tokens: raise "
+                f"decode.max_new_tokens ({config.decode.max_new_tokens})"
+            )
+        found[task.name] = constraint
+    return found
+
+
+def variant(model: str, constrained: Mapping[str, Constraint] | None) -> str:
+    """Name of a model's answers, and of their folder: those from closed sets have their own."""
+    return model if constrained is None else model + evaluation.CONSTRAINED
+
+
+def answer_split(
+    decoder: TextDecoder,
+    records,
+    tasks,
+    *,
+    split: str,
+    model: str,
+    output: Path | None,
+    config: Settings,
+    origin: Mapping,
+    constrained: Mapping[str, Constraint] | None = None,
+):
+    """Decodes, scores and, where `output` names a folder, writes answers, scores and their source.
+
+    Answers that are already there from the same source are kept, and not decoded again; of an
+    evaluation that was killed, those are kept that were finished.
+
+    Args:
+      decoder: of the model.
       records, tasks: what is asked.
-      split, model: names, for the files.
+      split, model: names, for the files; `variant` makes that of constrained answers.
       output: folder for predictions.jsonl, metrics.json and source.json, or None.
       config: the run's settings.
-      origin: {"step", "trained_fingerprint", "base"} of the model that answers.
+      origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers.
+      constrained: from `constraints`; only tasks that have one are asked, and the answers lie apart
+        from the free ones. None for free answers.
 
     Returns:
       What `evaluation.run.evaluate` returns.
     """
     main = parallel.is_main_process()
-    source = origin | {
+    source = dict(origin) | {
         "cohort": tracking.cohort_sha256(config.cohort),
         "task": config.task,
         "max_new_tokens": config.decode.max_new_tokens,
+        "over_length": config.batch.over_length,
         "seed": config.seed,
     }
+    if constrained is not None:
+        tasks = [task for task in tasks if task.name in constrained]
+        source["constraints"] = {
+            name: f"{constraint.name} {constraint.digest}"
+            for name, constraint in constrained.items()
+        }
+        decoder = replace(decoder, constraints=dict(constrained))
+    journal = None
     if output is not None:
         there = np.int32(main and _is_there(output, source))
         if parallel.several_processes():  # all of them decode, or none
@@ -44,8 +119,9 @@ def answer_split(decode, records, tasks, *, split, model, output: Path | None, c
             return json.loads((output / evaluation.METRICS).read_text(encoding="utf-8"))
         if main:
             (output / SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
+        journal = Journal(output / JOURNAL, answer_source(decoder, config, origin))
     result = evaluation.evaluate(
-        decode,
+        replace(decoder, journal=journal),
         records,
         tasks,
         split=split,
@@ -54,9 +130,24 @@ def answer_split(decode, records, tasks, *, split, model, output: Path | None, c
         seed=config.seed,
         ceiling=cohort.load_manifest(config.cohort).get("ceiling"),
     )
-    if output is not None and main:
-        tracking.write_json(output / SOURCE, source | {"environment": tracking.environment()})
+    if output is not None:
+        if main:
+            tracking.write_json(output / SOURCE, source | {"environment": tracking.environment()})
+        journal.remove()
     return result
+
+
+def answer_source(decoder: TextDecoder, config: Settings, origin: Mapping) -> dict:
+    """All that an answer depends on besides its prompt and its constraint."""
+    return {
+        "trained": origin["trained_fingerprint"],
+        "base": origin["base_fingerprint"],
+        "precision": [config.precision.compute, config.precision.base],
+        "max_new_tokens": decoder.scheduler.max_new_tokens,
+        "stops": list(decoder.scheduler.stops),
+        "device": decoder.scheduler.mesh.devices.flat[0].device_kind,
+        "jax": jax.__version__,
+    }
 
 
 def _is_there(output: Path, source: dict) -> bool:

@@ -3,13 +3,17 @@
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd [--step=best] [--split=test]
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --model=original
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --model=original --examples=5
+    python -m radonc_jax.evaluate --workdir=runs/mistral_icd --constrained=table
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --robustness
     python -m radonc_jax.evaluate --config=configs/mistral_icd.py [--output=original]
 
 With a run folder the answers go into it, and its report is written anew once both models have
-answered. With a config alone the original model answers, and its scores are printed; --output
-names a folder for its answers. --examples shows the original model that many training cases with
-their answers in each prompt; --robustness lets a run's model answer changed texts too.
+answered. A killed evaluation, started again, goes on with the answers that it has. --examples
+shows the original model that many training cases with their answers in each prompt. With
+--constrained the answers come from closed sets (modality: its four labels, each scored; icd: the
+codes of the code table, or of the cohort). Both lie in folders of their own. --robustness lets a
+run's model answer changed texts too. With a config alone the original model answers, and its
+scores are printed; --output names a folder for its answers.
 """
 
 from pathlib import Path
@@ -18,9 +22,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from radonc_jax import command, loading, parallel, settings, tracking
-from radonc_jax.answering import answer_split
+from radonc_jax.answering import answer_split, constraints, variant
 from radonc_jax.data import cohort
-from radonc_jax.decoding.scheduler import Scheduler, text_decoder
+from radonc_jax.decoding.constrain import CODES
+from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.evaluation import robustness
 from radonc_jax.evaluation import run as evaluation
 from radonc_jax.evaluation.report import write_report
@@ -37,6 +42,9 @@ _EXAMPLES = flags.DEFINE_integer(
 )
 _ROBUSTNESS = flags.DEFINE_bool(
     "robustness", False, "Let the model answer changed texts too: flipped sides, synonyms ..."
+)
+_CONSTRAINED = flags.DEFINE_enum(
+    "constrained", "", ["", *CODES], "Answers from closed sets; where the ICD-10-CM codes are from."
 )
 _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model answers.")
 
@@ -83,6 +91,8 @@ def evaluate_run(
     """
     if examples and (model != "original" or with_robustness):
         raise ValueError("--examples are for --model=original, and without --robustness")
+    if _CONSTRAINED.value and (examples or with_robustness):
+        raise ValueError("--constrained goes without --examples and --robustness")
     parallel.initialize()
     parallel.quiet_third_parties()
     config = loading.read_settings(workdir)
@@ -99,7 +109,8 @@ def evaluate_run(
         loaded = loading.load_run(workdir, step, mesh)
     if examples:
         model = "original_examples"
-    output = workdir / "evaluation" / split / model
+    constrained = evaluation.CONSTRAINED if _CONSTRAINED.value else ""
+    output = workdir / "evaluation" / split / (model + constrained)
     answer(
         loaded,
         config,
@@ -152,39 +163,41 @@ def answer(
             for task in tasks
         )
         origin = {"examples": examples}
-    scheduler = Scheduler(
-        loaded.partition,
-        loaded.mesh,
-        batch=config.decode.batch,
-        max_new_tokens=config.decode.max_new_tokens,
-        stops=loaded.stops,
-        context=loaded.config.max_position_embeddings,
-    )
-    decode = text_decoder(
-        scheduler,
+    closed = None
+    if _CONSTRAINED.value:
+        closed = constraints(config, loaded.tokenizer, _CONSTRAINED.value)
+        if not closed:
+            raise ValueError(
+                f"task {config.task!r} is answered in free text: leave --constrained out"
+            )
+    decoder = TextDecoder(
+        loaded.scheduler(config.decode.batch, config.decode.max_new_tokens),
         loaded.tokenizer,
         loaded.trainable,
         loaded.frozen,
+        config.batch.over_length,
         progress=f"{model}, {split}",
     )
     result = answer_split(
-        decode,
+        decoder,
         records,
         tasks,
         split=split,
-        model=model,
+        model=variant(model, closed),
         output=output,
         config=config,
         origin=origin
         | {
             "step": loaded.step,
             "trained_fingerprint": training_step.fingerprint(loaded.trainable),
+            "base_fingerprint": training_step.fingerprint(loaded.frozen),
             "base": str(loaded.folder),
         },
+        constrained=closed,
     )
     if with_robustness:
         rates = robustness.probe_tasks(
-            decode, records, tasks, output, write=parallel.is_main_process(), seed=config.seed
+            decoder, records, tasks, output, write=parallel.is_main_process(), seed=config.seed
         )
     if not parallel.is_main_process():
         return

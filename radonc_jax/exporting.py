@@ -13,7 +13,6 @@ import numpy as np
 from radonc_jax import loading, parallel, tracking
 from radonc_jax.data import cohort
 from radonc_jax.data.batches import encode_prompt
-from radonc_jax.decoding.scheduler import Scheduler
 from radonc_jax.models import huggingface, lora, peft, weight_files
 from radonc_jax.settings import Settings
 from radonc_jax.tasks import select
@@ -245,16 +244,9 @@ def compare_answers(
 
 
 def _answers(loaded: loading.LoadedModel, run: Settings, prompts) -> list[list[int]]:
-    scheduler = Scheduler(
-        loaded.partition,
-        loaded.mesh,
-        batch=run.decode.batch,
-        max_new_tokens=run.decode.max_new_tokens,
-        stops=loaded.stops,
-        context=loaded.config.max_position_embeddings,
-    )
+    scheduler = loaded.scheduler(run.decode.batch, run.decode.max_new_tokens)
     answers = scheduler(loaded.trainable, loaded.frozen, prompts, progress="comparing")
-    return [tokens for tokens, _, _ in answers]
+    return [answer.tokens for answer in answers]
 
 
 def _answer_logits(loaded: loading.LoadedModel, prompts, answers) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from radonc_jax import parallel, settings, tracking
+from radonc_jax.decoding.scheduler import Scheduler
 from radonc_jax.models import hub, huggingface, lora, peft, weight_files
 from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.training import checkpoint
@@ -42,10 +43,35 @@ class LoadedModel:
     mesh: Mesh
     step: int | None
 
+    def scheduler(self, batch: int, max_new_tokens: int) -> Scheduler:
+        """For answers of this model; errors as those of `Scheduler`."""
+        return make_scheduler(
+            self.partition, self.mesh, self.config, self.stops, batch, max_new_tokens
+        )
+
     @property
     def model(self):
         """The NNX module, for one-off calls; jitted code merges the parts itself."""
         return self.partition.merge(self.trainable, self.frozen)
+
+
+def make_scheduler(
+    partition: lora.Partition,
+    mesh: Mesh,
+    config: ModelConfig,
+    stops: tuple[int, ...],
+    batch: int,
+    max_new_tokens: int,
+) -> Scheduler:
+    """The scheduler of a model, whether its arrays are loaded or still in training."""
+    return Scheduler(
+        partition,
+        mesh,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        context=config.max_position_embeddings,
+    )
 
 
 def default_mesh() -> Mesh:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from radonc_jax.data.batches import encode_prompt
 from radonc_jax.decoding.greedy import Generation
-from radonc_jax.decoding.scheduler import Scheduler, text_decoder
+from radonc_jax.decoding.scheduler import Scheduler
+from radonc_jax.decoding.text import generation
 from radonc_jax.loading import load_model
 from radonc_jax.models.decoder import Decoder, ModelConfig
 
@@ -88,10 +90,9 @@ class LanguageModel:
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of strings, not one string")
         scheduler = self._scheduler(len(prompts), max_new_tokens, self._loaded.stops)
-        decode = text_decoder(
-            scheduler, self.tokenizer, self._loaded.trainable, self._loaded.frozen
-        )
-        return decode(prompts)
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        answers = scheduler(self._loaded.trainable, self._loaded.frozen, encoded)
+        return [generation(self.tokenizer, answer) for answer in answers]
 
     def generate_tokens(
         self,
@@ -119,7 +120,7 @@ class LanguageModel:
             stops = (eos,) if isinstance(eos, (int, np.integer)) else tuple(eos)
         scheduler = self._scheduler(len(token_lists), max_new_tokens, stops)
         answers = scheduler(self._loaded.trainable, self._loaded.frozen, token_lists)
-        return [tokens for tokens, _, _ in answers]
+        return [answer.tokens for answer in answers]
 
     def _scheduler(self, rows: int, max_new_tokens: int, stops: Sequence[int]) -> Scheduler:
         # A few prompts are not made to pay for a full batch; powers of two keep compilations few.

@@ -5,24 +5,35 @@
 
 The output holds every row of the input in its order, with further columns: `answer` (the model's
 text), `parsed` (what the task reads in it; empty if nothing), `logprob`, `finished` (False: cut
-off at the longest answer) and `problem` (why a row has no answer).
+off at the longest answer), `trimmed` (True: the diagnosis was cut, for it did not fit the context)
+and `problem` (why a row has no answer). A row that cannot be read does not stop the others.
+
+Rows stream through, so memory does not grow with their number. Killed and started again with the
+same arguments, it goes on where it was; the file is then the same to the byte.
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from radonc_jax import command, loading, parallel, settings
-from radonc_jax.data.batches import encode_prompt
+from radonc_jax import command, loading, parallel, settings, tracking
 from radonc_jax.data.rows import Rows, open_rows
-from radonc_jax.decoding.scheduler import Scheduler, text_decoder
-from radonc_jax.tasks import TASKS
+from radonc_jax.decoding.journal import Journal
+from radonc_jax.decoding.text import TextDecoder, constrain_task
+from radonc_jax.tasks import TASKS, icd
+from radonc_jax.training import step as training_step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the tuned model; or give --model.")
 _STEP = flags.DEFINE_string("step", "best", "With --workdir: best, latest or a checkpoint's step.")
@@ -36,10 +47,20 @@ _OUTPUT = flags.DEFINE_string("output", None, "A .csv file to be written.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 _BATCH = flags.DEFINE_integer("batch", None, "Cases decoded together; the run's, or 32.")
 _NEW = flags.DEFINE_integer("max_new_tokens", None, "Longest answer; the run's, or 128.")
+_OVER_LENGTH = flags.DEFINE_enum(
+    "over_length",
+    None,
+    ["fail", "trim_diagnosis"],
+    "A prompt too long for the context: no answer, or its diagnosis is cut; as the run, or fail.",
+)
+_CONSTRAINED = flags.DEFINE_bool(
+    "constrained", False, "Only a modality of the four, or a code of the ICD-10-CM table."
+)
 flags.mark_flags_as_required(["input", "output"])
 
-ADDED = ("answer", "parsed", "logprob", "finished", "problem")
-CHUNK = 4096  # rows in memory at a time; within them, prompts of like length go together
+ADDED = ("answer", "parsed", "logprob", "finished", "trimmed", "problem")
+CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
+REPORT_SECONDS = 30  # between lines of progress where there is no terminal
 
 
 def main():
@@ -49,14 +70,18 @@ def main():
     if _ADAPTER.value is not None and _MODEL.value is None:
         raise ValueError("--adapter goes with --model; a --workdir has its own adapter")
     decode_config = settings.DecodeConfig(batch=32, max_new_tokens=128)
+    over_length = "fail"
     task_name = _TASK.value
     if _WORKDIR.value is not None:
         run = run_settings(Path(_WORKDIR.value))
         decode_config = run.decode
+        over_length = run.batch.over_length
         task_name = task_name or run.task
     if task_name not in TASKS:
         raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {task_name!r}")
     task = TASKS[task_name]
+    if _CONSTRAINED.value and not task.has_classes:
+        raise ValueError(f"--constrained: task {task_name} is answered in free text; leave it out")
     output = Path(_OUTPUT.value)
     if output.suffix.lower() != ".csv":
         raise ValueError(f"--output={output} must end in .csv")
@@ -64,7 +89,7 @@ def main():
         raise ValueError(f"--output={output} must not be the input")
     if output.exists() and not _OVERWRITE.value:
         raise FileExistsError(f"{output} exists: choose another file, or pass --overwrite")
-    rows = open_rows(_INPUT.value)
+    rows = open_rows(_INPUT.value, ragged=True)
     if _COLUMN.value not in rows.columns:
         raise ValueError(
             f"{rows.path}: no column {_COLUMN.value!r}; choose it with --column. "
@@ -81,31 +106,45 @@ def main():
         model = loading.load_run(_WORKDIR.value, _STEP.value)
     else:
         model = loading.load_model(_MODEL.value, _ADAPTER.value, _DTYPE.value)
-    scheduler = Scheduler(
-        model.partition,
-        model.mesh,
-        batch=decode_config.batch if _BATCH.value is None else _BATCH.value,
-        max_new_tokens=decode_config.max_new_tokens if _NEW.value is None else _NEW.value,
-        stops=model.stops,
-        context=model.config.max_position_embeddings,
+    constraints = {}
+    if _CONSTRAINED.value:
+        codes = icd.leaves() if task.name == "icd" else []
+        constraints = {task.name: constrain_task(model.tokenizer, task, codes)}
+    scheduler = model.scheduler(
+        decode_config.batch if _BATCH.value is None else _BATCH.value,
+        decode_config.max_new_tokens if _NEW.value is None else _NEW.value,
+    )
+    decoder = TextDecoder(
+        scheduler,
+        model.tokenizer,
+        model.trainable,
+        model.frozen,
+        over_length if _OVER_LENGTH.value is None else _OVER_LENGTH.value,
+        constraints=constraints,
     )
 
     # ---- answers -------------------------------------------------------------------------------
-    main_process = parallel.is_main_process()
+    source = {
+        "input": tracking.file_sha256(rows.path),
+        "column": _COLUMN.value,
+        "task": task.name,
+        "trained": training_step.fingerprint(model.trainable),
+        "base": training_step.fingerprint(model.frozen),
+        "compute": str(model.model.dtype),
+        "max_new_tokens": scheduler.max_new_tokens,
+        "over_length": decoder.over_length,
+        "constrained": [constraint.digest for constraint in constraints.values()],
+        "stops": list(model.stops),
+        "device": model.mesh.devices.flat[0].device_kind,
+        "jax": jax.__version__,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output and renamed at the end: a file of that name is whole. Every process of a
-    # run decodes, one of them writes.
-    aside = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        with open(aside if main_process else os.devnull, "w", encoding="utf-8", newline="") as file:
-            problems = answer_rows(rows, task, model, scheduler, csv.writer(file))
-        if main_process:
-            os.replace(aside, output)
-    finally:
-        aside.unlink(missing_ok=True)
-    if main_process:
+    problems = answer_rows(rows, task, decoder, output, source)
+    if parallel.is_main_process():
         unanswered = sum(len(numbers) for numbers in problems.values())
         print(f"{rows.count - unanswered} of {rows.count} rows answered: {output}")
+        for note in rows.layout.notes:
+            print(note, file=sys.stderr)
         for problem, numbers in problems.items():
             shown = ", ".join(map(str, numbers[:20])) + ", ..." * (len(numbers) > 20)
             print(f"{len(numbers)} not answered, {problem}: row {shown}", file=sys.stderr)
@@ -119,41 +158,109 @@ def run_settings(workdir: Path) -> settings.Settings:
     return settings.from_mapping(json.loads(path.read_text(encoding="utf-8")))
 
 
+class Part:
+    """The output while it is being written: beside it, under another name, to be gone on with.
+
+    Args:
+      output: the file to be.
+      source: all that it depends on; what is left of another source is thrown away.
+
+    Attributes:
+      rows: that are written already.
+      problems: row numbers by reason, of those.
+    """
+
+    def __init__(self, output: Path, source: Mapping):
+        self.output = output
+        self._path = output.with_name(f".{output.name}.part")
+        self._place = output.with_name(f".{output.name}.place.json")
+        self._source, self._main = dict(source), parallel.is_main_process()
+        self.rows, self.problems, size = 0, {}, 0
+        self._file = None
+        if self._main:
+            if self._path.is_file() and self._place.is_file():
+                place = json.loads(self._place.read_text(encoding="utf-8"))
+                if place["source"] == self._source:
+                    self.rows, size = place["rows"], place["bytes"]
+                    self.problems = place["problems"]
+            self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+            self._file.truncate(size)
+            self.writer = csv.writer(self._file)
+        if parallel.several_processes():
+            self.rows = int(multihost_utils.broadcast_one_to_all(np.int64(self.rows)))
+
+    def write(self, lines, read: int) -> None:
+        """Appends lines; from here on the first `read` rows survive the process."""
+        self.rows = read
+        if self._main:
+            self.writer.writerows(lines)
+            self._file.flush()
+            place = {"source": self._source, "rows": read, "problems": self.problems}
+            tracking.write_json(self._place, place | {"bytes": self._path.stat().st_size})
+
+    def finish(self) -> None:
+        """A file of the output's name is whole."""
+        if self._main:
+            self._file.close()
+            os.replace(self._path, self.output)
+            self._place.unlink()
+
+
 def answer_rows(
-    rows: Rows, task, model: loading.LoadedModel, scheduler: Scheduler, writer
+    rows: Rows, task, decoder: TextDecoder, output: Path, source: Mapping
 ) -> dict[str, list[int]]:
-    """Writes each row with its answer; returns the numbers of the rows without one, by reason."""
-    problems: dict[str, list[int]] = {}
-    column = rows.columns.index(_COLUMN.value)
-    writer.writerow([*rows.columns, *ADDED])
+    """Writes each row with its answer; returns the numbers of the rows without one, by reason.
+
+    Every process of a run decodes, one of them writes.
+    """
+    part = Part(output, source)
+    column, width = rows.columns.index(_COLUMN.value), len(rows.columns)
+    journal = Journal(output.with_name(f".{output.name}.answers"), source)
+    if not part.rows:
+        part.write([[*rows.columns, *ADDED]], 0)
     # None: shown in terminals only.
     hidden = None if parallel.is_main_process() else True
-    with tqdm(total=rows.count, desc=task.name, unit="row", disable=hidden) as bar:
-        decode = text_decoder(
-            scheduler, model.tokenizer, model.trainable, model.frozen, progress=bar
-        )
-        stream = iter(rows)
+    begun, first, told = time.monotonic(), part.rows, time.monotonic()
+    with tqdm(total=rows.count, initial=first, desc=task.name, unit="row", disable=hidden) as bar:
+        decode = dataclasses.replace(decoder, progress=bar, journal=journal)
+        stream = itertools.islice(rows, first, None)
         while chunk := list(itertools.islice(stream, CHUNK)):
-            prompts: dict[int, str] = {}
             added: dict[int, list] = {}
             for number, values in chunk:
                 problem = ""
-                prompt = task.prompt(values[column])
-                if not values[column].strip():
+                if not values:
+                    problem = "not readable"
+                elif len(values) != width:
+                    problem = f"not of {width} columns, as the header is"
+                elif not values[column].strip():
                     problem = "empty diagnosis"
-                elif len(encode_prompt(model.tokenizer, prompt)) > scheduler.room:
-                    problem = f"prompt longer than {scheduler.room} tokens"
+                elif not decode.fits(task, values[column]):
+                    problem = f"prompt longer than {decode.scheduler.room} tokens"
                 if problem:
-                    problems.setdefault(problem, []).append(number)
-                    added[number] = ["", "", "", "", problem]
+                    part.problems.setdefault(problem, []).append(number)
+                    added[number] = [""] * (len(ADDED) - 1) + [problem]
                     bar.update()
-                else:
-                    prompts[number] = prompt
-            for number, answer in zip(prompts, decode(list(prompts.values())), strict=True):
+            asked = [(number, values) for number, values in chunk if number not in added]
+            answers = decode(task, [values[column] for _, values in asked])
+            for (number, _), answer in zip(asked, answers, strict=True):
                 parsed = task.parse(answer.text)
-                added[number] = [answer.text, parsed, answer.logprob, answer.finished, ""]
-            writer.writerows([*values, *added[number]] for number, values in chunk)
-    return problems
+                flags_ = (answer.finished, answer.trimmed)
+                added[number] = [answer.text, parsed, answer.logprob, *flags_, ""]
+            lines = [[*(values + [""] * width)[:width], *added[number]] for number, values in chunk]
+            part.write(lines, part.rows + len(chunk))
+            journal.clear()  # they are in the file now
+            now = time.monotonic()
+            if bar.disable and hidden is None and now - told > REPORT_SECONDS:
+                told, rate = now, (part.rows - first) / (now - begun)
+                left = (rows.count - part.rows) / rate
+                print(
+                    f"{part.rows} of {rows.count} rows, {rate:.1f} rows/s, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    part.finish()
+    journal.remove()
+    return part.problems
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ Each section belongs to the module that uses it; what has no other home is defin
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 from radonc_jax.data.batches import BatchConfig
+from radonc_jax.decoding.constrain import CODES
 from radonc_jax.models.attention import BACKENDS
 from radonc_jax.models.decoder import SAVED_NAMES
 from radonc_jax.models.lora import LoRAConfig
@@ -80,8 +81,8 @@ class TrainConfig:
     patience: int
     metric: str
     validation_cases: int
-    attention: str
-    recompute: str
+    attention: str = "auto"
+    recompute: str = "nothing"
 
     def __post_init__(self):
         if self.attention not in ("auto", *BACKENDS):
@@ -102,10 +103,25 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Greedy decoding: rows decoded together, and the longest answer in tokens."""
+    """Greedy decoding.
+
+    Attributes:
+      batch: rows decoded together.
+      max_new_tokens: longest answer, the stop token included.
+      constrained: whether the final evaluation of `train` also lets the models answer from closed
+        sets (modality by its labels, ICD-10-CM by a trie of codes), in folders of their own: "" for
+        no, "table" for the codes of the code table, "cohort" for those of the cohort.
+    """
 
     batch: int
     max_new_tokens: int
+    constrained: str = ""
+
+    def __post_init__(self):
+        if self.constrained not in ("", *CODES):
+            raise ValueError(
+                f"decode.constrained must be one of {('', *CODES)}, not {self.constrained!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,10 @@ def from_mapping(mapping: Mapping) -> Settings:
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):
                 raise ValueError(f"config.{name} must be a section, not {value!r}")
-            _check_keys(f"config.{name}", value, [f.name for f in dataclasses.fields(kind)])
+            known = dataclasses.fields(kind)
+            # Runs from before a key was there can still be read.
+            value = {f.name: f.default for f in known if f.default is not MISSING} | dict(value)
+            _check_keys(f"config.{name}", value, [f.name for f in known])
             value = kind(**value)
         values[name] = value
     return Settings(**values)

@@ -40,6 +40,7 @@ FREE_KEYS = (
     ("train", "attention"),
     ("train", "recompute"),
     ("decode", "batch"),
+    ("decode", "constrained"),
     ("final_evaluation",),
 )
 # Dropout masks are drawn by place in the batch, which these move.

@@ -68,9 +68,9 @@ def train(
     import numpy as np
 
     from radonc_jax import loading, parallel, settings, tracking
-    from radonc_jax.answering import answer_split
+    from radonc_jax.answering import answer_split, constraints, variant
     from radonc_jax.data import batches, cohort
-    from radonc_jax.decoding.scheduler import Scheduler, text_decoder
+    from radonc_jax.decoding.text import TextDecoder
     from radonc_jax.evaluation import run as evaluation
     from radonc_jax.evaluation.report import write_report
     from radonc_jax.models import attention, huggingface, lora
@@ -161,14 +161,14 @@ def train(
     schedule = make_schedule(config.optimizer, steps)
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
     scheduler = None
+
+    def decoder(trainable, frozen, progress=None) -> TextDecoder:
+        over_length = config.batch.over_length
+        return TextDecoder(scheduler, tokenizer, trainable, frozen, over_length, progress)
+
     if generates:
-        scheduler = Scheduler(
-            partition,
-            mesh,
-            batch=config.decode.batch,
-            max_new_tokens=config.decode.max_new_tokens,
-            stops=stops,
-            context=architecture.max_position_embeddings,
+        scheduler = loading.make_scheduler(
+            partition, mesh, architecture, stops, config.decode.batch, config.decode.max_new_tokens
         )
         longest = max(len(e.answer) for split in examples.values() for e in split)
         if longest > config.decode.max_new_tokens:
@@ -177,8 +177,8 @@ def train(
                 f"raise decode.max_new_tokens ({config.decode.max_new_tokens})"
             )
         for split in ("validation", "test") if config.final_evaluation else ("validation",):
-            prompts = [task.prompt(record.diagnosis) for record in records[split] for task in tasks]
-            scheduler.check([batches.encode_prompt(tokenizer, prompt) for prompt in prompts])
+            for task in tasks:
+                decoder(None, None).encode(task, [record.diagnosis for record in records[split]])
 
     if dry_run:
         program = preflight.examine(
@@ -306,9 +306,14 @@ def train(
             )
         if config.train.metric != "loss":
             chosen = records["validation"][: config.train.validation_cases or None]
-            decode = text_decoder(scheduler, tokenizer, trainable, base)
             result = evaluation.evaluate(
-                decode, chosen, tasks, split="validation", model="tuned", output=None, bootstrap=0
+                decoder(trainable, base),
+                chosen,
+                tasks,
+                split="validation",
+                model="tuned",
+                output=None,
+                bootstrap=0,
             )
             for name in ("accuracy", "rouge1", "f1_macro"):
                 scores = [
@@ -407,21 +412,26 @@ def train(
         return
     if config.adapter is None:
         original = loading.load_base(folder, architecture, partition, "float32", mesh)
+    closed = constraints(config, tokenizer) if config.decode.constrained else {}
     for model, number, arrays in (("original", None, original), ("tuned", best, trainable)):
-        answer_split(
-            text_decoder(scheduler, tokenizer, arrays, base, progress=f"{model}, test"),
-            records["test"],
-            tasks,
-            split="test",
-            model=model,
-            output=workdir / "evaluation" / "test" / model,
-            config=config,
-            origin={
-                "step": number,
-                "trained_fingerprint": step.fingerprint(arrays),
-                "base": str(folder),
-            },
-        )
+        origin = {
+            "step": number,
+            "trained_fingerprint": step.fingerprint(arrays),
+            "base_fingerprint": manifest["base_fingerprint_after"],
+            "base": str(folder),
+        }
+        for constrained in [None, closed] if closed else [None]:
+            answer_split(
+                decoder(arrays, base, f"{model}, test"),
+                records["test"],
+                tasks,
+                split="test",
+                model=variant(model, constrained),
+                output=workdir / "evaluation" / "test" / variant(model, constrained),
+                config=config,
+                origin=origin,
+                constrained=constrained,
+            )
     if main_process:
         write_report(workdir, "test")
         print(f"report: {workdir / 'report.html'}")

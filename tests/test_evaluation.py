@@ -19,12 +19,14 @@ RECORDS = [
 
 def generation(text, **fields):
     return SimpleNamespace(
-        **{"text": text, "tokens": [], "logprob": -0.5, "finished": True} | fields
+        **{"text": text, "tokens": [], "logprob": -0.5, "finished": True, "gap": 0.25}
+        | {"trimmed": False, "label_logprobs": None}
+        | fields
     )
 
 
 def answering(texts, **fields):
-    return lambda prompts: [generation(text, **fields) for text in texts]
+    return lambda task, diagnoses: [generation(text, **fields) for text in texts]
 
 
 def evaluate(decode, output=None, task="icd", records=RECORDS, **options):
@@ -35,8 +37,8 @@ def evaluate(decode, output=None, task="icd", records=RECORDS, **options):
 def test_files_follow_the_contract(tmp_path):
     seen = []
 
-    def decode(prompts):
-        seen.extend(prompts)
+    def decode(task, diagnoses):
+        seen.extend(map(task.prompt, diagnoses))
         texts = [" C50.911\n", "no idea", "C50.911"]
         return [generation(text, finished=text != "no idea") for text in texts]
 
@@ -56,6 +58,8 @@ def test_files_follow_the_contract(tmp_path):
         "logprob": -0.5,
         "finished": True,
         "patient_id": "p1",
+        "gap": 0.25,
+        "trimmed": False,
     }
     assert [json.loads(line)["correct"] for line in lines] == [True, False, False]
     assert json.loads(lines[1])["answer"] is None

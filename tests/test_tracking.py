@@ -37,7 +37,7 @@ def with_change(config, key):
 
 
 CONFIG = settings.from_mapping(tiny_icd.get_config().to_dict()).as_dict()
-FREE = {"train.log_every", "decode.batch", "final_evaluation"}
+FREE = {"train.log_every", "decode.batch", "decode.constrained", "final_evaluation"}
 FREE_WITHOUT_DROPOUT = {"batch.microbatches", "mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 

@@ -64,32 +64,36 @@ class Rows:
       columns: its header.
       count: rows below the header.
       layout: how it is read.
+      ragged: rows of another length are given as they are.
     """
 
     path: Path
     columns: list[str]
     count: int
     layout: Layout
+    ragged: bool = False
 
     def __iter__(self) -> Iterator[Row]:
-        rows = read_rows(self.path, self.layout)
+        rows = read_rows(self.path, self.layout, ragged=self.ragged)
         next(rows)
         return rows
 
 
-def open_rows(path: str | Path) -> Rows:
+def open_rows(path: str | Path, *, ragged: bool = False) -> Rows:
     """Reads a file through and checks it.
+
+    Args:
+      path: of the file.
+      ragged: as `read_rows`.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: another kind of file, damaged, not UTF-8, no rows, a column twice, or a row of
+      ValueError: another kind of file, damaged, no text, no rows, a column twice, or a row of
         another length than the header; places are named, never what stands there.
     """
     path = Path(path)
     layout = find_layout(path)
-    if layout.guessed:
-        raise ValueError(f"{path}: not UTF-8; save it as UTF-8")
-    rows = read_rows(path, layout)
+    rows = read_rows(path, layout, ragged=ragged)
     _, columns = next(rows, (1, []))
     repeated = sorted({name for name in columns if columns.count(name) > 1})
     if repeated:
@@ -97,21 +101,28 @@ def open_rows(path: str | Path) -> Rows:
     count = sum(1 for _ in rows)
     if not count:
         raise ValueError(f"{path}: there are no rows below the header")
-    return Rows(path, columns, count, layout)
+    return Rows(path, columns, count, layout, ragged)
 
 
-def read_rows(path: Path, layout: Layout) -> Iterator[Row]:
+def read_rows(path: Path, layout: Layout, *, ragged: bool = False) -> Iterator[Row]:
     """The header, then the rows; every row as long as the header.
+
+    Args:
+      path, layout: of the file.
+      ragged: a row of another length is no error but comes as it is, and a line of a jsonl that
+        is no object comes as an empty row.
 
     Raises:
       ValueError: the file is damaged or a row has another length than the header; places are
         named, never what stands there.
     """
     if layout.kind in (".csv", ".tsv"):
-        return _delimited(path, layout)
+        return _delimited(path, layout, ragged)
     if layout.kind == ".xlsx":
-        return _xlsx(path, layout.sheet)
-    return {"": _dataset, ".parquet": _parquet, ".jsonl": _jsonl}[layout.kind](path)
+        return _xlsx(path, layout.sheet, ragged)
+    if layout.kind == ".jsonl":
+        return _jsonl(path, ragged)
+    return {"": _dataset, ".parquet": _parquet}[layout.kind](path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,7 +334,7 @@ def _find_sheet(path: Path, wanted: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _delimited(path: Path, layout: Layout) -> Iterator[Row]:
+def _delimited(path: Path, layout: Layout, ragged: bool) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     number, width = 0, 0
     with path.open(encoding=layout.encoding, newline="") as file:
@@ -334,7 +345,7 @@ def _delimited(path: Path, layout: Layout) -> Iterator[Row]:
                 if not values:
                     continue  # a blank line is no record
                 width = width or len(values)
-                if len(values) != width:
+                if len(values) != width and not ragged:
                     raise ValueError(
                         f"{path}: row {number} (line {reader.line_num}) has {len(values)} columns, "
                         f"the header has {width}; look for a stray delimiter or quote there"
@@ -365,7 +376,7 @@ def _workbook(path: Path):
         raise _no_workbook(path, error) from None
 
 
-def _xlsx(path: Path, name: str) -> Iterator[Row]:
+def _xlsx(path: Path, name: str, ragged: bool) -> Iterator[Row]:
     workbook = _workbook(path)
     try:
         sheet = workbook[name]
@@ -379,7 +390,7 @@ def _xlsx(path: Path, name: str) -> Iterator[Row]:
             while texts and not texts[-1] and (not width or len(texts) > width):
                 texts.pop()
             width = width or len(texts)
-            if len(texts) > width:
+            if len(texts) > width and not ragged:
                 raise _RowError(
                     f"{path}: row {number} has {len(texts)} columns, the header has {width}; name "
                     "every column in row 1"
@@ -434,17 +445,17 @@ def _dataset(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: not a readable dataset ({type(error).__name__})") from None
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path, ragged: bool) -> Iterator[Row]:
     # Lines may have different keys: the columns are all of them, in order of appearance.
     columns: dict[str, None] = {}
-    for _, record in _json_lines(path):
-        columns |= dict.fromkeys(record)
+    for _, record in _json_lines(path, ragged):
+        columns |= dict.fromkeys(record or ())
     yield 0, list(columns)
-    for number, record in _json_lines(path):
-        yield number, [_text(record.get(name)) for name in columns]
+    for number, record in _json_lines(path, ragged):
+        yield number, [] if record is None else [_text(record.get(name)) for name in columns]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+def _json_lines(path: Path, ragged: bool) -> Iterator[tuple[int, dict | None]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -452,16 +463,25 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
-                if b"\\u" in line:  # json itself lets halves of surrogate pairs through
-                    json.dumps(record, ensure_ascii=False).encode("utf-8")
-            except _RowError as error:
-                raise ValueError(f"{path}: line {number} {error}") from None
-            except (ValueError, RecursionError):  # the message would quote the line
-                raise ValueError(f"{path}: line {number} is not JSON in UTF-8") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: line {number} is not an object of column: value")
-            yield number, record
+                yield number, _json_object(line)
+            except ValueError as error:
+                if not ragged:
+                    raise ValueError(f"{path}: line {number} {error}") from None
+                yield number, None
+
+
+def _json_object(line: bytes) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
+        if b"\\u" in line:  # json itself lets halves of surrogate pairs through
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except _RowError:
+        raise
+    except (ValueError, RecursionError):  # the message would quote the line
+        raise _RowError("is not JSON in UTF-8") from None
+    if not isinstance(record, dict):
+        raise _RowError("is not an object of column: value")
+    return record
 
 
 def _once(pairs: list[tuple]) -> dict:

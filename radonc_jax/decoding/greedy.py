@@ -1,16 +1,26 @@
-"""Greedy decoding: one prefill, then one token a step for all rows over a cache.
+"""Greedy decoding on the device: slots of a cache, filled by prefills and emptied as rows finish.
 
-Everything here is pure and runs inside one `jax.jit`; prompts, batches and text are the business
-of `scheduler`. Axes: B batch, T prompt, M new tokens, S = T + M cache slots, V vocabulary.
+Everything here is pure and runs inside `jax.jit`; which prompt gets which slot, and when, is the
+business of `scheduler`. Axes: B slots, R rows of one prefill, T tokens of a prefill, S positions of
+the cache, M new tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from radonc_jax import parallel
-from radonc_jax.models.decoder import Cache, Decoder
+from radonc_jax.decoding.constrain import Trie, log_total
+from radonc_jax.models.decoder import Cache, Decoder, ModelConfig
+
+# Of a cache of stacked layers [L, B, K, S, H]; one layer's is without the first.
+CACHE_AXES = (None, parallel.BATCH_AXES, "tensor", None, None)
+
+
+# Lengths of caches are multiples of it, see `scheduler.FEWEST_NUMBERS`.
+CACHE_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -21,145 +31,238 @@ class Generation:
       text: the answer as text.
       tokens: its token ids, without the stop token.
       logprob: natural-log probability of the answer, the stop token included; what the model gives
-        to these very tokens, summed in float32.
+        to these very tokens among all of its vocabulary, summed in float32.
       finished: the model stopped by itself; False when it was cut off at `max_new_tokens`.
+      gap: the smallest distance, over the answer's tokens, of the chosen logit from the next best
+        one that could have been chosen: where it is below the rounding of the precision, another
+        device or batch may answer differently. None when there never was a choice.
+      trimmed: the diagnosis was cut, for the prompt did not fit the context.
+      label_logprobs: log-probability of each label where labels were scored, else None.
     """
 
     text: str
     tokens: list[int]
     logprob: float
     finished: bool
+    gap: float | None = None
+    trimmed: bool = False
+    label_logprobs: dict[str, float] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
+class Rows:
     """Where each row stands between two steps. Rows know nothing of each other.
 
     Attributes:
-      cache: keys and values of the prompt and of all tokens up to, not including, `last`.
       last: int32 [B], the newest token, to be run next.
       position: int32 [B], the place of `last` in its row.
       tokens: int32 [B, M], the answer so far; zeros beyond `counts`.
       counts: int32 [B], tokens of the answer so far.
-      logprob: float32 [B].
+      logprob, gap: float32 [B], as `Generation` has them; the gap is infinite without a choice.
       finished: bool [B], a stop token was chosen.
-      done: bool [B], nothing more is wanted: finished, full, or a filler row.
+      done: bool [B], nothing more is wanted: finished, full, or an empty slot.
+      node: int32 [B], place in the trie; 0 without one.
     """
 
-    cache: Cache
     last: jax.Array
     position: jax.Array
     tokens: jax.Array
     counts: jax.Array
     logprob: jax.Array
+    gap: jax.Array
     finished: jax.Array
     done: jax.Array
+    node: jax.Array
 
 
-def choose(state: State, logits: jax.Array, stops: tuple[int, ...]) -> State:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The slots: `cache` holds keys and values of all tokens up to, not including, `rows.last`."""
+
+    cache: Cache
+    rows: Rows
+
+
+def new_rows(position: jax.Array, done: jax.Array, max_new_tokens: int) -> Rows:
+    """Rows without an answer yet; `position` is where the first token of it will stand."""
+    (count,) = position.shape
+    return Rows(
+        last=jnp.zeros(count, jnp.int32),
+        position=position.astype(jnp.int32),
+        tokens=jnp.zeros((count, max_new_tokens), jnp.int32),
+        counts=jnp.zeros(count, jnp.int32),
+        logprob=jnp.zeros(count, jnp.float32),
+        gap=jnp.full(count, jnp.inf, jnp.float32),
+        finished=jnp.zeros(count, bool),
+        done=done,
+        node=jnp.zeros(count, jnp.int32),
+    )
+
+
+def new_cache(
+    config: ModelConfig, dtype, rows: int, length: int, *, by_layer: bool = False
+) -> Cache:
+    """An empty cache [L, rows, K, length, H], or with `by_layer` the tuples of single layers.
+
+    The length is rounded up, and may then exceed the context: no position beyond that is used.
+    """
+    length = -(-length // CACHE_STEP) * CACHE_STEP
+    shape = (rows, config.num_kv_heads, length, config.head_dim)
+
+    def zeros():
+        if by_layer:
+            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        array = jnp.zeros((config.num_layers, *shape), dtype)
+        return parallel.constrain(array, *CACHE_AXES)
+
+    return Cache(zeros(), zeros())
+
+
+def empty(
+    config: ModelConfig, dtype, slots: int, length: int, max_new_tokens: int, by_layer: bool
+) -> State:
+    """Empty slots of `length` positions each, rounded up."""
+    done = jnp.ones(slots, bool)
+    rows = new_rows(jnp.zeros(slots, jnp.int32), done, max_new_tokens)
+    return State(new_cache(config, dtype, slots, length, by_layer=by_layer), rows)
+
+
+def choose(rows: Rows, logits: jax.Array, stops: tuple[int, ...], trie: Trie | None) -> Rows:
     """Takes the likeliest token of each row that is not done.
 
     Args:
-      state: with `position` already that of the token to be chosen.
+      rows: with `position` already that of the token to be chosen.
       logits: float32 [B, V].
       stops: token ids that end an answer.
+      trie: the only answers that may be given; None for any.
     """
-    size = state.tokens.shape[1]
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logprob = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    live = ~state.done
+    size = rows.tokens.shape[1]
+    if trie is None:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = jnp.max(logits, axis=-1)
+        others = jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], -jnp.inf, logits)
+        node = rows.node
+    else:
+        tokens, children, allowed = trie.children(rows.node)
+        scores = jnp.take_along_axis(logits, tokens, axis=-1)
+        scores = jnp.where(allowed, scores, -jnp.inf)
+        pick = jnp.argmax(scores, axis=-1)[:, None]
+        token, node, best = (
+            jnp.take_along_axis(x, pick, axis=-1)[:, 0] for x in (tokens, children, scores)
+        )
+        others = jnp.where(jnp.arange(scores.shape[-1]) == pick, -jnp.inf, scores)
+    logprob = best - log_total(logits)
+    gap = best - jnp.max(others, axis=-1)
+    live = ~rows.done
     stopped = live & jnp.isin(token, jnp.asarray(stops, jnp.int32))
     emitted = live & ~stopped
-    rows = jnp.arange(token.shape[0])
     # Rows that emit nothing write beyond the end, which is dropped.
-    column = jnp.where(emitted, state.counts, size)
-    counts = state.counts + emitted
+    column = jnp.where(emitted, rows.counts, size)
+    counts = rows.counts + emitted
     return replace(
-        state,
-        last=jnp.where(live, token, state.last),
-        tokens=state.tokens.at[rows, column].set(token, mode="drop"),
+        rows,
+        last=jnp.where(live, token, rows.last),
+        tokens=rows.tokens.at[jnp.arange(token.shape[0]), column].set(token, mode="drop"),
         counts=counts,
-        logprob=jnp.where(live, state.logprob + logprob, state.logprob),
-        finished=state.finished | stopped,
-        done=state.done | stopped | (counts == size),
+        logprob=jnp.where(live, rows.logprob + logprob, rows.logprob),
+        gap=jnp.where(live, jnp.minimum(rows.gap, gap), rows.gap),
+        finished=rows.finished | stopped,
+        done=rows.done | stopped | (counts == size),
+        node=jnp.where(live, node, rows.node),
     )
 
 
-def prefill(
+def run_prompts(
     model: Decoder,
+    prefix: Cache | None,
+    prefix_length: jax.Array,
     tokens: jax.Array,
     lengths: jax.Array,
-    *,
-    max_new_tokens: int,
-    stops: tuple[int, ...],
-) -> State:
-    """Runs the prompts and chooses each row's first token; arguments as those of `greedy`."""
-    batch, length = tokens.shape
-    cache = model.init_cache(batch, length + max_new_tokens)
-    heads = (None, parallel.BATCH_AXES, None, "tensor", None)
-    cache = Cache(parallel.constrain(cache.key, *heads), parallel.constrain(cache.value, *heads))
-    # Padding gets a position beyond the cache, so that it is written nowhere.
-    positions = jnp.where(jnp.arange(length) < lengths[:, None], jnp.arange(length), cache.length)
-    # The head is the widest matrix of the model: only the last position of a row needs it.
-    last = jnp.maximum(lengths - 1, 0)
-    hidden, cache = model(tokens, positions, cache=cache, asking=last[:, None])
-    state = State(
-        cache=cache,
-        last=jnp.zeros(batch, jnp.int32),
-        position=lengths.astype(jnp.int32),
-        tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
-        counts=jnp.zeros(batch, jnp.int32),
-        logprob=jnp.zeros(batch, jnp.float32),
-        finished=jnp.zeros(batch, bool),
-        done=lengths == 0,
-    )
-    return choose(state, model.logits(hidden[:, 0]), stops)
+    spare: int = 0,
+) -> tuple[jax.Array, Cache]:
+    """Runs prompts whose beginning may have been run before.
 
-
-def advance(model: Decoder, state: State, stops: tuple[int, ...]) -> State:
-    """One step: runs `last` of every row and chooses the next token of those not done."""
-    hidden, cache = model(state.last[:, None], state.position[:, None], cache=state.cache)
-    position = jnp.where(state.done, state.position, state.position + 1)
-    state = replace(state, cache=cache, position=position)
-    return choose(state, model.logits(hidden[:, 0]), stops)
-
-
-def greedy(
-    model: Decoder,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    *,
-    max_new_tokens: int,
-    stops: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The likeliest next token of every row, again and again, until all rows are done.
-
-    Padding is known by `lengths` alone: any token id may stand anywhere in a prompt. A row's
-    answer does not depend on what the other rows hold.
+    Padding is known by `lengths` alone: any token id may stand anywhere in a prompt.
 
     Args:
       model: with dropout off.
-      tokens: int [B, T], prompts padded on the right with any id.
-      lengths: int [B], tokens of each prompt; 0 marks a filler row, which emits nothing.
-      max_new_tokens: M, at least 1; a stop token counts, so a row that ends itself in time has at
-        most M - 1 tokens before it.
-      stops: token ids that end an answer; empty to always go on to the end.
+      prefix: keys and values [L, rows, K, P, H] of the beginning that all prompts share, any rows
+        of which are alike; None when there is none.
+      prefix_length: int32 [], tokens of it; what its cache holds beyond them is never seen.
+      tokens: int [R, T], what follows the beginning, padded on the right with any id.
+      lengths: int [R], tokens that are no padding; 0 marks a filler row.
+      spare: further positions of the cache to be returned.
 
     Returns:
-      tokens int32 [B, M] (without stop tokens, zeros beyond `counts`), counts int32 [B],
-      logprob float32 [B] (sum over the chosen tokens, the stop token included) and finished
-      bool [B] (a stop token was chosen).
-
-    Raises:
-      ValueError: T + M exceeds the model's context, or M is below 1.
+      logits float32 [R, V] after each row's last token, and the cache [L, R, K, S, H], S at least
+      P + T + spare.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    state = prefill(model, tokens, lengths, max_new_tokens=max_new_tokens, stops=stops)
-    state = jax.lax.while_loop(
-        lambda state: ~jnp.all(state.done),
-        lambda state: advance(model, state, stops),
-        state,
+    rows, width = tokens.shape
+    begun = 0 if prefix is None else prefix.length
+    cache = new_cache(model.config, model.dtype, rows, begun + width + spare)
+    if prefix is not None:
+
+        def begin(array, shared):
+            copies = jnp.broadcast_to(shared[:, :1], (*array.shape[:3], begun, array.shape[-1]))
+            return array.at[:, :, :, :begun].set(copies)
+
+        cache = Cache(begin(cache.key, prefix.key), begin(cache.value, prefix.value))
+    places = jnp.arange(width)
+    # Padding gets a position beyond the cache, so that it is written nowhere.
+    positions = jnp.where(places < lengths[:, None], prefix_length + places, cache.length)
+    # The head is the widest matrix of the model: only the last position of a row needs it.
+    last = jnp.maximum(lengths - 1, 0)
+    hidden, cache = model(tokens, positions, cache=cache, asking=last[:, None])
+    return model.logits(hidden[:, 0]), cache
+
+
+def admit(
+    model: Decoder,
+    state: State,
+    prefix: Cache | None,
+    prefix_length: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    slots: jax.Array,
+    stops: tuple[int, ...],
+    trie: Trie | None,
+) -> State:
+    """Runs R prompts, chooses their first tokens and puts them into slots; `run_prompts` has the
+    arguments. `slots` is int [R], each another one; beyond the slots for filler rows."""
+    logits, cache = run_prompts(model, prefix, prefix_length, tokens, lengths)
+    rows = new_rows(prefix_length + lengths, lengths == 0, state.rows.tokens.shape[1])
+    rows = choose(rows, logits, stops, trie)
+
+    length = min(cache.length, state.cache.length)  # what is cut off is rounding
+
+    def place(all_slots, new):
+        if isinstance(all_slots, tuple):  # of single layers
+            return tuple(
+                layer.at[slots, :, :length].set(new[number, :, :, :length], mode="drop")
+                for number, layer in enumerate(all_slots)
+            )
+        return all_slots.at[:, slots, :, :length].set(new[:, :, :, :length], mode="drop")
+
+    return State(
+        Cache(place(state.cache.key, cache.key), place(state.cache.value, cache.value)),
+        jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state.rows, rows),
     )
-    return state.tokens, state.counts, state.logprob, state.finished
+
+
+def advance(
+    model: Decoder, blocks, state: State, stops: tuple[int, ...], trie: Trie | None
+) -> State:
+    """One step: runs `last` of every row and chooses the next token of those not done."""
+    rows = state.rows
+    hidden, cache = model(
+        rows.last[:, None], rows.position[:, None], cache=state.cache, blocks=blocks
+    )
+    rows = replace(rows, position=jnp.where(rows.done, rows.position, rows.position + 1))
+    return State(cache, choose(rows, model.logits(hidden[:, 0]), stops, trie))
+
+
+def decode(step: Callable[[State], State], state: State, free: jax.Array) -> State:
+    """Steps until at least `free` slots have nothing more to do."""
+    return jax.lax.while_loop(lambda state: jnp.sum(state.rows.done) < free, step, state)

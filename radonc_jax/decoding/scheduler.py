@@ -1,44 +1,67 @@
-"""From prompts of any number and length to full batches of few shapes, and back in order.
+"""From prompts of any number and length to full slots of few shapes, and back.
 
-The host's half of decoding. Prompts of like length are decoded together, so that little of a batch
-is padding, and lengths are rounded up to a few sizes, each of which is compiled once.
+The host's half of decoding. A cache of fixed slots lives on the devices. Prompts of like length are
+run together into free slots, then all slots go on token by token until enough of them are free
+again: a row that ends early makes room for the next prompt at once. Lengths are rounded up to a few
+sizes, each of which is compiled once.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from radonc_jax import parallel
-from radonc_jax.data.batches import encode_prompt
-from radonc_jax.decoding.greedy import Generation, greedy
+from radonc_jax.decoding import constrain, greedy
+from radonc_jax.models.decoder import Cache
 from radonc_jax.models.lora import Partition
 
-LENGTH_STEP = 32
+LENGTH_STEP = 16
+# Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
+# is left for cost little.
+PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
+# A row's float32 numbers are the same to the last bit, whatever rows are beside it and however
+# many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment, which the
+# tests repeat) that is so with at least two rows, of at least 4096 numbers together wherever a
+# row's own are reduced, and with keys in multiples of 64.
+FEWEST_ROWS, FEWEST_NUMBERS = 2, 4096
+
+
+class Answer(NamedTuple):
+    """What `greedy.Generation` has of one prompt, without the text."""
+
+    tokens: list[int]
+    logprob: float
+    finished: bool
+    gap: float | None
 
 
 def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 32, or of a sixteenth of the next power of two.
+    """`length` rounded up to a multiple of 16, or of an eighth of the next power of two.
 
-    Below 256 tokens padding costs at most 31 tokens, above it at most an eighth, with eight shapes
-    for each doubling.
+    Four shapes for each doubling beyond 64 tokens: compiling one more costs seconds, on average
+    padding costs a twelfth.
     """
-    step = max(LENGTH_STEP, 2 ** (length - 1).bit_length() // 16) if length else LENGTH_STEP
+    step = max(LENGTH_STEP, (1 << (max(length, 1) - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 
 class Scheduler:
     """Decodes lists of prompts with one model on one mesh.
 
-    Keep one and call it again: each length bucket is compiled at its first use only.
+    Keep one and call it again: each shape is compiled at its first use only.
 
     Args:
       partition: the model without its arrays.
-      mesh: the arrays' mesh; the rows of a batch are spread over its data and fsdp axes.
-      batch: rows decoded together, rounded up to what the mesh divides.
+      mesh: the arrays' mesh; the slots are spread over its data and fsdp axes.
+      batch: slots, so rows decoded together; rounded up to what the mesh divides, and to the few
+        rows with which a row's numbers depend on no other.
       max_new_tokens: longest answer, the stop token included.
       stops: token ids that end an answer.
       context: positions that the model has (`max_position_embeddings`).
@@ -67,20 +90,84 @@ class Scheduler:
                 f"decode.max_new_tokens ({max_new_tokens}) leaves no room for a prompt in the "
                 f"model's context of {context}: choose a smaller one"
             )
-        shards = int(np.prod([mesh.shape[axis] for axis in parallel.BATCH_AXES]))
         self.mesh = mesh
-        self.batch = -(-batch // shards) * shards
+        self._shards = int(np.prod([mesh.shape[axis] for axis in parallel.BATCH_AXES]))
+        shapes = partition.merge(partition.trainable, partition.frozen)
+        self._architecture = (shapes.config, shapes.dtype)
+        device = mesh.devices.flat[0]
+        # On the host itself a layer's weights can be read where they lie in the stack; elsewhere
+        # the scan picks them by index.
+        self._by_layer = mesh.size == 1 and device.platform == "cpu"
+        self._fewest = FEWEST_ROWS
+        if self._by_layer:
+            sizes = (shapes.config.hidden_size, shapes.config.num_heads * greedy.CACHE_STEP)
+            self._fewest = max(FEWEST_ROWS, -(-FEWEST_NUMBERS // min(sizes)))
+        self.batch = self._spread(batch)
         self.max_new_tokens = max_new_tokens
         self.context = context
-        stops = tuple(int(stop) for stop in stops)
+        self.stops = tuple(int(stop) for stop in stops)
+        self._partition = partition
+        self._prefill_tokens = PREFILL_TOKENS.get(device.platform, PREFILL_TOKENS["gpu"])
+        self._compile()
 
-        def decode(trainable, frozen, tokens, lengths):
+    def _spread(self, rows: int) -> int:
+        return max(-(-rows // self._shards), self._fewest) * self._shards
+
+    def _compile(self) -> None:
+        partition, stops, by_layer = self._partition, self.stops, self._by_layer
+        whole = parallel.replicated(self.mesh)
+
+        def sharded(axes):
+            return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+        cache = sharded(greedy.CACHE_AXES[by_layer:])
+        placed = greedy.State(Cache(cache, cache), sharded((parallel.BATCH_AXES,)))
+
+        def empty(model_config, dtype, length):
+            return greedy.empty(
+                model_config, dtype, self.batch, length, self.max_new_tokens, by_layer
+            )
+
+        def begin(trainable, frozen, tokens, lengths):
             model = partition.merge(trainable, frozen)
-            return greedy(model, tokens, lengths, max_new_tokens=max_new_tokens, stops=stops)
+            cache = greedy.new_cache(model.config, model.dtype, *tokens.shape)
+            places = jnp.arange(tokens.shape[1])
+            positions = jnp.where(places < lengths[:, None], places, cache.length)
+            _, cache = model(tokens, positions, cache=cache, asking=lengths[:, None] - 1)
+            return jax.tree.map(lambda x: x[:, :, :, : tokens.shape[1]], cache)
 
-        # Weights are arguments: as constants they would be copied into every compiled shape.
-        # Answers come back whole to every process, which then all know the same.
-        self._decode = jax.jit(decode, out_shardings=parallel.replicated(mesh))
+        def admit(trainable, frozen, state, prefix, prefix_length, tokens, lengths, slots, trie):
+            model = partition.merge(trainable, frozen)
+            return greedy.admit(
+                model, state, prefix, prefix_length, tokens, lengths, slots, stops, trie
+            )
+
+        def decode(weights, state, free, trie):
+            # Each layer's weights make a model of that one layer; what is no layer they share.
+            models = [partition.merge(*pair) for pair in weights]
+            blocks = [model.layers for model in models] if by_layer else None
+            state = greedy.decode(
+                lambda state: greedy.advance(models[0], blocks, state, stops, trie), state, free
+            )
+            return state, state.rows
+
+        def score(trainable, frozen, prefix, prefix_length, tokens, lengths, labels, label_lengths):
+            model = partition.merge(trainable, frozen)
+            logits, cache = greedy.run_prompts(
+                model, prefix, prefix_length, tokens, lengths, spare=labels.shape[1]
+            )
+            return constrain.score_labels(
+                model, logits, cache, prefix_length + lengths, labels, label_lengths
+            )
+
+        # Weights are arguments: as constants they would be copied into every compiled shape. The
+        # slots are donated, so that the cache stays where it is. What the host reads comes whole to
+        # every process, which then all know the same.
+        self._empty = jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
+        self._begin = jax.jit(begin)
+        self._admit = jax.jit(admit, donate_argnums=2, out_shardings=placed)
+        self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(placed, whole))
+        self._score = jax.jit(score, out_shardings=whole)
 
     @property
     def room(self) -> int:
@@ -111,78 +198,214 @@ class Scheduler:
         frozen,
         prompts: Sequence[Sequence[int]],
         *,
+        prefix: Sequence[int] = (),
+        trie: constrain.Trie | None = None,
         progress: str | tqdm | None = None,
-    ) -> list[tuple[list[int], float, bool]]:
+    ) -> list[Answer]:
+        """Decodes every prompt; as `stream`, in the order of the prompts.
+
+        Args:
+          progress: name of a progress bar, or the caller's own, which is moved on by each
+            answer; None for no bar.
+        """
+        results: list = [None] * len(prompts)
+        with progress_bar(progress, len(prompts)) as bar:
+            for number, answer in self.stream(trainable, frozen, prompts, prefix=prefix, trie=trie):
+                results[number] = answer
+                bar.update()
+        return results
+
+    def stream(
+        self,
+        trainable,
+        frozen,
+        prompts: Sequence[Sequence[int]],
+        *,
+        prefix: Sequence[int] = (),
+        trie: constrain.Trie | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
         """Decodes every prompt; in a run of several processes all of them call it alike.
 
         Args:
           trainable, frozen: the arrays of `partition`, placed on the mesh.
           prompts: token ids, each beginning with BOS where the model wants one.
-          progress: name of a progress bar, or the caller's own, which is moved on by each
-            answer; None for no bar.
+          prefix: token ids with which many prompts begin: they are run once. It is given and not
+            found out, so that a prompt's numbers do not depend on which others are there.
+          trie: the only answers that may be given, each ending in a stop token; None for any.
 
-        Returns:
-          (tokens without the stop token, logprob, finished) for each prompt, in order.
+        Yields:
+          (number of the prompt, its answer), as the answers finish.
 
         Raises:
           ValueError: as `check`.
         """
         self.check(prompts)
-        results: list = [None] * len(prompts)
-        # Longest first: if memory does not suffice, that shows at once.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        if isinstance(progress, tqdm):
-            own = contextlib.nullcontext(progress)
-        else:
-            # None: shown in terminals only.
-            disable = None if progress and parallel.is_main_process() else True
-            own = tqdm(total=len(prompts), desc=progress, unit="case", disable=disable)
-        with own as bar, jax.set_mesh(self.mesh):
-            for start in range(0, len(order), self.batch):
-                chosen = order[start : start + self.batch]
-                rows = self._decode_rows(trainable, frozen, [prompts[i] for i in chosen])
-                for i, row in zip(chosen, rows, strict=True):
-                    results[i] = row
-                bar.update(len(chosen))
-        return results
+        if not prompts:
+            return
+        groups, begun = self._groups(prompts, prefix)
+        needed = [max(len(prompts[i]) for i in group) + self.max_new_tokens for group, *_ in groups]
+        needed += [width + begun * shared for _, shared, _, width in groups]
+        with jax.set_mesh(self.mesh):
+            started = self._prefix(trainable, frozen, prefix if begun else ())
+            weights = self._weights(trainable, frozen)
+            state = self._empty(*self._architecture, padded_length(max(needed)))
+        free, held = list(range(self.batch)), {}
+        while groups or held:
+            with jax.set_mesh(self.mesh):
+                while groups and len(groups[0][0]) <= len(free):
+                    group, shared, rows, width = groups.popleft()
+                    slots = [free.pop() for _ in group]
+                    held |= dict(zip(slots, group, strict=True))
+                    given = self._rows(prompts, group, len(prefix) * shared, rows, width)
+                    slots += [self.batch] * (rows - len(slots))
+                    state = self._admit(
+                        trainable,
+                        frozen,
+                        state,
+                        *(started if shared else (None, np.int32(0))),
+                        *given,
+                        np.asarray(slots, np.int32),
+                        trie,
+                    )
+                # Until the next group fits, or to the end.
+                wanted = len(groups[0][0]) if groups else self.batch
+                state, rows = self._decode(weights, state, np.int32(wanted), trie)
+                rows = jax.device_get(rows)
+            for slot in [slot for slot in held if rows.done[slot]]:
+                free.append(slot)
+                gap = float(rows.gap[slot])
+                yield (
+                    held.pop(slot),
+                    Answer(
+                        rows.tokens[slot, : rows.counts[slot]].tolist(),
+                        float(rows.logprob[slot]),
+                        bool(rows.finished[slot]),
+                        gap if np.isfinite(gap) else None,
+                    ),
+                )
 
-    def _decode_rows(self, trainable, frozen, prompts):
-        """One batch, filled up with empty rows at its end."""
-        longest = max(len(prompt) for prompt in prompts)
-        width = min(padded_length(longest), self.room)
-        tokens = np.zeros((self.batch, width), np.int32)
-        lengths = np.zeros(self.batch, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-        tokens, lengths = parallel.put((tokens, lengths), self.mesh, parallel.BATCH_AXES)
-        output = self._decode(trainable, frozen, tokens, lengths)
-        answers, counts, logprobs, finished = jax.device_get(output)
-        return [
-            (answers[row, : counts[row]].tolist(), float(logprobs[row]), bool(finished[row]))
-            for row in range(len(prompts))
-        ]
+    def score(
+        self,
+        trainable,
+        frozen,
+        prompts: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+        *,
+        prefix: Sequence[int] = (),
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Log-probability of each label after each prompt, without any decoding.
 
+        Args:
+          trainable, frozen, prompts, prefix: as those of `stream`.
+          labels: token ids, each with its stop token.
 
-def text_decoder(
-    scheduler: Scheduler, tokenizer, trainable, frozen, *, progress: str | tqdm | None = None
-) -> Callable[[Sequence[str]], list[Generation]]:
-    """The scheduler as a function of texts: prompts in, answers out, in order.
+        Yields:
+          (number of the prompt, a value a label).
 
-    Prompts are encoded as for training (`data.batches.encode_prompt`).
-    """
-
-    def decode(prompts: Sequence[str]) -> list[Generation]:
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        answers = scheduler(trainable, frozen, encoded, progress=progress)
-        return [
-            Generation(
-                text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-                tokens=tokens,
-                logprob=logprob,
-                finished=finished,
+        Raises:
+          ValueError: as `check`, or a label is longer than `max_new_tokens`.
+        """
+        self.check(prompts)
+        if max(len(label) for label in labels) > self.max_new_tokens:
+            raise ValueError(
+                f"the longest label has {max(len(label) for label in labels)} tokens: raise "
+                f"decode.max_new_tokens ({self.max_new_tokens})"
             )
-            for tokens, logprob, finished in answers
-        ]
+        if not prompts:
+            return
+        lengths = np.asarray([len(label) for label in labels], np.int32)
+        padded = np.zeros((len(labels), lengths.max()), np.int32)
+        for row, label in enumerate(labels):
+            padded[row, : len(label)] = label
+        groups, begun = self._groups(prompts, prefix)
+        with jax.set_mesh(self.mesh):
+            started = self._prefix(trainable, frozen, prefix if begun else ())
+        for group, shared, rows, width in groups:
+            with jax.set_mesh(self.mesh):
+                values = self._score(
+                    trainable,
+                    frozen,
+                    *(started if shared else (None, np.int32(0))),
+                    *self._rows(prompts, group, len(prefix) * shared, rows, width),
+                    padded,
+                    lengths,
+                )
+                values = jax.device_get(values)
+            for number, row in zip(group, values, strict=False):  # filler rows are the last
+                yield number, [float(value) for value in row]
 
-    return decode
+    def _groups(self, prompts, prefix) -> tuple[deque, int]:
+        """What is run together: (prompt numbers, begins with the prefix, rows, width), longest
+        first, so that it shows at once if memory does not suffice; and the prefix's padded length.
+
+        Padding is at most what the rounding of `padded_length` and the last group leave.
+        """
+        prefix = list(prefix)
+        shared = [
+            bool(prefix) and len(p) > len(prefix) and list(p[: len(prefix)]) == prefix
+            for p in prompts
+        ]
+        left = [len(p) - len(prefix) * s for p, s in zip(prompts, shared, strict=True)]
+        order = deque(sorted(range(len(prompts)), key=lambda i: (not shared[i], -left[i])))
+        groups = deque()
+        while order:
+            first = order[0]
+            width = padded_length(left[first])
+            rows = min(self._spread(self._prefill_tokens // width), self.batch)
+            group = []
+            while order and len(group) < rows and shared[order[0]] == shared[first]:
+                group.append(order.popleft())
+            groups.append((group, shared[first], rows, width))
+        return groups, padded_length(len(prefix)) if any(shared) else 0
+
+    def _rows(self, prompts, group, begun: int, rows: int, width: int):
+        """Tokens [rows, width] and lengths [rows] of a group on the mesh, filler rows last."""
+        tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+        for row, number in enumerate(group):
+            rest = prompts[number][begun:]
+            tokens[row, : len(rest)] = rest
+            lengths[row] = len(rest)
+        return parallel.put((tokens, lengths), self.mesh, parallel.BATCH_AXES)
+
+    def _prefix(self, trainable, frozen, prefix) -> tuple[Cache | None, np.int32]:
+        """(keys and values of the prefix, its length), or (None, 0) without one."""
+        if not prefix:
+            return None, np.int32(0)
+        rows = np.zeros((self._shards, padded_length(len(prefix))), np.int32)
+        rows[:, : len(prefix)] = prefix
+        lengths = np.full(len(rows), len(prefix), np.int32)
+        rows, lengths = parallel.put((rows, lengths), self.mesh, parallel.BATCH_AXES)
+        return self._begin(trainable, frozen, rows, lengths), np.int32(len(prefix))
+
+    def _weights(self, trainable, frozen) -> list[tuple]:
+        """The arrays as `decode` takes them: one pair, or a pair for each layer.
+
+        A layer's weights are no copies: they lie in the stack's own memory.
+        """
+        if not self._by_layer:
+            return [(trainable, frozen)]
+        count = self._architecture[0].num_layers
+
+        def views(path, array):
+            if not parallel.path_name(path).startswith("layers/"):
+                return (array,) * count
+            if array.dtype == jnp.bfloat16:  # numpy has no views of foreign memory of this kind
+                return tuple(array)
+            stack = np.from_dlpack(array)
+            return tuple(jax.device_put(stack[layer], may_alias=True) for layer in range(count))
+
+        layers = []
+        for tree in (trainable, frozen):
+            leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+            columns = zip(*(views(*leaf) for leaf in leaves), strict=True)
+            layers.append([structure.unflatten(column) for column in columns] or [tree] * count)
+        return list(zip(*layers, strict=True))
+
+
+def progress_bar(progress: str | tqdm | None, total: int):
+    """A bar of that name for terminals, nothing without a name, or the caller's own bar."""
+    if isinstance(progress, tqdm):
+        return contextlib.nullcontext(progress)
+    # None: shown in terminals only.
+    disable = None if progress and parallel.is_main_process() else True
+    return tqdm(total=total, desc=progress, unit="case", disable=disable)

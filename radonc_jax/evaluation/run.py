@@ -18,8 +18,10 @@ PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
 MODELS = ("original", "tuned")
 # Further ways in which a run's models may answer, each in a folder of its name: constrained
-# decoding, and the original model with examples of the training split in its prompt.
-VARIANTS = ("original_examples", "original_constrained", "tuned_constrained")
+# decoding, and the original model with examples of the training split in its prompt. The answers
+# of MODELS are free, and comparable with the paper.
+CONSTRAINED = "_constrained"
+VARIANTS = ("original_examples", *(model + CONSTRAINED for model in MODELS))
 
 
 class Generation(Protocol):
@@ -29,10 +31,13 @@ class Generation(Protocol):
     tokens: list[int]
     logprob: float
     finished: bool
+    gap: float | None
+    trimmed: bool
+    label_logprobs: dict[str, float] | None
 
 
 def evaluate(
-    decode: Callable[[list[str]], list[Generation]],
+    decode: Callable[[Task, list[str]], list[Generation]],
     records: Sequence[Record],
     tasks: Sequence[Task],
     *,
@@ -46,7 +51,7 @@ def evaluate(
     """Lets a model answer every task for every record, and scores the answers.
 
     Args:
-      decode: prompts -> generations, in the same order.
+      decode: a task and diagnoses -> generations, in the same order.
       split: name of the split, written into the metrics.
       model: one of MODELS or VARIANTS.
       output: folder for predictions.jsonl and metrics.json, or None to write nothing.
@@ -83,10 +88,10 @@ def evaluate(
 
 
 def _answer(
-    decode: Callable[[list[str]], list[Generation]], records: Sequence[Record], task: Task
+    decode: Callable[[Task, list[str]], list[Generation]], records: Sequence[Record], task: Task
 ) -> list[dict]:
     prompts = [task.prompt(record.diagnosis) for record in records]
-    generations = decode(prompts)
+    generations = decode(task, [record.diagnosis for record in records])
     if len(generations) != len(prompts):
         raise ValueError(
             f"task {task.name}: the decoder returned {len(generations)} answers to "
@@ -106,6 +111,15 @@ def _answer(
             prompt_sha256=hashlib.sha256(prompt.encode()).hexdigest(),
             logprob=float(generation.logprob),
             finished=bool(generation.finished),
+        )
+        | {
+            "gap": generation.gap,
+            "trimmed": generation.trimmed,
+        }
+        | (
+            {}
+            if generation.label_logprobs is None
+            else {"label_logprobs": generation.label_logprobs}
         )
         for record, prompt, generation in zip(records, prompts, generations, strict=True)
     ]

@@ -145,24 +145,30 @@ def attention_mask(
     return mask
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible) -> jax.Array:
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible, *, ordered: bool = False
+) -> jax.Array:
     """Scaled dot-product attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245).
 
     Args:
       query: [B, T, N, H].
       key, value: [B, S, K, H] with N a multiple of K.
       visible: from `see`; a query that may see nothing gets a meaningless but finite output.
+      ordered: with "xla", sums over keys are those of `ordered_sum`.
 
     Returns:
       [B, T, N, H] in the dtype of `query`, under the checkpoint name "attention".
     """
     if visible.config.backend == "splash":
         return _splash(query, key, value, visible)
-    backend = _cudnn if visible.config.backend == "cudnn" else _xla
-    return checkpoint_name(backend(query, key, value, visible), "attention")
+    if visible.config.backend == "cudnn":
+        output = _cudnn(query, key, value, visible)
+    else:
+        output = _xla(query, key, value, visible, ordered)
+    return checkpoint_name(output, "attention")
 
 
-def _xla(query, key, value, visible: Visible) -> jax.Array:
+def _xla(query, key, value, visible: Visible, ordered: bool = False) -> jax.Array:
     """Scores and softmax are float32 whatever the input is."""
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
@@ -179,7 +185,11 @@ def _xla(query, key, value, visible: Visible) -> jax.Array:
     scores = scores.reshape(batch, num_kv_heads, groups, length, -1) * head_dim**-0.5
     mask = visible.mask[:, None, None, :, :]
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if ordered:
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        weights = (weights / ordered_sum(weights)).astype(value.dtype)
+    else:
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, num_kv_heads, groups * length, -1)
     output = jnp.einsum("BKTS,BKSH->BKTH", weights, value, precision=precision)
     output = output.reshape(batch, num_kv_heads, groups, length, head_dim)
@@ -257,6 +267,19 @@ def _splash(query, key, value, visible: Visible) -> jax.Array:
             on_device, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
         )
     return on_device(query, key, value, visible.segments)
+
+
+def ordered_sum(x: jax.Array) -> jax.Array:
+    """Sum over the last axis, which stays with size one; zeros at its end do not change a bit.
+
+    As a matrix product, because XLA's CPU reductions add in an order that depends on how many rows
+    there are, and its products do not: in float32 a row's sum is the same beside any others.
+    """
+    if x.dtype != jnp.float32:
+        return jnp.sum(x, axis=-1, keepdims=True)
+    ones = jnp.ones((x.shape[-1], 8), x.dtype)  # one column would be a product of another kind
+    sums = jnp.einsum("...S,SO->...O", x, ones, precision=jax.lax.Precision.HIGHEST)
+    return sums[..., :1]
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:

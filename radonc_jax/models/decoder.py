@@ -11,6 +11,7 @@ and decodes (cache in, cache out). The model knows nothing of adapters: `lora.in
 `Linear` modules from outside.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -19,7 +20,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from radonc_jax import parallel
-from radonc_jax.models.attention import AttentionConfig, attend, matmul_precision, see
+from radonc_jax.models.attention import (
+    AttentionConfig,
+    attend,
+    matmul_precision,
+    ordered_sum,
+    see,
+)
 
 # What the backward pass keeps per layer, by how much it may compute again. "nothing": no matrix
 # product with the weights runs twice. "mlp": gate and up do, which are two thirds of what is kept.
@@ -89,14 +96,39 @@ class ModelConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers: each [L, B, S, K, H]; slot s of a row holds position s."""
+    """Keys and values; slot s of a row holds position s.
 
-    key: jax.Array
-    value: jax.Array
+    Heads stand before slots, so that neither product of the attention has to transpose them.
+
+    Attributes:
+      key, value: of all layers, each [L, B, K, S, H]; or tuples of L arrays [B, K, S, H], which
+        `Decoder.__call__` needs to run layers that are not stacked; within a layer one of these.
+    """
+
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
 
     @property
     def length(self) -> int:
-        return self.key.shape[2]
+        return jax.tree.leaves(self.key)[0].shape[-2]
+
+    def write(self, layer, positions, key, value) -> "Cache":
+        """Puts keys and values [B, T, K, H] at positions [B, T]; those beyond the end are dropped.
+
+        `layer` is an index into stacked layers, None within one layer.
+        """
+        rows = jnp.arange(positions.shape[0])[:, None]
+        at = (rows, slice(None), positions)
+        at = at if layer is None else (layer, *at)
+        return Cache(
+            self.key.at[at].set(key.astype(self.key.dtype)),
+            self.value.at[at].set(value.astype(self.value.dtype)),
+        )
+
+    def read(self, layer, dtype) -> tuple[jax.Array, jax.Array]:
+        """(keys, values) of a layer, each [B, S, K, H]."""
+        pair = (self.key, self.value) if layer is None else (self.key[layer], self.value[layer])
+        return tuple(x.transpose(0, 2, 1, 3).astype(dtype) for x in pair)
 
 
 @dataclass(frozen=True)
@@ -145,9 +177,13 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((size,) if layers is None else (layers, size)))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, ordered: bool = False) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if ordered and x.dtype == jnp.float32:
+            mean = ordered_sum(x32 * x32) / x.shape[-1]
+        else:
+            mean = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(mean + self.eps)
         return self.scale[...].astype(x.dtype) * x32.astype(x.dtype)
 
 
@@ -210,13 +246,9 @@ class Attention(nnx.Module):
         query = checkpoint_name(apply_rope(query, *rope), "query")
         value = checkpoint_name(value, "value")
         if cache is not None:
-            rows = jnp.arange(batch)[:, None]
-            cache = Cache(
-                cache.key.at[layer, rows, positions].set(key.astype(cache.key.dtype)),
-                cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype)),
-            )
-            key, value = cache.key[layer].astype(x.dtype), cache.value[layer].astype(x.dtype)
-        output = attend(query, key, value, visible)
+            cache = cache.write(layer, positions, key, value)
+            key, value = cache.read(layer, x.dtype)
+        output = attend(query, key, value, visible, ordered=cache is not None)
         return self.o_proj(output.reshape(batch, length, self.num_heads * self.head_dim)), cache
 
 
@@ -244,12 +276,12 @@ class Block(nnx.Module):
         self.mlp = MLP(c, rngs=rngs)
 
     def __call__(self, x, rope, positions, visible, cache=None, layer=None, asking=None):
-        attended, cache = self.self_attn(
-            self.input_layernorm(x), rope, positions, visible, cache, layer, asking
-        )
+        ordered = cache is not None  # an answer must not depend on what else is decoded
+        normed = self.input_layernorm(x, ordered=ordered)
+        attended, cache = self.self_attn(normed, rope, positions, visible, cache, layer, asking)
         x = x if asking is None else pick(x, asking)
         x = checkpoint_name(x + attended, "residual")
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x, ordered=ordered))
         return parallel.constrain(x, parallel.BATCH_AXES, None, None), cache
 
 
@@ -287,6 +319,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         asking: jax.Array | None = None,
+        blocks: Sequence[Block] | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the layers.
 
@@ -298,6 +331,8 @@ class Decoder(nnx.Module):
           cache: from `init_cache` or an earlier call.
           asking: int [B, M], positions in the row at which the output is wanted; None for all.
             The last layer then computes its queries, output and MLP there only.
+          blocks: the layers one by one, to be run instead of the stacked ones, in a plain loop and
+            with a cache of tuples: nothing is then taken out of a stack.
 
         Returns:
           hidden states [B, T or M, D] after the final norm, for `logits`; the new cache.
@@ -319,6 +354,15 @@ class Decoder(nnx.Module):
         packed = segment_ids is not None
         attention = self.execution.attention if packed else AttentionConfig()
         visible = see(positions, key_positions, segment_ids, config.sliding_window, attention)
+        if blocks is not None:
+            pairs = []
+            for block, *pair in zip(blocks, cache.key, cache.value, strict=True):
+                last = asking if block is blocks[-1] else None
+                x, one = block(x, rope, positions, visible, Cache(*pair), None, last)
+                pairs.append((one.key, one.value))
+            return self.norm(x, ordered=True), Cache(
+                *(tuple(side) for side in zip(*pairs, strict=True))
+            )
         # Weights are picked by index, because slicing all layers but the last off the stack would
         # copy it; whatever else a layer holds (adapters) is small and sliced.
         graph, weights, rest = nnx.split(self.layers, nnx.Param, ...)
@@ -349,7 +393,7 @@ class Decoder(nnx.Module):
         inputs = (jnp.arange(last), jax.tree.map(lambda stack: stack[:last], rest))
         carry, _ = jax.lax.scan(run_layer, (x, cache), inputs)
         x, cache = run_last(carry, jax.tree.map(lambda stack: stack[last], rest))
-        return self.norm(x), cache
+        return self.norm(x, ordered=cache is not None), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
@@ -370,5 +414,5 @@ class Decoder(nnx.Module):
                 f"a cache of {length} positions was asked for, but the model's context "
                 f"(max_position_embeddings) ends at {c.max_position_embeddings}"
             )
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))

@@ -104,7 +104,7 @@ def differs_in_side_alone(code: str, other: str) -> bool:
 
 
 @functools.cache
-def _leaves() -> list[str]:
+def leaves() -> list[str]:
     """Every leaf, sorted: what begins alike lies together."""
     return sorted(code for code in _table().get_all_codes(with_dots=True) if is_leaf(code))
 
@@ -124,9 +124,10 @@ def other_side(code: str) -> str | None:
 
 def _below(prefix: str) -> list[str]:
     """The leaves that begin with `prefix`, itself included; two binary searches."""
-    leaves = _leaves()
+    sorted_leaves = leaves()
     # No code holds a character beyond "Z", so all that begins with `prefix` sorts below prefix~.
-    return leaves[bisect.bisect_left(leaves, prefix) : bisect.bisect_left(leaves, f"{prefix}~")]
+    first, last = (bisect.bisect_left(sorted_leaves, text) for text in (prefix, f"{prefix}~"))
+    return sorted_leaves[first:last]
 
 
 def nearest_valid(code: str, n: int = 3) -> list[str]:
