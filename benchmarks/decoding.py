@@ -38,10 +38,9 @@ SIZES = {
                num_key_value_heads=8, intermediate_size=14336),
 }  # fmt: skip
 MEDIAN, SHARED, NEW = 250, 130, 64  # tokens of a prompt, of its instruction, and of an answer
-# Ours free, ours as people would compare at the same batch, and ours without the shared beginning.
-WAYS = ("ours", "ours, no shared prefix", "generate 1", "generate 32", "generate 128",
-        "generate 32, static cache", "generate_batch", "ours, bfloat16")  # fmt: skip
-FEW = {"generate 1": 8, "ours, bfloat16": 24}  # cases of what would take minutes
+WAYS = ("ours", "ours without shared prefix", "generate 1", "generate 32", "generate 128",
+        "generate 32 static cache", "generate_batch", "ours bfloat16")  # fmt: skip
+FEW = {"generate 1": 8, "ours bfloat16": 24}  # cases of what would take minutes
 
 
 def main(argv):
@@ -64,7 +63,11 @@ def main(argv):
         ways = _WAYS.value or WAYS
         for turn in range(_TURNS.value):
             for way in ways:
-                once = way in FEW or way not in ("ours", "generate 32", "ours, no shared prefix")
+                once = way in FEW or way not in (
+                    "ours",
+                    "generate 32",
+                    "ours without shared prefix",
+                )
                 if turn and once:
                     continue
                 command = [sys.executable, __file__, f"--way={way}", f"--folder={folder}"]
@@ -190,7 +193,7 @@ def ours(way, folder, prompts, shared, stops):
     def scheduler(batch):
         return loading.make_scheduler(partition, mesh, config, tuple(stops), batch, NEW)
 
-    prefix = () if "no shared" in way else shared
+    prefix = () if "without shared" in way else shared
     decode = scheduler(batch)
 
     def run(decode):
@@ -301,7 +304,7 @@ def theirs(way, folder, prompts, shared, stops):
             for i, (_, output) in zip(chosen, numbered, strict=True):
                 answers[i] = cut(list(output.generated_tokens))
     else:
-        batch = int(way.split()[1].rstrip(","))
+        batch = int(way.split()[1])
         more = {"cache_implementation": "static"} if "static" in way else {}
 
         def run(chosen):

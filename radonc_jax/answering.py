@@ -50,12 +50,7 @@ def constraints(config: Settings, tokenizer, codes: str = "") -> dict[str, Const
         constraint = constrain_task(tokenizer, task, allowed)
         if constraint is None:
             continue
-        longest = constraint.trie.depth if constraint.trie else max(map(len, constraint.label_ids))
-        if longest > config.decode.max_new_tokens:
-            raise ValueError(
-                f"task {task.name}: the longest allowed answer has {longest} tokens: raise "
-                f"decode.max_new_tokens ({config.decode.max_new_tokens})"
-            )
+        constraint.check(config.decode.max_new_tokens)
         found[task.name] = constraint
     return found
 

@@ -110,9 +110,12 @@ def main():
     if _CONSTRAINED.value:
         codes = icd.leaves() if task.name == "icd" else []
         constraints = {task.name: constrain_task(model.tokenizer, task, codes)}
+    longest = decode_config.max_new_tokens if _NEW.value is None else _NEW.value
+    for constraint in constraints.values():
+        constraint.check(longest)
     scheduler = model.scheduler(
         decode_config.batch if _BATCH.value is None else _BATCH.value,
-        decode_config.max_new_tokens if _NEW.value is None else _NEW.value,
+        longest,
     )
     decoder = TextDecoder(
         scheduler,

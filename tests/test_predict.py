@@ -3,9 +3,13 @@
 import csv
 import json
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,6 +24,7 @@ from configs import common
 from radonc_jax.data.rows import open_rows
 from radonc_jax.models import huggingface, lora
 from radonc_jax.tasks import TASKS
+from radonc_jax.tasks.icd import is_leaf
 from radonc_jax.training.checkpoint import Checkpoints, Progress
 from radonc_jax.training.step import TrainState
 
@@ -146,6 +151,80 @@ def test_model_with_adapter_and_another_column(place, tmp_path):
         assert row["answer"].split() == generation.text.split()
 
 
+def test_killed_at_any_moment_it_goes_on_and_the_file_is_the_same(place, tmp_path):
+    rng = random.Random(0)
+    words = "left right breast prostate lung T1 T2 N0 node".split()
+    cases = [{"diagnosis": " ".join(rng.choices(words, k=1 + i % 7))} for i in range(100)]
+    write_csv(tmp_path / "cases.csv", cases)
+
+    def start(output, adapter=("--adapter={place}/run",)):
+        # Small chunks, so that there are moments to be killed at.
+        code = "from radonc_jax import command, predict; predict.CHUNK = 40;"
+        options = [f"--model={place}/base", "--dtype=float32"]
+        options += [option.format(place=place) for option in adapter]
+        options += ["--task=icd", f"--input={tmp_path}/cases.csv", f"--output={output}"]
+        return subprocess.Popen(
+            [sys.executable, "-c", code + "command.run(predict.main)"]
+            + [*options, "--max_new_tokens=12", "--batch=2"],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    quiet, killed = tmp_path / "quiet.csv", tmp_path / "killed.csv"
+    assert start(quiet).wait() == 0
+    journal, place_file = tmp_path / ".killed.csv.answers", tmp_path / ".killed.csv.place.json"
+
+    def rows():
+        return json.loads(place_file.read_text())["rows"] if place_file.exists() else 0
+
+    # In the first chunk, with some of its answers given; then in a later one.
+    for far_enough in (lambda: journal.exists() and journal.stat().st_size, lambda: rows() > 40):
+        process = start(killed)
+        while process.poll() is None and not far_enough():
+            time.sleep(0.002)
+        time.sleep(rng.random() / 20)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not killed.exists()
+    assert rows() > 0
+    # Another model, here without the adapter, inherits nothing of it.
+    other = tmp_path / "other.csv"
+    for name in (".part", ".place.json", ".answers"):
+        shutil.copy(tmp_path / f".killed.csv{name}", tmp_path / f".other.csv{name}")
+    assert start(other, ()).wait() == 0
+    assert other.read_bytes() != quiet.read_bytes()
+    assert start(killed).wait() == 0
+    assert killed.read_bytes() == quiet.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cases.csv",
+        "killed.csv",
+        "other.csv",
+        "quiet.csv",
+    ]
+
+
+def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
+    """And Windows-1252, which `prepare` reads, is read."""
+    path = tmp_path / "cases.csv"
+    path.write_bytes("id,diagnosis\n1,Prostata, groß\n2,Brustkrebs, €\n3,übel\n".encode("cp1252"))
+    output = tmp_path / "answers.csv"
+    options = [f"--workdir={place}/run", f"--input={path}", f"--output={output}", "--constrained"]
+    code, out, err = predict(*options, "--max_new_tokens=12")
+    assert code == 0, err
+    rows = read(output)
+    assert [row["id"] for row in rows] == ["1", "2", "3"]
+    assert [row["problem"] for row in rows] == ["not of 2 columns, as the header is"] * 2 + [""]
+    assert rows[2]["diagnosis"] == "übel" and is_leaf(rows[2]["answer"])
+    assert "1 of 3 rows answered" in out and ": row 2, 3" in err and "Windows-1252" in err
+    assert "Prostata" not in out + err
+    bad = tmp_path / "cases.jsonl"
+    bad.write_text('{"diagnosis": "lung"}\n["no"]\n{"diagnosis": "skin"\n')
+    rows = list(open_rows(bad, ragged=True))
+    assert rows == [(1, ["lung"]), (2, []), (3, [])]
+
+
 ERRORS = [
     (["--output={new}"], "give either --workdir"),
     (["--workdir={run}", "--model={base}", "--output={new}"], "give either --workdir"),
@@ -162,6 +241,7 @@ ERRORS = [
     (["--workdir={run}", "--output={new}", "--input={place}/x.csv"], "x.csv: no such file"),
     (["--workdir={run}", "--output={new}", "--max_new_tokens=512"], "leaves no room"),
     (["--workdir={run}", "--output={new}", "--batch=0"], "must be at least 1"),
+    (["--workdir={run}", "--output={new}", "--constrained"], "allowed has 9 tokens: raise"),
     (["--workdir={run}", "--output={new}", "stray"], "unexpected argument 'stray'"),
 ]
 # The command's own `main` again and again, because starting Python anew takes seconds.

@@ -138,12 +138,26 @@ def test_a_merged_export_tells_what_merging_costs(quiet, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluate_answers_as_the_run_itself_did(quiet, workspace, tmp_path):
+def test_evaluate_answers_as_the_run_itself_did_even_if_it_is_killed(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(quiet[0], workdir)
     shutil.rmtree(workdir / "evaluation")
     (workdir / "report.json").unlink()
+    journal = workdir / "evaluation/test/tuned/.answers.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "radonc_jax.evaluate", f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=command_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (journal.parent / "predictions.jsonl").exists()
     run_command("evaluate", f"--workdir={workdir}")
+    assert not journal.exists()
     assert not (workdir / "report.json").exists()  # one model alone is no comparison
     run_command("evaluate", f"--workdir={workdir}", "--model=original")
     for model in ("original", "tuned"):

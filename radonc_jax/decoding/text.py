@@ -58,6 +58,15 @@ class Constraint:
     trie: Trie | None
     digest: str
 
+    def check(self, max_new_tokens: int) -> None:
+        """ValueError if an answer would be cut off."""
+        longest = self.trie.depth if self.trie else max(map(len, self.label_ids))
+        if longest > max_new_tokens:
+            raise ValueError(
+                f"the longest answer that is allowed has {longest} tokens: raise max_new_tokens "
+                f"({max_new_tokens})"
+            )
+
 
 def constrain_task(tokenizer, task: Task, codes: Sequence[str]) -> Constraint | None:
     """Modality by scoring its labels, ICD-10-CM by a trie of codes; None for free text.
