@@ -54,16 +54,17 @@ def cohort(tmp_path_factory):
 def answer(workdir, cohort, model, share, *, task="icd", split="test", seed=3):
     records = load_records(cohort, split)
     rng = np.random.default_rng(seed)
-    remaining = list(select(task))
 
-    def decode(prompts):
-        current = remaining.pop(0)
+    def decode(current, diagnoses):
         return [
             SimpleNamespace(
                 text=current.answer(record) if rng.random() < share else "none that is known",
                 tokens=[],
                 logprob=float(-rng.random()),
                 finished=True,
+                gap=None,
+                trimmed=False,
+                label_logprobs=None,
             )
             for record in records
         ]
