@@ -19,7 +19,9 @@ from conftest import ROOT, command_environment, run_command
 import radonc_jax
 from radonc_jax import loading
 from radonc_jax.data import batches, cohort
+from radonc_jax.evaluation import run as evaluation
 from radonc_jax.tasks import select
+from radonc_jax.tasks.icd import is_leaf
 
 SHORT = (
     "--config.train.steps=6",  # more than an epoch, which takes five
@@ -61,7 +63,13 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
             "case_id task prompt_sha256 output answer reference correct rouge1 logprob finished"
         )
         assert set(fields.split()) <= set(lines[0])
-    assert not list(workdir.rglob("*.partial"))
+    # The small configs ask for answers from closed sets as well, which lie apart.
+    for model in ("original_constrained", "tuned_constrained"):
+        path = workdir / "evaluation" / "test" / model / "predictions.jsonl"
+        (answers,) = evaluation.read_predictions(path).values()
+        assert all(is_leaf(line["answer"]) and line["finished"] for line in answers)
+        assert len(answers) == len(lines)
+    assert not list(workdir.rglob("*.partial")) + list(workdir.rglob(".answers.jsonl"))
     manifest = json.loads((workdir / "manifest.json").read_text())
     assert manifest["base_fingerprint_before"] == manifest["base_fingerprint_after"]
     assert manifest["base"]["sha256"].keys() >= {"config.json", "model.safetensors"}
