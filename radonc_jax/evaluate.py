@@ -184,7 +184,12 @@ def answer(
     )
     if with_robustness:
         rates = robustness.probe_tasks(
-            decode, records, tasks, output, write=parallel.is_main_process(), seed=config.seed
+            lambda task, texts: decode([task.prompt(text) for text in texts]),
+            records,
+            tasks,
+            output,
+            write=parallel.is_main_process(),
+            seed=config.seed,
         )
     if not parallel.is_main_process():
         return

@@ -85,7 +85,7 @@ RECORDS = [
 ]
 
 
-def read_side(prompts):
+def read_side(_, prompts):
     """A model that reads the side and nothing else."""
     return [
         SimpleNamespace(text="C50.911" if "right" in p.casefold() or "Rt " in p else "C50.912")
@@ -93,14 +93,14 @@ def read_side(prompts):
     ]
 
 
-def always_right(prompts):
+def always_right(_, prompts):
     """A model that reads nothing."""
     return [SimpleNamespace(text="C50.911")] * len(prompts)
 
 
 def answers(decode):
     task = TASKS["icd"]
-    generations = decode([task.prompt(record.diagnosis) for record in RECORDS])
+    generations = decode(task, [record.diagnosis for record in RECORDS])
     return [
         {"case_id": record.case_id, "answer": task.parse(generation.text)}
         for record, generation in zip(RECORDS, generations, strict=True)
@@ -123,9 +123,9 @@ def test_a_model_that_reads_passes_and_one_that_does_not_fails_the_flip():
 
 def test_texts_are_changed_alike_whatever_the_order_of_the_cases():
     def recording(seen):
-        def decode(prompts):
+        def decode(task, prompts):
             seen.append(sorted(prompts))
-            return always_right(prompts)
+            return always_right(task, prompts)
 
         return decode
 
@@ -142,7 +142,7 @@ def test_unreadable_answers_are_left_out_and_missing_ones_refused():
     with pytest.raises(ValueError, match="12 cases have no answer to their own text, such as c0"):
         robustness.probe(always_right, RECORDS, TASKS["icd"], [])
     with pytest.raises(ValueError, match="returned 1 answers to"):
-        robustness.probe(lambda _: [1], RECORDS, TASKS["icd"], answers(always_right))
+        robustness.probe(lambda *_: [1], RECORDS, TASKS["icd"], answers(always_right))
 
 
 def test_files_hold_no_text(tmp_path):

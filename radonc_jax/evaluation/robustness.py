@@ -149,7 +149,7 @@ def _generator(seed: int, case_id: str, perturbation: str) -> np.random.Generato
 
 
 def probe(
-    decode: Callable[[list[str]], list],
+    decode: Callable[[Task, list[str]], list],
     records: Sequence[Record],
     task: Task,
     predictions: Sequence[Mapping],
@@ -160,7 +160,8 @@ def probe(
     """Lets a model answer the changed texts of one task.
 
     Args:
-      decode: prompts -> generations, in the same order; the very decoder of `predictions`.
+      decode: a task and diagnoses -> generations, in the same order; the very decoder of
+        `predictions`.
       records: the cases; those whose answer could not be read are left out, for there is nothing to
         hold the new answer against.
       predictions: the model's answers to the texts as they are.
@@ -180,7 +181,7 @@ def probe(
             f"task {task.name}: {len(missing)} cases have no answer to their own text, such as "
             f"{', '.join(missing[:3])}; evaluate the split first"
         )
-    asked, prompts = [], []
+    asked, texts = [], []
     for name, change in PERTURBATIONS.items():
         for record in records:
             answer = given[record.case_id]
@@ -190,12 +191,12 @@ def probe(
             text = change(record.diagnosis, _generator(seed, record.case_id, name))
             if text is not None:
                 asked.append((name, record, wanted))
-                prompts.append(task.prompt(text))
-    generations = decode(prompts) if prompts else []
-    if len(generations) != len(prompts):
+                texts.append(text)
+    generations = decode(task, texts) if texts else []
+    if len(generations) != len(texts):
         raise ValueError(
             f"task {task.name}: the decoder returned {len(generations)} answers to "
-            f"{len(prompts)} prompts"
+            f"{len(texts)} texts"
         )
     cases = [
         {
@@ -236,7 +237,7 @@ def _same(task: Task, answer: str | None, wanted: str) -> bool:
 
 
 def probe_tasks(
-    decode: Callable[[list[str]], list],
+    decode: Callable[[Task, list[str]], list],
     records: Sequence[Record],
     tasks: Sequence[Task],
     folder: Path,
