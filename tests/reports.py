@@ -46,16 +46,17 @@ def make_run(workdir, cohort, task="icd", right=(0.3, 0.8), name="base/model"):
     records = load_records(cohort, "test")
     for model, share in zip(run.MODELS, right, strict=True):
         rng = np.random.default_rng(3)
-        remaining = list(select(task))
 
-        def decode(prompts, share=share, rng=rng, remaining=remaining):
-            current = remaining.pop(0)
+        def decode(current, diagnoses, share=share, rng=rng):
             return [
                 SimpleNamespace(
                     text=current.answer(record) if rng.random() < share else f"{NASTY} wrong",
                     tokens=[],
                     logprob=-1.0,
                     finished=True,
+                    gap=None,
+                    trimmed=False,
+                    label_logprobs=None,
                 )
                 for record in records
             ]

@@ -69,6 +69,16 @@ def test_regimen_fields_by_hand():
     }
 
 
+def test_a_field_that_the_answer_invents_costs_precision_and_not_recall():
+    plain = "Prostate, 60 Gy in 20 fractions, VMAT"
+    boosted = f"{plain} + boost 10 Gy in 5 fractions"
+    given = predictions("regimen", [(boosted, plain), (boosted, boosted), (plain, plain)])
+    boost = regimens.assess({"tuned": given}, bootstrap=0)["fields"]["boost"]
+    assert boost["n"] == 1 and boost["tuned"]["value"] == 1
+    assert boost["tuned"]["precision"] == 1 / 2
+    assert boost["tuned"]["f1"] == pytest.approx(2 / 3)
+
+
 def test_lenient_accuracy_takes_equivalent_doses_and_nothing_else():
     result = assessed(bootstrap=0)
     assert result["strict"]["tuned"]["value"] == 1 / 6

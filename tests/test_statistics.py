@@ -146,6 +146,9 @@ def test_weights_draw_every_patient_equally_whatever_the_chunks(monkeypatch):
     chunks = list(draw.weights())
     assert len(chunks) == 72
     np.testing.assert_array_equal(np.concatenate(chunks), weights)
+    # Nor does it matter whether draws are kept for the next use.
+    monkeypatch.setattr(statistics, "_KEPT_ENTRIES", 0)
+    np.testing.assert_array_equal(np.concatenate(list(draw.weights())), weights)
 
 
 def test_bootstrap_means_are_those_of_the_drawn_cases():

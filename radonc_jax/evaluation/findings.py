@@ -86,10 +86,10 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is no run folder")
     predictions, metrics, provenance = {}, {}, {}
-    for model in (*MODELS, *VARIANTS):
+    for model in VARIANTS:
         folder = workdir / "evaluation" / split / model
         if not (folder / PREDICTIONS).is_file() or not (folder / METRICS).is_file():
-            if model in VARIANTS:
+            if model not in MODELS:
                 continue
             raise FileNotFoundError(
                 f"{workdir}: no predictions of the {model} model on split {split!r}; run "
@@ -272,7 +272,7 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         "model": run.provenance.get("model"),
         "original": metrics["original"],
         "tuned": metrics["tuned"],
-        "variants": {variant: metrics[variant] for variant in VARIANTS if variant in metrics},
+        "variants": {name: metrics[name] for name in metrics if name not in MODELS},
         "tests": compare_models(models["original"], models["tuned"], **options),
         "baselines": None
         if baselines is None

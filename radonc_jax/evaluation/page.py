@@ -193,7 +193,7 @@ def _found(report: Mapping, drawer: Drawer) -> str:
             shown = join(
                 [
                     score_cell(best[1]["accuracy"]),
-                    Html(f"<small>{escape(name_of(best[0]))}</small>"),
+                    Html(f'<small class="name">{escape(name_of(best[0]))}</small>'),
                 ]
             )
         rows.append(
@@ -582,6 +582,7 @@ def _tripod(source: Source, name: str, several: bool) -> str:
         ],
         texts=4,
         wrap=True,
+        stack=True,
     )
     return (
         f"{head}<p>{filled} of {len(rows)} lines are filled; the others are for people.</p>{table}"

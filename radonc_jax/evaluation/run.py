@@ -17,11 +17,9 @@ from radonc_jax.tasks import Record, Task
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
 MODELS = ("original", "tuned")
-# Further ways in which a run's models may answer, each in a folder of its name: constrained
-# decoding, and the original model with examples of the training split in its prompt. The answers
-# of MODELS are free, and comparable with the paper.
+# Each in a folder of its own: the answers of MODELS are free, and comparable with the paper.
 CONSTRAINED = "_constrained"
-VARIANTS = ("original_examples", *(model + CONSTRAINED for model in MODELS))
+VARIANTS = (*MODELS, *(model + CONSTRAINED for model in MODELS), "original_examples")
 
 
 class Generation(Protocol):
@@ -53,7 +51,7 @@ def evaluate(
     Args:
       decode: a task and diagnoses -> generations, in the same order.
       split: name of the split, written into the metrics.
-      model: one of MODELS or VARIANTS.
+      model: one of VARIANTS.
       output: folder for predictions.jsonl and metrics.json, or None to write nothing.
       ceiling: best reachable accuracy by task name, where known (synthetic cohorts).
       bootstrap: resamples for the 95 % intervals; 0 is for quick scores inside the training loop.
@@ -66,8 +64,8 @@ def evaluate(
       ValueError: no records, a case id twice, a decoder that returns another number of answers or
         a log-probability that is not finite.
     """
-    if model not in (*MODELS, *VARIANTS):
-        raise ValueError(f"model is {model!r}; it must be one of {', '.join((*MODELS, *VARIANTS))}")
+    if model not in VARIANTS:
+        raise ValueError(f"model is {model!r}; it must be one of {', '.join(VARIANTS)}")
     if not records:
         raise ValueError(f"split {split!r} has no cases; nothing can be evaluated")
     predictions, scores = [], {}

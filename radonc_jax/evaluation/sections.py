@@ -24,6 +24,7 @@ from radonc_jax.evaluation.run import MODELS
 SHOWN_ERRORS = 12  # regimens with the right words and a wrong dose; the explorer has them all
 WIDEST_MATRIX = 12  # classes of a confusion matrix that is shown whole
 SHOWN_CONFUSIONS = 15
+SMALL = Html("&lt; 11")
 
 
 def task_parts(
@@ -112,7 +113,8 @@ def _icd(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
     if details.get("valid_leaf"):
         rows.append(("A code that can be billed", _pair(details["valid_leaf"])))
     hierarchical = details.get("hierarchical") or {}
-    rows += [(f"Hierarchical {name}", _pair(values)) for name, values in hierarchical.items()]
+    names = {"precision": "precision", "recall": "recall", "f1": "F1"}
+    rows += [(f"Hierarchical {names[key]}", _pair(v)) for key, v in hierarchical.items()]
     if rows:
         figure = drawer(
             figures.draw_rows(rows, "share"),
@@ -124,7 +126,8 @@ def _icd(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
     errors = details.get("errors") or {}
     if errors:
         body = [
-            [_words(kind), *(plain_cell(counts.get(model)) for model in MODELS)]
+            # A count that the published form hides is small.
+            [_words(kind), *(SMALL if (n := counts[m]) is None else plain_cell(n) for m in MODELS)]
             for kind, counts in errors.items()
         ]
         heads = ["Error", "Original", "Tuned"]
@@ -175,6 +178,7 @@ def _errors(entry: Mapping, details: Mapping, texts: Texts | None) -> str:
         [texts.error(entry["run"], case) for case in listed[:SHOWN_ERRORS]],
         texts=3,
         wrap=True,
+        stack=True,
     )
 
 
@@ -188,7 +192,7 @@ def _confusion(entry: Mapping) -> str:
 
         def cell(n: int | None) -> Html:
             if n is None:
-                return Html("<span>&lt; 11</span>")
+                return Html(f"<span>{SMALL}</span>")
             return Html(f'<span style="--share:{n / most:.3f}">{n:,}</span>')
 
         rows = [[labels[i], *map(cell, row)] for i, row in enumerate(matrix)]

@@ -4,6 +4,7 @@ Cases of one patient are not independent, so the bootstrap draws patients and ta
 cases. No function returns NaN: where nothing differs, the result is defined and documented.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -12,6 +13,21 @@ from scipy import stats
 
 LEVEL = 0.95
 _CHUNK_ENTRIES = 4_000_000  # weights held at once: 32 MB
+_KEPT_ENTRIES = 200_000_000  # draws kept from one use to the next, at most: 400 MB
+
+
+def _draw(rng: np.random.Generator, count: int, rows: int) -> np.ndarray:
+    """How often each of `count` patients is drawn: uint16 [rows, count]."""
+    drawn = np.empty((rows, count), dtype=np.uint16)
+    for row in drawn:
+        row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+    return drawn
+
+
+# The scores and tests of a report all draw from the same patients with the same seed.
+@functools.lru_cache(maxsize=2)
+def _kept_draws(count: int, resamples: int, seed: int) -> np.ndarray:
+    return _draw(np.random.default_rng(seed), count, resamples)
 
 
 class PatientBootstrap:
@@ -36,14 +52,16 @@ class PatientBootstrap:
         Yields float64 [chunk, P]; each row sums to P. The draws depend on the number of patients
         and the seed alone, not on the chunking.
         """
+        chunk = max(1, _CHUNK_ENTRIES // self.count)
+        if self.resamples * self.count <= _KEPT_ENTRIES:
+            drawn = _kept_draws(self.count, self.resamples, self.seed)
+            for start in range(0, self.resamples, chunk):
+                yield drawn[start : start + chunk].astype(np.float64)
+            return
         rng = np.random.default_rng(self.seed)
-        count = self.count
-        chunk = max(1, _CHUNK_ENTRIES // count)
         for start in range(0, self.resamples, chunk):
             rows = min(chunk, self.resamples - start)
-            yield np.stack(
-                [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(rows)]
-            ).astype(np.float64)
+            yield _draw(rng, self.count, rows).astype(np.float64)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sums within each patient: `values` [N, M] -> [P, M]."""
