@@ -597,3 +597,19 @@ def test_answers_are_kept_as_they_finish_and_never_taken_from_another_source(mis
     assert sorted(path.read_bytes().splitlines()) == sorted(content.splitlines())
     assert decode(texts, {"adapter": "another"}) == quiet
     assert ran == [4, 2, 1, 6]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_answers_as_its_slow_reference(mistral, kind, tmp_path):
+    mistral.torch_model.save_pretrained(tmp_path)
+    partition = lora.partition(mistral.config, None, jnp.float32, kind)
+    weights = weight_files.load_weights(
+        tmp_path,
+        partition.trainable,
+        shardings(partition.trainable, one_device()),
+        jnp.float32,
+        mistral.config.num_layers,
+    )
+    model = Tiny(mistral.torch_model, mistral.config, partition, weights, partition.frozen)
+    prompts = ragged_prompts(8, seed=19)
+    assert answers(model.decode(prompts)) == [model.slow_greedy(prompt) for prompt in prompts]
