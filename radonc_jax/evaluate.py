@@ -5,6 +5,7 @@
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --model=original --examples=5
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --constrained=table
     python -m radonc_jax.evaluate --workdir=runs/mistral_icd --robustness
+    python -m radonc_jax.evaluate --workdir=runs/mistral_icd --base=/models/Mistral-7B-v0.1
     python -m radonc_jax.evaluate --config=configs/mistral_icd.py [--output=original]
 
 With a run folder the answers go into it, and its report is written anew once both models have
@@ -12,10 +13,12 @@ answered. A killed evaluation, started again, goes on with the answers that it h
 shows the original model that many training cases with their answers in each prompt. With
 --constrained the answers come from closed sets (modality: its four labels, each scored; icd: the
 codes of the code table, or of the cohort). Both lie in folders of their own. --robustness lets a
-run's model answer changed texts too. With a config alone the original model answers, and its
-scores are printed; --output names a folder for its answers.
+run's model answer changed texts too. A run's folder that has travelled is enough, with the base:
+it holds a copy of its cohort, and --base says where the base lies here. With a config alone the
+original model answers, and its scores are printed; --output names a folder for its answers.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -45,6 +48,9 @@ _ROBUSTNESS = flags.DEFINE_bool(
 )
 _CONSTRAINED = flags.DEFINE_enum(
     "constrained", "", ["", *CODES], "Answers from closed sets; where the ICD-10-CM codes are from."
+)
+_BASE = flags.DEFINE_string(
+    "base", None, "With --workdir: the base's folder here, where it is not the config's."
 )
 _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model answers.")
 
@@ -96,6 +102,11 @@ def evaluate_run(
     parallel.initialize()
     parallel.quiet_third_parties()
     config = loading.read_settings(workdir)
+    config = replace(
+        config,
+        cohort=str(cohort.of_run(config.cohort, workdir)),
+        model=config.model if _BASE.value is None else _BASE.value,
+    )
     check_answers(config)
     loading.check_origin(workdir, {"cohort": tracking.cohort_sha256(config.cohort)})
     records = cohort.load_records(config.cohort, split)
@@ -106,7 +117,7 @@ def evaluate_run(
     if model == "original":
         loaded = loading.load_original(config, mesh, workdir)
     else:
-        loaded = loading.load_run(workdir, step, mesh)
+        loaded = loading.load_run(workdir, step, mesh, model=config.model)
     if examples:
         model = "original_examples"
     constrained = evaluation.CONSTRAINED if _CONSTRAINED.value else ""

@@ -219,21 +219,29 @@ def read_settings(workdir: str | Path) -> settings.Settings:
     return settings.from_mapping(json.loads(path.read_text(encoding="utf-8")))
 
 
-def load_run(workdir: str | Path, step: str | int = "best", mesh: Mesh | None = None):
+def load_run(
+    workdir: str | Path,
+    step: str | int = "best",
+    mesh: Mesh | None = None,
+    model: str | None = None,
+):
     """The tuned model of a run folder, with the settings of the run.
 
     Args:
       workdir: of `train`.
       step: "best", "latest" or a checkpoint's number.
       mesh: None for all devices along `data`.
+      model: the base's folder or hub id; None for the one in the run's settings.
 
     Raises:
       FileNotFoundError: no run there, no such checkpoint, or its base is gone.
+      ValueError: the base is another one than that of the run.
     """
     config = read_settings(workdir)
+    model = config.model if model is None else model
     mesh = default_mesh() if mesh is None else mesh
     number = checkpoint.find_step(workdir, step)  # before the base is read: that takes long
-    folder = huggingface.resolve(config.model, workdir)
+    folder = huggingface.resolve(model, workdir)
     architecture = huggingface.read_config(folder)
     compute = huggingface.as_dtype(config.precision.compute)
     partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
@@ -245,7 +253,7 @@ def load_run(workdir: str | Path, step: str | int = "best", mesh: Mesh | None = 
             workdir,
             {"base_fingerprint_before": step_module.fingerprint(frozen)}
             if config.precision.quantized is None
-            else {"base": base_origin(config.model, folder, parallel.is_main_process())},
+            else {"base": base_origin(model, folder, parallel.is_main_process())},
         )
     _, trainable = checkpoint.restore_trainable(
         workdir, partition.trainable, parallel.shardings(partition.trainable, mesh), number
@@ -260,6 +268,9 @@ def load_original(
 ) -> LoadedModel:
     """The untuned model of a config, or of the run in `workdir`: its base, without an adapter."""
     folder = huggingface.resolve(config.model, workdir)
+    if workdir is not None:
+        main = parallel.is_main_process()
+        check_origin(workdir, {"base": base_origin(config.model, folder, main)})
     architecture = huggingface.read_config(folder)
     precision = config.precision
     compute = huggingface.as_dtype(precision.compute)
@@ -300,11 +311,12 @@ def check_origin(workdir: str | Path, now: dict) -> None:
     if not path.is_file():
         return
     then = json.loads(path.read_text(encoding="utf-8"))
-    # The same base may lie elsewhere now.
-    then, now = (
-        side | {"base": (side["base"] or {}).get("sha256")} if "base" in side else side
-        for side in (then, now)
-    )
+    # The same base and cohort may lie elsewhere now.
+    for key, name in (("base", "sha256"), ("cohort", "manifest_sha256")):
+        then, now = (
+            side | {key: (side[key] or {}).get(name)} if key in side else side
+            for side in (then, now)
+        )
     changed = [key for key, value in now.items() if value is not None and then.get(key) != value]
     if changed:
         raise ValueError(

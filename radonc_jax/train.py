@@ -241,6 +241,8 @@ def train(
             compared = compared | {"base_fingerprint_before": None}
         loading.check_origin(workdir, compared)
     run = tracking.Run(workdir, config.as_dict(), main=main_process)
+    if main_process:
+        cohort.keep_copy(config.cohort, workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
     restored = checkpoints.restore_newest(shapes, placements)
     if restored is not None:

@@ -183,6 +183,38 @@ def test_evaluate_answers_as_the_run_itself_did_even_if_it_is_killed(quiet, work
 
 
 @pytest.mark.slow
+def test_a_run_folder_and_the_base_are_enough_on_another_machine(quiet, workspace, tmp_path):
+    """What the settings name is not there: the cohort's copy and --base stand in."""
+    workdir, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(quiet[0], workdir)
+    shutil.copytree(workspace.model, base)
+    shutil.rmtree(workdir / "evaluation")
+    config = json.loads((workdir / "config.json").read_text())
+    config |= {"cohort": "/nowhere/cohort", "model": "/nowhere/model"}
+    (workdir / "config.json").write_text(json.dumps(config))
+    for model in ("original", "tuned"):
+        run_command("evaluate", f"--workdir={workdir}", f"--base={base}", f"--model={model}")
+        ours, theirs = (
+            folder / "evaluation" / "test" / model / "predictions.jsonl"
+            for folder in (workdir, quiet[0])
+        )
+        assert ours.read_bytes() == theirs.read_bytes()
+    ours, theirs = (json.loads((f / "report.json").read_text()) for f in (workdir, quiet[0]))
+    for name in ("tests", "baselines", "tuned"):
+        assert ours["tasks"]["icd"][name] == theirs["tasks"]["icd"][name]
+    # Another base, or another cohort in the copy's place, is refused.
+    path = base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    result = run_command("evaluate", f"--workdir={workdir}", f"--base={base}", check=False)
+    assert result.returncode == 1 and "base_fingerprint_before differ" in last_line(result)
+    (workdir / "cohort" / "manifest.json").write_text("{}")
+    result = run_command("evaluate", f"--workdir={workdir}", check=False)
+    assert result.returncode == 1 and "(cohort differ" in last_line(result)
+
+
+@pytest.mark.slow
 def test_evaluate_with_a_config_alone_asks_the_original(quiet, workspace, tmp_path):
     output = tmp_path / "original"
     result = run_command("evaluate", *workspace.arguments, f"--output={output}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -64,6 +65,28 @@ def sha256(path: Path) -> str:
 
 def is_finished_cohort(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
+
+
+def keep_copy(folder: str | Path, workdir: Path) -> None:
+    """Puts the splits and the manifest of a cohort into a run's folder, for another machine.
+
+    As private as the cohort itself. Whole or absent: written aside, then renamed.
+    """
+    copy = Path(workdir) / "cohort"
+    if copy.is_dir():
+        return
+    aside = copy.with_name(".cohort.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in (*(f"{split}.parquet" for split in SPLITS), "manifest.json"):
+        shutil.copyfile(Path(folder) / name, aside / name)
+    os.replace(aside, copy)
+
+
+def of_run(folder: str | Path, workdir: str | Path) -> Path:
+    """The cohort of a run: where its config says, else the copy in its own folder."""
+    copy = Path(workdir) / "cohort"
+    return copy if not is_finished_cohort(Path(folder)) and copy.is_dir() else Path(folder)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

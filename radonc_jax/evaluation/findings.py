@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from radonc_jax.data.cohort import as_records, is_finished_cohort, load_manifest, load_split
+from radonc_jax.data.cohort import (
+    as_records,
+    is_finished_cohort,
+    load_manifest,
+    load_split,
+    of_run,
+)
 from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation import confidence, details, robustness, subgroups
 from radonc_jax.evaluation import metrics as scores
@@ -112,7 +118,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     provenance |= {"workdir": str(workdir), "model": config.get("model"), "manifest": manifest}
     training = held_out = ()
     sizes, facts, cases = None, {}, None
-    folder = cohort or config.get("cohort")
+    folder = cohort or (config.get("cohort") and of_run(config["cohort"], workdir))
     if folder and (cohort is not None or is_finished_cohort(Path(folder))):
         splits = {name: load_split(folder, name) for name in SPLITS}
         sizes = {name: len(rows) for name, rows in splits.items()}
