@@ -50,13 +50,14 @@ def main(argv):
         return
     if _SIZE.value == "7b":
         import jax
+        from jax.extend import backend
 
         if jax.devices()[0].platform != "gpu":
             sys.exit(
                 "error: --size=7b measures a GPU of 80 GB or more, and JAX finds none here; "
                 "run the same command there"
             )
-        jax.clear_backends()
+        backend.clear_backends()  # the memory is for the ways, each in its process
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))

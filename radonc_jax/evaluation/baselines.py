@@ -3,6 +3,7 @@
 They go through the same scoring as a model's answers. ROUGE-1 is taken of the answer itself.
 """
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
@@ -113,7 +114,10 @@ def tfidf_answers(task: Task, training: Sequence[Record], records: Sequence[Reco
         return fallback
     known, asked = features
     model = LogisticRegression(C=10, max_iter=100, tol=1e-3)
-    model.fit(known, [task.reference(record) for record in training])
+    with warnings.catch_warnings():
+        # Rare codes make many classes of few cases; that is so, and no mistake.
+        warnings.filterwarnings("ignore", message="The number of unique classes")
+        model.fit(known, [task.reference(record) for record in training])
     return [str(answer) for answer in model.predict(asked)]
 
 
