@@ -133,6 +133,23 @@ def check_folder(workdir: Path, settings: Mapping) -> None:
         )
 
 
+def check_rows(workdir: Path, rows: list[int]) -> None:
+    """ValueError if a run with dropout would go on with its batches cut in another way.
+
+    Masks are drawn by the place in the batch, which the number of devices moves.
+    """
+    path = Path(workdir) / "manifest.json"
+    if not path.is_file():
+        return
+    then = json.loads(path.read_text(encoding="utf-8")).get("rows")
+    if then is not None and then != rows:
+        raise ValueError(
+            f"{workdir} was begun with {then} microbatches, rows and tokens a row, which would be "
+            f"{rows} here: with dropout that would be another run. Go on with as many devices of "
+            "the kind as before, or set lora.dropout=0 in a new --workdir"
+        )
+
+
 class Run:
     """A run folder open for writing.
 

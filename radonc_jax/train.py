@@ -131,10 +131,12 @@ def train(
         examples["validation"], config.batch, epochs=1, seed=None, **layout
     )
     steps = config.train.steps or train_batches.steps
+    rows = [config.batch.microbatches, train_batches.rows, train_batches.row_length]
 
     # ---- model without arrays: whatever can be refused is refused here -------------------------
     tracking.check_folder(workdir, config.as_dict())
     compute = huggingface.as_dtype(config.precision.compute)
+    both = (train_batches, validation_batches)
     backend, why = attention.choose_backend(
         config.train.attention,
         platform=platform,
@@ -142,8 +144,8 @@ def train(
         num_heads=architecture.num_heads,
         num_kv_heads=architecture.num_kv_heads,
         head_dim=architecture.head_dim,
+        row_lengths=[b.row_length for b in both],
     )
-    both = (train_batches, validation_batches)
     execution = Execution(
         attention.AttentionConfig(
             backend,
@@ -240,6 +242,8 @@ def train(
         if config.precision.quantized:  # codes may differ in a bit on another kind of device
             compared = compared | {"base_fingerprint_before": None}
         loading.check_origin(workdir, compared)
+    if config.lora.dropout:
+        tracking.check_rows(workdir, rows)
     run = tracking.Run(workdir, config.as_dict(), main=main_process)
     if main_process:
         cohort.keep_copy(config.cohort, workdir)
@@ -270,6 +274,7 @@ def train(
         },
         "mesh": dict(mesh.shape),
         "packing_fill": round(train_batches.fill, 4),
+        "rows": rows,
         "attention": backend,
         "environment": tracking.environment(),
     }
@@ -348,8 +353,10 @@ def train(
             "learning_rate": float(schedule(number - 1)),
             "tokens": tokens,
             "tokens_per_second": tokens / (now - clock),
-            "peak_memory_bytes": meters.peak_memory_bytes(),
         }
+        peak = meters.peak_memory_bytes()
+        if peak is not None:
+            values["peak_memory_bytes"] = peak
         used = meters.mfu(values["tokens_per_second"], per_token, list(mesh.devices.flat))
         if used is not None:
             values["mfu"] = used
@@ -399,6 +406,9 @@ def train(
                     checkpoints.wait()
                     raise command.Preempted(f"step {number} of {steps} is saved")
                 clock = time.monotonic()
+        if preemption.reached(steps + 1):  # at the last step, or in a validation
+            checkpoints.wait()
+            raise command.Preempted("all steps are saved")
 
     # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------
     manifest["base_fingerprint_after"] = step.fingerprint(base)

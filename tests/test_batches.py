@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import run_command
+from test_parallel import SEVEN_B
 
+from radonc_jax.data import cohort
 from radonc_jax.data.batches import (
     BatchConfig,
     Batches,
@@ -14,7 +17,9 @@ from radonc_jax.data.batches import (
     task_examples,
     text_examples,
 )
-from radonc_jax.tasks import TASKS, Record
+from radonc_jax.models import huggingface
+from radonc_jax.tasks import TASKS, Record, select
+from radonc_jax.training import meters
 
 BOS, EOS = 1, 2
 
@@ -322,3 +327,25 @@ def test_preflight_tells_what_never_fits_and_prints_no_text():
 def test_config_out_of_range_is_an_error(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         config(**change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["icd", "regimen"])
+def test_a_cohort_fills_its_rows(task, workspace, tmp_path):
+    """As `train` batches it for a 7B model on one device, 32 examples a step."""
+    folder = tmp_path / "cohort"
+    run_command("synthesize", "--cases=5000", "--seed=2", f"--output={tmp_path / 'extract.csv'}")
+    run_command("prepare", f"--input={tmp_path / 'extract.csv'}", f"--output={folder}")
+    tokenizer = huggingface.load_tokenizer(workspace.model)
+    settings = config(examples=32, sequence_length=2048)
+    records = cohort.load_records(folder, "train")
+    examples, _ = task_examples(records, select(task), tokenizer, settings)
+    batches = Batches(
+        examples,
+        settings,
+        epochs=3,
+        seed=0,
+        row_multiple=1,
+        attention_cost=meters.attention_cost(SEVEN_B),
+    )
+    assert batches.fill >= 0.97

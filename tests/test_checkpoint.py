@@ -149,6 +149,52 @@ def test_arrays_that_are_whole_but_not_those_that_were_saved_are_found(tmp_path,
     assert checkpoint.restore_trainable(tmp_path, shapes, placements, 1)[0] == 1
 
 
+def test_a_damaged_best_gives_way_to_the_one_before(tmp_path):
+    manager, progress = Checkpoints(tmp_path), Progress()
+    for step, value in ((1, 0.1), (2, 0.7), (3, 0.2), (4, 0.3), (5, 0.4), (6, 0.9)):
+        progress.judge(step, value, sign=1, patience=9)
+        manager.save(step, state_at(step), progress)
+    manager.close()
+    assert steps_of(tmp_path) == [2, 5, 6]
+    for path in (tmp_path / "checkpoints" / "6").rglob("*"):
+        if path.is_file():
+            cut(path)
+    _, progress, manager = reopened(tmp_path, 5)
+    assert (progress.best_step, progress.best_value) == (2, 0.7)
+    # The run goes on without another best, and finds the one it names.
+    progress.judge(6, 0.5, sign=1, patience=9)
+    manager.save(6, state_at(6), progress)
+    manager.close()
+    assert checkpoint.find_step(tmp_path, "best") == 2
+
+
+def test_where_nothing_can_be_read_nothing_is_moved(tmp_path):
+    manager = Checkpoints(tmp_path)
+    for step in (1, 2):
+        manager.save(step, state_at(step), Progress())
+    manager.close()
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file():
+            cut(path)
+    with pytest.raises(ValueError, match="none of the checkpoints .* can be read"):
+        reopened(tmp_path, 1)
+    assert steps_of(tmp_path) == [1, 2] and not (tmp_path / "damaged").exists()
+
+
+def test_a_checkpoint_from_before_there_were_fingerprints_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PRINTS", "something else")
+    manager = Checkpoints(tmp_path)
+    manager.save(1, state_at(1), Progress())
+    manager.close()
+    path = next((tmp_path / "checkpoints" / "1" / "progress").glob("metadata"))
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if " " not in k})
+    )
+    monkeypatch.undo()
+    state, _, _ = reopened(tmp_path, 1)
+    assert int(state.step) == 1
+
+
 # Files cannot grow beyond a limit: what a full disk does to a writer, for one process alone.
 FULL_DISK = """
 import resource, signal, sys

@@ -97,7 +97,8 @@ def saved_bytes(recompute) -> float:
     # Stacked over layers and tokens: not the weights, which are there anyway.
     tokens = ROWS * LENGTH
     layers = SEVEN_B.num_layers - 1
-    stacked = [x for x in kept if x.shape[:3] == (layers, ROWS, LENGTH)]
+    adapter = {(layers, *leaf.shape[1:]) for leaf in jax.tree.leaves(trainable)}
+    stacked = [x for x in kept if x.shape[:1] == (layers,) and x.shape not in adapter]
     assert stacked
     return sum(x.size * x.dtype.itemsize for x in stacked) / tokens / layers
 

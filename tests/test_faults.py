@@ -72,7 +72,8 @@ def assert_same_end(workdir, quiet):
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, tmp_path):
     moments = random.Random(7)
-    workdir, kills = tmp_path / "run", 0
+    runs, kills = 1, 0
+    workdir = tmp_path / "run1"
     while kills < KILLS:
         process = begin(workspace, workdir)
         try:
@@ -80,10 +81,12 @@ def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, 
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             kills += 1
-        process.communicate()
+        output = process.communicate()[0]
+        assert process.returncode in (0, -signal.SIGKILL), output[-3000:]
         if process.returncode == 0:  # it got to its end before the blow: another one
             assert_same_end(workdir, quiet[0])
-            workdir = tmp_path / f"run{kills}"
+            runs += 1
+            workdir = tmp_path / f"run{runs}"
     run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
     assert_same_end(workdir, quiet[0])
 
@@ -144,6 +147,41 @@ def test_a_process_alone_told_to_end_saves_where_it_is(quiet, workspace, tmp_pat
     assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [done]
     final = begin(workspace, workdir, never, "--config.final_evaluation=False")
     assert final.wait(300) == 0
+    assert losses(workdir) == losses(quiet[0])
+
+
+# `train`, which is told to end while its last step runs.
+TOLD_AT_THE_END = """
+import os, signal
+from radonc_jax import command, train, tracking
+
+log = tracking.Run.log
+
+def log_and_tell(self, step, split, values, *, show):
+    log(self, step, split, values, show=show)
+    if step == 6 and split == "validation":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+tracking.Run.log = log_and_tell
+command.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_told_to_end_at_the_last_step_it_ends_too(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = [*workspace.arguments, *SHORT, f"--workdir={workdir}"]
+    result = subprocess.run(
+        [sys.executable, "-c", TOLD_AT_THE_END, *arguments],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 75, result.stderr[-2000:]
+    assert "told to end: all steps are saved" in result.stderr
+    assert not (workdir / "evaluation").exists()
     assert losses(workdir) == losses(quiet[0])
 
 

@@ -396,7 +396,7 @@ class Batches:
             self.rows = -(-fullest // multiple) * multiple
         rows = [row for step in range(self.steps) for row in self._rows(step)]
         fullest = max(sum(examples[i].length for i in row) for row in rows)
-        granule = granule if config.packing else 32
+        granule = granule if config.packing else max(32, granule)
         self.row_length = min(config.sequence_length, -(-fullest // granule) * granule)
         answers = max(sum(len(examples[i].answer) for i in row) for row in rows)
         self.answer_capacity = -(-answers // 8) * 8

@@ -9,6 +9,7 @@ E segments of a row, P tokens of the longest segment.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -201,31 +202,60 @@ def _cudnn(query, key, value, visible: Visible, implementation: str = "cudnn") -
 
     Rows stay packed for all other products, which is where the work is.
     """
-    batch, length, num_heads, head_dim = query.shape
-    segments, longest = visible.padded.shape[1:]
-    index = visible.padded.reshape(batch, segments * longest, 1, 1)
-
-    def unpack(x):
-        x = jnp.take_along_axis(x, index, axis=1)
-        return x.reshape(batch * segments, longest, *x.shape[2:])
-
-    lengths = visible.lengths.reshape(batch * segments)
+    longest = visible.padded.shape[2]
     window = None
     if visible.window is not None and visible.window < longest:
         window = (visible.window - 1, 0)
-    output = jax.nn.dot_product_attention(
-        unpack(query),
-        unpack(key),
-        unpack(value),
-        is_causal=True,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        local_window_size=window,
-        implementation=implementation,
+
+    def on_device(query, key, value, padded, place, lengths, segments):
+        batch, parts = padded.shape[:2]
+        index = padded.reshape(batch, parts * longest, 1, 1)
+
+        def unpack(x):
+            x = jnp.take_along_axis(x, index, axis=1)
+            return x.reshape(batch * parts, longest, *x.shape[2:])
+
+        flat = lengths.reshape(batch * parts)
+        output = jax.nn.dot_product_attention(
+            unpack(query),
+            unpack(key),
+            unpack(value),
+            is_causal=True,
+            query_seq_lengths=flat,
+            key_value_seq_lengths=flat,
+            local_window_size=window,
+            implementation=implementation,
+        )
+        output = output.reshape(batch, parts * longest, *output.shape[2:])
+        output = jnp.take_along_axis(output, place[:, :, None, None], axis=1)
+        return jnp.where(segments[:, :, None, None] > 0, output, 0)
+
+    return _on_each_device(
+        on_device,
+        query,
+        key,
+        value,
+        visible.padded,
+        visible.place,
+        visible.lengths,
+        visible.segments,
     )
-    output = output.reshape(batch, segments * longest, num_heads, head_dim)
-    output = jnp.take_along_axis(output, visible.place[:, :, None, None], axis=1)
-    return jnp.where(visible.segments[:, :, None, None] > 0, output, 0)
+
+
+def _on_each_device(kernel, query, key, value, *rows):
+    """Runs a kernel on each device's own rows and heads; the compiler could not cut it up itself.
+
+    Args:
+      kernel: of (query, key, value, *rows).
+      rows: arrays whose leading axis is that of the batch.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = PartitionSpec(parallel.BATCH_AXES, None, "tensor", None)
+        specs = [PartitionSpec(parallel.BATCH_AXES, *(None,) * (x.ndim - 1)) for x in rows]
+        kernel = jax.shard_map(
+            kernel, in_specs=(heads, heads, heads, *specs), out_specs=heads, check_vma=False
+        )
+    return kernel(query, key, value, *rows)
 
 
 def _splash(query, key, value, visible: Visible) -> jax.Array:
@@ -260,13 +290,7 @@ def _splash(query, key, value, visible: Visible) -> jax.Array:
         return jax.vmap(row)(*heads_first, segments).transpose(0, 2, 1, 3)
 
     query = query * jnp.asarray(head_dim**-0.5, query.dtype)
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads = PartitionSpec(parallel.BATCH_AXES, None, "tensor", None)
-        rows = PartitionSpec(parallel.BATCH_AXES, None)
-        on_device = jax.shard_map(
-            on_device, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-        )
-    return on_device(query, key, value, visible.segments)
+    return _on_each_device(on_device, query, key, value, visible.segments)
 
 
 def ordered_sum(x: jax.Array) -> jax.Array:
@@ -282,13 +306,29 @@ def ordered_sum(x: jax.Array) -> jax.Array:
     return sums[..., :1]
 
 
+def is_flash_forward(primitive, *_, **__) -> bool:
+    """A policy of `jax.checkpoint`: keeps what cuDNN's forward pass leaves for its backward pass.
+
+    The log-sum-exp is made inside the kernel and bears no name; without it the kernel would run
+    twice. (Splash names its own; "xla" computes scores and softmax again from query and key.)
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 def matmul_precision(dtype) -> jax.lax.Precision | None:
     """float32 means float32: without this, GPUs and TPUs multiply float32 in fewer bits."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def choose_backend(
-    wanted: str, *, platform: str, dtype, num_heads: int, num_kv_heads: int, head_dim: int
+    wanted: str,
+    *,
+    platform: str,
+    dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    row_lengths: Sequence[int] = (256,),
 ) -> tuple[str, str]:
     """The backend to train with, proven on the device at hand, and a line on why.
 
@@ -297,6 +337,7 @@ def choose_backend(
       platform: "gpu", "tpu" or "cpu".
       dtype: of activations.
       num_heads, num_kv_heads, head_dim: of the model.
+      row_lengths: tokens of the rows that it will see.
 
     Raises:
       ValueError: the wanted backend is not of this platform, or fails its self-test here.
@@ -313,9 +354,15 @@ def choose_backend(
         unfit = f"cuDNN attention computes in 16 bits, not {jnp.dtype(dtype).name}"
     elif fast == "splash" and head_dim % 128:
         unfit = f"splash attention wants heads of a multiple of 128, not {head_dim}"
+    elif fast == "splash" and any(length % 128 for length in row_lengths):
+        unfit = (
+            f"splash attention wants rows of a multiple of 128, not of {sorted(set(row_lengths))} "
+            "tokens: choose such a batch.sequence_length"
+        )
     else:
         try:
-            self_test(fast, dtype, num_heads, num_kv_heads, head_dim)
+            length = -(-max(256, *row_lengths) // 128) * 128
+            self_test(fast, dtype, num_heads, num_kv_heads, head_dim, length)
         except Exception as error:  # whatever a kernel dies of, it is not used
             unfit = f"{fast} attention failed its self-test here: {' '.join(str(error).split())}"
     if unfit is None:
@@ -326,18 +373,26 @@ def choose_backend(
 
 
 def self_test(
-    backend: str, dtype, num_heads: int, num_kv_heads: int, head_dim: int, interpret: bool = False
+    backend: str,
+    dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    length: int = 256,
+    interpret: bool = False,
 ) -> None:
     """Proves a backend on packed rows, on the device at hand.
 
     For the model's grouped queries and for plain ones, without a window and with one shorter than
     a segment: outputs and gradients are those of "xla" up to the rounding of `dtype`, and when one
-    segment changes, those of the others stay the same bit for bit.
+    segment changes, those of the others stay the same bit for bit. Rows have `length` tokens, so
+    that as many blocks of a kernel are run as in training, and segments and the window cross them.
 
     Raises:
       ValueError: which of these does not hold.
     """
-    length, sizes = 256, (61, 1, 100, 70)  # 24 tokens of padding at the end
+    # Some padding is left at the end of each row.
+    sizes = (length // 4 - 3, 1, 2 * length // 5, length // 4 + 6)
     segments = np.zeros((2, length), np.int32)
     positions = np.zeros((2, length), np.int32)
     for row, order in enumerate((sizes, sizes[::-1])):
@@ -371,8 +426,8 @@ def self_test(
         arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
         weight = arrays.pop().astype(jnp.float32) * (segments > 0)[:, :, None, None]
         other = [jnp.where(changed[:, :, None, None], -2 * x + 1, x) for x in arrays]
-        config = AttentionConfig(backend, len(sizes), 128, interpret)
-        for window in (None, 17):
+        config = AttentionConfig(backend, len(sizes), -(-max(sizes) // 64) * 64, interpret)
+        for window in (None, max(17, length // 7)):
             what = f"{groups} queries a key head, window {window}"
             got = run(config, window, *arrays, weight)
             expected = run(AttentionConfig(), window, *arrays, weight)

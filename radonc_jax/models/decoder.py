@@ -23,6 +23,7 @@ from radonc_jax import parallel
 from radonc_jax.models.attention import (
     AttentionConfig,
     attend,
+    is_flash_forward,
     matmul_precision,
     ordered_sum,
     see,
@@ -387,6 +388,8 @@ class Decoder(nnx.Module):
         if cache is None:
             names = SAVED_NAMES[self.execution.recompute]
             policy = jax.checkpoint_policies.save_only_these_names(*names)
+            if names:
+                policy = jax.checkpoint_policies.save_from_both_policies(policy, is_flash_forward)
             run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
             run_last = jax.checkpoint(run_last, policy=policy)
         last = config.num_layers - 1

@@ -60,13 +60,19 @@ class Progress:
 
 
 class _KeepBest:
-    """A preservation policy that keeps the checkpoint of the best validation."""
+    """A preservation policy that keeps the checkpoint of the best validation, and that of the best
+    before it: should the newer one be damaged, a run goes back to when the older one was best."""
 
     def __init__(self):
         self.step: int | None = None
+        self._before: int | None = None
+
+    def note(self, step: int | None) -> None:
+        if step != self.step:
+            self.step, self._before = step, self.step
 
     def should_preserve(self, checkpoints, *, context):
-        return [checkpoint.step == self.step for checkpoint in checkpoints]
+        return [checkpoint.step in (self.step, self._before) for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -93,7 +99,7 @@ class Checkpoints:
           OSError: it, or the one before, could not be written.
         """
         is_best = progress.best_step is not None and progress.best_step != self._best.step
-        self._best.step = progress.best_step
+        self._best.note(progress.best_step)
         prints = {name: fingerprint(getattr(state, name)) for name in ("trainable", "optimizer")}
         with self._writing(step):
             self._manager.save(
@@ -128,34 +134,57 @@ class Checkpoints:
     def restore_newest(self, shapes: TrainState, placements: TrainState):
         """The newest checkpoint that is whole, as (step, TrainState, Progress); None without one.
 
-        Damaged ones are moved to the run's folder `damaged/`, with a message.
+        Damaged ones are moved to the run's folder `damaged/`, with a message. Of several processes
+        all must see the same files: what one alone cannot read stops the run.
+
+        Raises:
+          ValueError: there are checkpoints, but not one can be read; nothing is moved then.
+          PermissionError: a file may not be read.
         """
-        while (number := self._manager.latest_step()) is not None:
-            restored, problem = None, None
+        problems: dict[int, str] = {}
+        for number in reversed(self._manager.all_steps()):
+            restored = None
             try:
                 restored = self._restore(shapes, placements, number)
+            except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # nothing is wrong with the checkpoint
             except Exception as error:  # whatever a broken file leads to
-                problem = _short(error)
+                problems[number] = _short(error)
             # All processes of a run use the same one.
-            broken = np.int32(problem is not None)
+            broken = np.int32(restored is None)
             if parallel.several_processes():
                 broken = multihost_utils.process_allgather(broken).max()
             if not broken:
+                self._set_aside(problems)
                 state, progress = restored
-                self._best.step = progress.best_step
+                self._best.note(progress.best_step)
                 write_best(self._workdir, progress)
                 return number, state, progress
-            if parallel.is_main_process():
+            problems.setdefault(number, "another process could not read it")
+        if problems:
+            told = "; ".join(f"{number}: {problem}" for number, problem in problems.items())
+            raise ValueError(
+                f"none of the checkpoints under {self._workdir / 'checkpoints'} can be read "
+                f"({told}). They were left as they are: mend them, or begin anew in another "
+                "--workdir"
+            )
+        return None
+
+    def _set_aside(self, problems: dict[int, str]) -> None:
+        """Moves damaged checkpoints out of the way; what they have cost is told."""
+        if not problems:
+            return
+        if parallel.is_main_process():
+            aside = self._workdir / "damaged"
+            aside.mkdir(exist_ok=True)
+            for number, problem in problems.items():
                 print(f"checkpoint {number} is damaged ({problem}): moved to damaged/", flush=True)
-                aside = self._workdir / "damaged"
-                aside.mkdir(exist_ok=True)
                 names = (f"{number}" + f"-{n}" * (n > 0) for n in itertools.count())
                 target = next(aside / name for name in names if not (aside / name).exists())
                 os.rename(self._workdir / "checkpoints" / str(number), target)
-            if parallel.several_processes():
-                multihost_utils.sync_global_devices("damaged checkpoint set aside")
-            self._manager.reload()
-        return None
+        if parallel.several_processes():
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
 
     def _restore(self, shapes: TrainState, placements: TrainState, step: int):
         restored = self._manager.restore(
@@ -176,7 +205,7 @@ class Checkpoints:
             _unnamed(shapes.optimizer, restored.optimizer),
         )
         progress = dict(restored.progress)
-        for name, expected in progress.pop(PRINTS).items():
+        for name, expected in progress.pop(PRINTS, {}).items():  # older runs have none
             if fingerprint(getattr(state, name)) != expected:
                 raise ValueError(f"the {name} arrays are not those that were saved")
         return state, Progress(**progress)
@@ -244,14 +273,14 @@ def restore_trainable(workdir: Path, abstract, shardings, step: str | int):
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(folder / "trainable", _targets(abstract, shardings))
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            expected = checkpointer.restore(folder / "progress")[PRINTS]["trainable"]
+            expected = checkpointer.restore(folder / "progress").get(PRINTS)
         trainable = _unnamed(abstract, restored)
-        if fingerprint(trainable) != expected:
+        if expected is not None and fingerprint(trainable) != expected["trainable"]:
             raise ValueError("the arrays are not those that were saved")
     except Exception as error:
         raise ValueError(
             f"checkpoint {number} of {workdir} cannot be read ({_short(error)}): choose another "
-            "--step, or train on, which goes back to the one before"
+            "--step; where it is the newest, train goes back to the one before"
         ) from error
     return number, trainable
 

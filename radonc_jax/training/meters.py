@@ -57,14 +57,15 @@ def memory_bytes(device: jax.Device) -> int | None:
     return None if size is None else size * 2**30
 
 
-def peak_memory_bytes() -> int:
-    """The most memory in use so far: of the fullest local device, or of this process on a CPU."""
-    used = []
-    for device in jax.local_devices():
-        stats = device.memory_stats() if device.platform != "cpu" else None
-        used.append((stats or {}).get("peak_bytes_in_use", 0))
-    if any(used):
-        return max(used)
+def peak_memory_bytes() -> int | None:
+    """The most memory in use so far: of the fullest local device, or of this process on a CPU.
+
+    None where a device does not tell.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+        return max((size for size in used if size is not None), default=None)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if sys.platform == "darwin" else rss * 1024
 
