@@ -121,7 +121,7 @@ def train(
     platform = mesh.devices.flat[0].platform
     layout = {
         "row_multiple": shards,
-        "granule": 128 if platform == "tpu" else 16,
+        "granule": 128 if platform == "tpu" else 8,
         "attention_cost": meters.attention_cost(architecture),
     }
     train_batches = batches.Batches(

@@ -56,7 +56,8 @@ def test_everything_comes_back_and_the_best_is_kept_across_a_restart(tmp_path, m
         progress.judge(step, value, sign=1, patience=9)
         manager.save(step, state_at(step), progress)
     manager.close()
-    assert steps_of(tmp_path) == [2, 3, 4]
+    # The two newest, the best, and the best before it.
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
 
     state, progress, manager = reopened(tmp_path, 4)
     assert progress == Progress(best_step=2, best_value=0.7, bad_evaluations=2)

@@ -369,7 +369,7 @@ class Batches:
         epochs: int,
         seed: int | None,
         row_multiple: int,
-        granule: int = 16,
+        granule: int = 8,
         attention_cost: float = 0.0,
     ):
         import grain  # here, because it imports jax, which the rest of this module does without
