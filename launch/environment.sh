@@ -8,7 +8,7 @@ install_packages() {
   local extras=$1
   [ "$extras" != "[test]" ] || "$python" -m pip install -q "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)"
   if "$python" -m pip install -q uv; then
-    "$python" -m uv pip install -q --python "$python" -e ".$extras" && return
+    "$python" -m uv pip install -q --compile-bytecode --python "$python" -e ".$extras" && return
   fi
   "$python" -m pip install -q -e ".$extras"
 }

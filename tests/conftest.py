@@ -77,5 +77,6 @@ def workspace(tmp_path_factory):
             "--config.batch.examples=16",
             "--config.train.validation_cases=8",
             "--config.decode.max_new_tokens=12",
+            "--config.decode.constrained=cohort",  # few codes, quickly made into a trie
         ),
     )
