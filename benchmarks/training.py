@@ -8,9 +8,9 @@ examples in every step, same AdamW. Each way is a process of its own, and they t
 
 * radonc_jax           as `train` runs it: packed rows, answer positions only
 * peft                 as people run it: padded to the longest, gradient checkpointing
-* peft, no recompute   the same without checkpointing
-* peft, packed         rows packed as here, isolated by positions and a block mask
-* peft, compiled       padded to a multiple of 64, without checkpointing, torch.compile
+* peft no recompute   the same without checkpointing
+* peft packed         rows packed as here, isolated by positions and a block mask
+* peft compiled       padded to a multiple of 64, without checkpointing, torch.compile
 
 A useful token is one of an example; padding does not count. Prints a table and writes JSON.
 """
@@ -39,7 +39,7 @@ _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/training.json", "JSO
 _SCRATCH = flags.DEFINE_string("scratch", None, "Folder for weights; a temporary one if absent.")
 _ONE = flags.DEFINE_string("one", None, "Used by the benchmark itself: the way of a process.")
 
-WAYS = ("radonc_jax", "peft", "peft, no recompute", "peft, packed", "peft, compiled")
+WAYS = ("radonc_jax", "peft", "peft no recompute", "peft packed", "peft compiled")
 WARM_UP = 2
 SIZES = {
     "30m": dict(
@@ -269,11 +269,11 @@ def train_peft(way, folder):
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), weight_decay=0.0)
-    forward = torch.compile(model, dynamic=True) if way == "peft, compiled" else model
+    forward = torch.compile(model, dynamic=True) if way == "peft compiled" else model
 
     def inputs(number):
         """Model inputs, labels [rows, T] (-100 where no answer is)."""
-        if way == "peft, packed":
+        if way == "peft packed":
             batch = {name: torch.from_numpy(x[0]) for name, x in data[number].items()}
             labels = torch.full(batch["tokens"].shape, -100)
             real = batch["weights"] > 0
@@ -290,7 +290,7 @@ def train_peft(way, folder):
         chosen = {case: n for n, case in enumerate(data.case_ids(number))}
         examples = [e for e in data.examples if e.case_id in chosen]
         longest = max(example.length for example in examples)
-        if way == "peft, compiled":
+        if way == "peft compiled":
             longest = -(-longest // 64) * 64
         tokens = torch.zeros(len(examples), longest, dtype=torch.long)
         labels, mask = torch.full_like(tokens, -100), torch.zeros_like(tokens)
