@@ -1,5 +1,6 @@
 """Lets one model answer a split and writes what came of it: the end of `train`, and `evaluate`."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -92,6 +93,8 @@ def answer_split(
     """
     main = parallel.is_main_process()
     source = dict(origin) | {
+        "split": split,
+        "model": model,
         "cohort": tracking.cohort_sha256(config.cohort),
         "task": config.task,
         "max_new_tokens": config.decode.max_new_tokens,
@@ -105,6 +108,8 @@ def answer_split(
             for name, constraint in constrained.items()
         }
         decoder = replace(decoder, constraints=dict(constrained))
+    source["answers"] = answer_source(decoder, config, origin)
+    source["prompts_sha256"] = _prompts_sha256(records, tasks)
     journal = None
     if output is not None:
         there = np.int32(main and _is_there(output, source))
@@ -114,7 +119,7 @@ def answer_split(
             return json.loads((output / evaluation.METRICS).read_text(encoding="utf-8"))
         if main:
             (output / SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
-        journal = Journal(output / JOURNAL, answer_source(decoder, config, origin))
+        journal = Journal(output / JOURNAL, source["answers"])
     result = evaluation.evaluate(
         replace(decoder, journal=journal),
         records,
@@ -145,10 +150,19 @@ def answer_source(decoder: TextDecoder, config: Settings, origin: Mapping) -> di
     }
 
 
-def _is_there(output: Path, source: dict) -> bool:
-    path = output / SOURCE
-    if not path.is_file():
+def _prompts_sha256(records, tasks) -> str:
+    prompts = [task.prompt(record.diagnosis) for task in tasks for record in records]
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+
+
+def _is_there(output: Path, source: Mapping) -> bool:
+    needed = (SOURCE, evaluation.PREDICTIONS, evaluation.METRICS)
+    if not all((output / name).is_file() for name in needed):
         return False
-    there = json.loads(path.read_text(encoding="utf-8"))
-    there.pop("environment")
-    return there == source
+    return _content(json.loads((output / SOURCE).read_text(encoding="utf-8"))) == _content(source)
+
+
+def _content(source: Mapping) -> dict:
+    """What the answers come from, wherever base and cohort lie: their hashes stay."""
+    kept = {key: value for key, value in source.items() if key not in ("base", "environment")}
+    return kept | {"cohort": source.get("cohort", {}).get("manifest_sha256")}
