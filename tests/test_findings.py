@@ -10,7 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from radonc_jax.data.cohort import load_records, write_cohort
+from radonc_jax.data.cohort import (
+    keep_copy,
+    load_records,
+    load_split,
+    of_run,
+    sha256,
+    write_cohort,
+)
+from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation import findings, robustness, run, subgroups
 from radonc_jax.evaluation.verdict import judge_tuning
 from radonc_jax.tasks import select
@@ -20,6 +28,8 @@ PLACES = {
     "C61": ("prostate", "prostate", "Prostate, 70 Gy in 28 fractions", "proton"),
     "C20": ("rectum", "rectal", "Rectum, 50 Gy in 25 fractions", "photon"),
 }
+
+NONE_EXCLUDED = pd.DataFrame(columns=["row", "reason"])
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +56,7 @@ def cohort(tmp_path_factory):
                 }
             )
     folder = tmp_path_factory.mktemp("data") / "cohort"
-    excluded = pd.DataFrame(columns=["row", "reason"])
-    write_cohort(folder, pd.DataFrame(rows), excluded, {"ceiling": {"icd": 0.93}})
+    write_cohort(folder, pd.DataFrame(rows), NONE_EXCLUDED, {"ceiling": {"icd": 0.93}})
     return folder
 
 
@@ -247,6 +256,29 @@ def test_a_folder_that_has_travelled_is_reported_from_what_it_holds(tmp_path, wo
     assert entry["tests"]["difference"] == whole["tests"]["difference"]
     assert entry["baselines"] is None and entry["subgroups"] == []
     assert "was not at hand" in entry["verdict"]["sentences"][1]
+
+
+def other_cohort(cohort, folder):
+    """The same patients with other codes, as another site's data under the same path."""
+    tables = [load_split(cohort, split).assign(split=split) for split in SPLITS]
+    write_cohort(folder, pd.concat(tables).assign(icd10="C34.11"), NONE_EXCLUDED, {})
+
+
+def test_another_cohort_under_the_config_s_path_is_not_the_run_s(tmp_path, cohort):
+    folder = make_run(tmp_path / "run", cohort)
+    named = {"manifest_sha256": sha256(cohort / "manifest.json")}
+    (folder / "manifest.json").write_text(json.dumps({"cohort": named}))
+    there = tmp_path / "data"
+    other_cohort(cohort, there)
+    (folder / "config.json").write_text(json.dumps({"cohort": str(there)}))
+    # Without the run's own copy there is no cohort at hand, and none is taken for it.
+    assert findings.read_run(folder).cases is None
+    with pytest.raises(ValueError, match="is not the cohort of"):
+        findings.read_run(folder, cohort=there)
+    keep_copy(cohort, folder)
+    assert of_run(there, folder) == folder / "cohort"
+    assert set(findings.read_run(folder).cases["icd10"]) == set(PLACES)
+    assert of_run(cohort, folder) == cohort
 
 
 def compare(*arguments):

@@ -15,6 +15,7 @@ import pandas as pd
 from radonc_jax.data.cohort import (
     as_records,
     is_finished_cohort,
+    is_of_run,
     load_manifest,
     load_split,
     of_run,
@@ -81,12 +82,13 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
 
     The cohort (its place is `cohort`, else the one in the run's config.json) adds baselines, the
     ceiling, subgroups and the split sizes. A run folder that has travelled without its cohort is
-    read all the same, unless `cohort` was given and is not there.
+    read all the same, unless `cohort` was given and is not there. A cohort whose manifest is not
+    the one that the run's manifest names is not the run's, and is not read.
 
     Raises:
       FileNotFoundError: the folder, or the predictions or metrics of a model, are missing.
       ValueError: a file cannot be read, holds predictions of another split, task or case than it
-        should, or the two models answered different tasks.
+        should, the two models answered different tasks, or `cohort` is not the run's.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -119,7 +121,15 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     training = held_out = ()
     sizes, facts, cases = None, {}, None
     folder = cohort or (config.get("cohort") and of_run(config["cohort"], workdir))
-    if folder and (cohort is not None or is_finished_cohort(Path(folder))):
+    at_hand = folder and is_finished_cohort(Path(folder))
+    if at_hand and not is_of_run(folder, workdir):
+        if cohort is not None:
+            raise ValueError(
+                f"{folder} is not the cohort of {workdir}: its manifest.json is another than the "
+                "run's manifest names; give the cohort that the run was made from"
+            )
+        at_hand = False
+    if at_hand or cohort is not None:
         splits = {name: load_split(folder, name) for name in SPLITS}
         sizes = {name: len(rows) for name, rows in splits.items()}
         cases = splits[split]
