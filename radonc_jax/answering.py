@@ -18,7 +18,6 @@ from radonc_jax.evaluation import run as evaluation
 from radonc_jax.settings import Settings
 from radonc_jax.tasks import icd, select
 
-SOURCE = "source.json"
 JOURNAL = ".answers.jsonl"  # while answers are being given; token ids, as private as predictions
 
 
@@ -118,7 +117,7 @@ def answer_split(
         if there:
             return json.loads((output / evaluation.METRICS).read_text(encoding="utf-8"))
         if main:
-            (output / SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
+            (output / evaluation.SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
         journal = Journal(output / JOURNAL, source["answers"])
     result = evaluation.evaluate(
         replace(decoder, journal=journal),
@@ -132,7 +131,9 @@ def answer_split(
     )
     if output is not None:
         if main:
-            tracking.write_json(output / SOURCE, source | {"environment": tracking.environment()})
+            tracking.write_json(
+                output / evaluation.SOURCE, source | {"environment": tracking.environment()}
+            )
         journal.remove()
     return result
 
@@ -156,10 +157,12 @@ def _prompts_sha256(records, tasks) -> str:
 
 
 def _is_there(output: Path, source: Mapping) -> bool:
-    needed = (SOURCE, evaluation.PREDICTIONS, evaluation.METRICS)
+    needed = (evaluation.SOURCE, evaluation.PREDICTIONS, evaluation.METRICS)
     if not all((output / name).is_file() for name in needed):
         return False
-    return _content(json.loads((output / SOURCE).read_text(encoding="utf-8"))) == _content(source)
+    return _content(
+        json.loads((output / evaluation.SOURCE).read_text(encoding="utf-8"))
+    ) == _content(source)
 
 
 def _content(source: Mapping) -> dict:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from radonc_jax.data.cohort import sha256
 from radonc_jax.evaluation.run import PREDICTIONS, read_predictions, write_file
 from radonc_jax.evaluation.statistics import bootstrap_mean
 from radonc_jax.tasks import Record, Task
@@ -246,8 +247,8 @@ def probe_tasks(
 ) -> dict[str, dict]:
     """`probe` for each task, held against the predictions in `folder`; {task: summary}.
 
-    Writes robustness.json and, a line a case and without any text, robustness.jsonl beside them
-    unless `write` is False (the other processes of several). Raises as `probe` and
+    Writes robustness.json, which names the predictions by their hash, and, a line a case and
+    without any text, robustness.jsonl beside them unless `write` is False (the other processes of several). Raises as `probe` and
     `read_predictions`.
     """
     predictions = read_predictions(folder / PREDICTIONS)
@@ -259,5 +260,6 @@ def probe_tasks(
         lines += [json.dumps(case) + "\n" for case in cases]
     if write:
         write_file(folder / ROBUSTNESS_CASES, "".join(lines))
-        write_file(folder / ROBUSTNESS, json.dumps(summaries, indent=1, allow_nan=False) + "\n")
+        content = {"predictions_sha256": sha256(folder / PREDICTIONS)} | summaries
+        write_file(folder / ROBUSTNESS, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return summaries
