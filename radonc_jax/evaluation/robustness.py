@@ -248,8 +248,8 @@ def probe_tasks(
     """`probe` for each task, held against the predictions in `folder`; {task: summary}.
 
     Writes robustness.json, which names the predictions by their hash, and, a line a case and
-    without any text, robustness.jsonl beside them unless `write` is False (the other processes of several). Raises as `probe` and
-    `read_predictions`.
+    without any text, robustness.jsonl beside them unless `write` is False (the other processes of
+    several). Raises as `probe` and `read_predictions`.
     """
     predictions = read_predictions(folder / PREDICTIONS)
     summaries, lines = {}, []
