@@ -115,7 +115,8 @@ def answer_split(
         if parallel.several_processes():  # all of them decode, or none
             there = multihost_utils.broadcast_one_to_all(there)
         if there:
-            return json.loads((output / evaluation.METRICS).read_text(encoding="utf-8"))
+            metrics = (output / evaluation.METRICS).read_bytes() if main else b""
+            return json.loads(parallel.from_main(metrics))
         if main:
             (output / evaluation.SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
         journal = Journal(output / JOURNAL, source["answers"])
