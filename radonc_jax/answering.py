@@ -115,6 +115,8 @@ def answer_split(
         if parallel.several_processes():  # all of them decode, or none
             there = multihost_utils.broadcast_one_to_all(there)
         if there:
+            if main:  # left by a kill after the last answer
+                (output / JOURNAL).unlink(missing_ok=True)
             metrics = (output / evaluation.METRICS).read_bytes() if main else b""
             return json.loads(parallel.from_main(metrics))
         if main:

@@ -483,8 +483,12 @@ def test_a_run_starts_from_a_given_adapter(quiet, workspace, tmp_path):
 def test_a_finished_run_answers_nothing_again(quiet, workspace):
     files = sorted((quiet[0] / "evaluation").rglob("*.json*"))
     before = [(p, p.stat().st_mtime_ns) for p in files]
+    # Killed after the answers were whole, but before their journal was deleted.
+    journal = quiet[0] / "evaluation/test/tuned/.answers.jsonl"
+    journal.write_text("{}\n")
     run_command("train", *workspace.arguments, *SHORT, f"--workdir={quiet[0]}")
     assert [(p, p.stat().st_mtime_ns) for p in files] == before
+    assert not journal.exists()
 
 
 def last_line(result):
