@@ -1,5 +1,6 @@
 """Lets one model answer a split and writes what came of it: the end of `train`, and `evaluate`."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,6 @@ from radonc_jax.evaluation import run as evaluation
 from radonc_jax.settings import Settings
 from radonc_jax.tasks import icd, select
 
-SOURCE = "source.json"
 JOURNAL = ".answers.jsonl"  # while answers are being given; token ids, as private as predictions
 
 
@@ -92,6 +92,8 @@ def answer_split(
     """
     main = parallel.is_main_process()
     source = dict(origin) | {
+        "split": split,
+        "model": model,
         "cohort": tracking.cohort_sha256(config.cohort),
         "task": config.task,
         "max_new_tokens": config.decode.max_new_tokens,
@@ -105,16 +107,21 @@ def answer_split(
             for name, constraint in constrained.items()
         }
         decoder = replace(decoder, constraints=dict(constrained))
+    source["answers"] = answer_source(decoder, config, origin)
+    source["prompts_sha256"] = _prompts_sha256(records, tasks)
     journal = None
     if output is not None:
         there = np.int32(main and _is_there(output, source))
         if parallel.several_processes():  # all of them decode, or none
             there = multihost_utils.broadcast_one_to_all(there)
         if there:
-            return json.loads((output / evaluation.METRICS).read_text(encoding="utf-8"))
+            if main:  # left by a kill after the last answer
+                (output / JOURNAL).unlink(missing_ok=True)
+            metrics = (output / evaluation.METRICS).read_bytes() if main else b""
+            return json.loads(parallel.from_main(metrics))
         if main:
-            (output / SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
-        journal = Journal(output / JOURNAL, answer_source(decoder, config, origin))
+            (output / evaluation.SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
+        journal = Journal(output / JOURNAL, source["answers"])
     result = evaluation.evaluate(
         replace(decoder, journal=journal),
         records,
@@ -127,7 +134,9 @@ def answer_split(
     )
     if output is not None:
         if main:
-            tracking.write_json(output / SOURCE, source | {"environment": tracking.environment()})
+            tracking.write_json(
+                output / evaluation.SOURCE, source | {"environment": tracking.environment()}
+            )
         journal.remove()
     return result
 
@@ -145,10 +154,21 @@ def answer_source(decoder: TextDecoder, config: Settings, origin: Mapping) -> di
     }
 
 
-def _is_there(output: Path, source: dict) -> bool:
-    path = output / SOURCE
-    if not path.is_file():
+def _prompts_sha256(records, tasks) -> str:
+    prompts = [task.prompt(record.diagnosis) for task in tasks for record in records]
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+
+
+def _is_there(output: Path, source: Mapping) -> bool:
+    needed = (evaluation.SOURCE, evaluation.PREDICTIONS, evaluation.METRICS)
+    if not all((output / name).is_file() for name in needed):
         return False
-    there = json.loads(path.read_text(encoding="utf-8"))
-    there.pop("environment")
-    return there == source
+    return _content(
+        json.loads((output / evaluation.SOURCE).read_text(encoding="utf-8"))
+    ) == _content(source)
+
+
+def _content(source: Mapping) -> dict:
+    """What the answers come from, wherever base and cohort lie: their hashes stay."""
+    kept = {key: value for key, value in source.items() if key not in ("base", "environment")}
+    return kept | {"cohort": source.get("cohort", {}).get("manifest_sha256")}

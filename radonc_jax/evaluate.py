@@ -18,6 +18,7 @@ it holds a copy of its cohort, and --base says where the base lies here. With a 
 original model answers, and its scores are printed; --output names a folder for its answers.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,8 +208,12 @@ def answer(
         constrained=closed,
     )
     if with_robustness:
+        main_process = parallel.is_main_process()
+        # Only the main one has written them, and on its own disk perhaps.
+        given = evaluation.read_predictions(output / evaluation.PREDICTIONS) if main_process else {}
+        given = json.loads(parallel.from_main(json.dumps(given).encode()))
         rates = robustness.probe_tasks(
-            decoder, records, tasks, output, write=parallel.is_main_process(), seed=config.seed
+            decoder, records, tasks, given, output if main_process else None, seed=config.seed
         )
     if not parallel.is_main_process():
         return

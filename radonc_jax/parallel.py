@@ -255,3 +255,14 @@ def quiet_third_parties() -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     for name in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def from_main(content: bytes) -> bytes:
+    """What the main process has, in every process. All of them must call; they wait for it."""
+    if not several_processes():
+        return content
+    size = multihost_utils.broadcast_one_to_all(np.int64(len(content)))
+    shared = np.zeros(int(size), np.uint8)
+    if is_main_process():
+        shared[:] = np.frombuffer(content, np.uint8)
+    return multihost_utils.broadcast_one_to_all(shared).tobytes()

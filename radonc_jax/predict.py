@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -59,6 +60,7 @@ _CONSTRAINED = flags.DEFINE_bool(
 flags.mark_flags_as_required(["input", "output"])
 
 ADDED = ("answer", "parsed", "logprob", "finished", "trimmed", "problem")
+NOT_FINITE = "log-probability not finite"
 CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
 REPORT_SECONDS = 30  # between lines of progress where there is no terminal
 
@@ -215,6 +217,9 @@ def answer_rows(
     """Writes each row with its answer; returns the numbers of the rows without one, by reason.
 
     Every process of a run decodes, one of them writes.
+
+    Raises:
+      ValueError: no answer of a whole chunk of several has a log-probability that is finite.
     """
     part = Part(output, source)
     column, width = rows.columns.index(_COLUMN.value), len(rows.columns)
@@ -245,7 +250,17 @@ def answer_rows(
                     bar.update()
             asked = [(number, values) for number, values in chunk if number not in added]
             answers = decode(task, [values[column] for _, values in asked])
-            for (number, _), answer in zip(asked, answers, strict=True):
+            broken = [not math.isfinite(answer.logprob) for answer in answers]
+            if len(answers) > 1 and all(broken):
+                raise ValueError(
+                    f"rows {asked[0][0]} to {asked[-1][0]}: no answer has a log-probability that "
+                    "is finite; weights or precision are broken, so the answers mean nothing"
+                )
+            for (number, _), answer, bad in zip(asked, answers, broken, strict=True):
+                if bad:
+                    part.problems.setdefault(NOT_FINITE, []).append(number)
+                    added[number] = [""] * (len(ADDED) - 1) + [NOT_FINITE]
+                    continue
                 parsed = task.parse(answer.text)
                 flags_ = (answer.finished, answer.trimmed)
                 added[number] = [answer.text, parsed, answer.logprob, *flags_, ""]

@@ -10,8 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from radonc_jax.data.cohort import load_records, write_cohort
+from radonc_jax.data.cohort import (
+    keep_copy,
+    load_records,
+    load_split,
+    of_run,
+    sha256,
+    write_cohort,
+)
+from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation import findings, robustness, run, subgroups
+from radonc_jax.evaluation.report import write_report
 from radonc_jax.evaluation.verdict import judge_tuning
 from radonc_jax.tasks import select
 
@@ -20,6 +29,8 @@ PLACES = {
     "C61": ("prostate", "prostate", "Prostate, 70 Gy in 28 fractions", "proton"),
     "C20": ("rectum", "rectal", "Rectum, 50 Gy in 25 fractions", "photon"),
 }
+
+NONE_EXCLUDED = pd.DataFrame(columns=["row", "reason"])
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +57,7 @@ def cohort(tmp_path_factory):
                 }
             )
     folder = tmp_path_factory.mktemp("data") / "cohort"
-    excluded = pd.DataFrame(columns=["row", "reason"])
-    write_cohort(folder, pd.DataFrame(rows), excluded, {"ceiling": {"icd": 0.93}})
+    write_cohort(folder, pd.DataFrame(rows), NONE_EXCLUDED, {"ceiling": {"icd": 0.93}})
     return folder
 
 
@@ -88,9 +98,14 @@ def workdir(tmp_path_factory, cohort):
     answer(folder, cohort, "tuned", 0.8, task="all", split="validation")
     answer(folder, cohort, "original_examples", 0.5, task="icd")
     probes = {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}}
-    path = folder / "evaluation" / "test" / "tuned" / robustness.ROBUSTNESS
-    path.write_text(json.dumps(probes))
+    write_probes(folder, probes)
     return folder
+
+
+def write_probes(folder, probes):
+    tuned = folder / "evaluation" / "test" / "tuned"
+    probes = {"predictions_sha256": sha256(tuned / run.PREDICTIONS)} | probes
+    (tuned / robustness.ROBUSTNESS).write_text(json.dumps(probes))
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +262,61 @@ def test_a_folder_that_has_travelled_is_reported_from_what_it_holds(tmp_path, wo
     assert entry["tests"]["difference"] == whole["tests"]["difference"]
     assert entry["baselines"] is None and entry["subgroups"] == []
     assert "was not at hand" in entry["verdict"]["sentences"][1]
+
+
+def test_answers_of_another_checkpoint_are_left_out_and_told(tmp_path, workdir, cohort, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    answer(folder, cohort, "tuned_constrained", 0.9)
+
+    def came_from(split, model, trained):
+        source = {"trained_fingerprint": trained, "base_fingerprint": "b", "base": f"/{split}"}
+        source["cohort"] = {"folder": f"/{split}", "manifest_sha256": "c"}
+        (folder / "evaluation" / split / model / run.SOURCE).write_text(json.dumps(source))
+
+    for model in ("original", "original_examples"):
+        came_from("test", model, "none")
+    for split, model in (("test", "tuned"), ("test", "tuned_constrained"), ("validation", "tuned")):
+        came_from(split, model, "step 100")
+    whole = findings.read_run(folder)
+    assert whole.left_out == ()
+    assert set(whole.predictions) == {*run.MODELS, "tuned_constrained", "original_examples"}
+    assert whole.validation and whole.robustness
+    # Trained further: the test split alone is answered anew.
+    answer(folder, cohort, "tuned", 0.9, task="all", seed=4)
+    came_from("test", "tuned", "step 200")
+    mixed = findings.read_run(folder)
+    assert set(mixed.predictions) == {*run.MODELS, "original_examples"}
+    assert not mixed.validation and not mixed.robustness
+    named = ("test/tuned_constrained", "validation/tuned", "test/tuned/robustness.json")
+    assert [line.split(":")[0] for line in mixed.left_out] == list(named)
+    entry = write_report(folder, bootstrap=20)["tasks"]["icd"]
+    assert entry["left_out"] == list(mixed.left_out)
+    assert entry["confidence"]["tuned"]["conformal"] is None and entry["robustness"] is None
+    assert capsys.readouterr().err.count("left out of the report") == 3
+
+
+def other_cohort(cohort, folder):
+    """The same patients with other codes, as another site's data under the same path."""
+    tables = [load_split(cohort, split).assign(split=split) for split in SPLITS]
+    write_cohort(folder, pd.concat(tables).assign(icd10="C34.11"), NONE_EXCLUDED, {})
+
+
+def test_another_cohort_under_the_config_s_path_is_not_the_run_s(tmp_path, cohort):
+    folder = make_run(tmp_path / "run", cohort)
+    named = {"manifest_sha256": sha256(cohort / "manifest.json")}
+    (folder / "manifest.json").write_text(json.dumps({"cohort": named}))
+    there = tmp_path / "data"
+    other_cohort(cohort, there)
+    (folder / "config.json").write_text(json.dumps({"cohort": str(there)}))
+    # Without the run's own copy there is no cohort at hand, and none is taken for it.
+    assert findings.read_run(folder).cases is None
+    with pytest.raises(ValueError, match="is not the cohort of"):
+        findings.read_run(folder, cohort=there)
+    keep_copy(cohort, folder)
+    assert of_run(there, folder) == folder / "cohort"
+    assert set(findings.read_run(folder).cases["icd10"]) == set(PLACES)
+    assert of_run(cohort, folder) == cohort
 
 
 def compare(*arguments):

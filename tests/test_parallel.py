@@ -1,10 +1,15 @@
 """Placement: one rule for every array, and meshes that fit."""
 
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT, command_environment
 
 from radonc_jax import parallel
 from radonc_jax.models import lora
@@ -139,3 +144,27 @@ def test_heads_must_divide_by_the_tensor_axis():
     with pytest.raises(ValueError, match="2 key/value heads"):
         parallel.check_heads(32, 2, mesh)
     parallel.check_heads(32, 8, mesh)
+
+
+def test_what_the_main_process_has_every_process_gets():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = (
+        "import jax, sys; from radonc_jax import parallel;"
+        f"jax.distributed.initialize('127.0.0.1:{port}', 2, int(sys.argv[1]));"
+        "own = b'{\"answers\": 3}' if parallel.is_main_process() else b'';"
+        "print(parallel.from_main(own), parallel.from_main(b''))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(index)],
+            cwd=ROOT,
+            env=command_environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert outputs == ["b'{\"answers\": 3}' b''"] * 2

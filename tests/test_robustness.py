@@ -1,5 +1,6 @@
 """Changed texts and what must follow from them."""
 
+import hashlib
 import json
 import re
 from types import SimpleNamespace
@@ -152,8 +153,14 @@ def test_files_hold_no_text(tmp_path):
         for answer in answers(read_side)
     ]  # fmt: skip
     (tmp_path / "predictions.jsonl").write_text("\n".join(lines) + "\n")
-    summary = robustness.probe_tasks(read_side, RECORDS, [TASKS["icd"]], tmp_path)
+    given = {"icd": answers(read_side)}
+    summary = robustness.probe_tasks(read_side, RECORDS, [TASKS["icd"]], given, tmp_path)
+    # Another process of several neither reads nor writes.
+    alone = robustness.probe_tasks(read_side, RECORDS, [TASKS["icd"]], given, None)
+    assert alone == summary
     written = json.loads((tmp_path / "robustness.json").read_text())
+    predictions = (tmp_path / "predictions.jsonl").read_bytes()
+    assert written.pop("predictions_sha256") == hashlib.sha256(predictions).hexdigest()
     assert written == summary and written["icd"]["side_flip"]["rate"] == 1.0
     text = (tmp_path / "robustness.jsonl").read_text()
     assert "breast" not in text and text.count("\n") == sum(e["n"] for e in summary["icd"].values())

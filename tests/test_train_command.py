@@ -221,6 +221,13 @@ def test_evaluate_with_a_config_alone_asks_the_original(quiet, workspace, tmp_pa
     assert result.stdout.startswith("icd: accuracy")
     expected = quiet[0] / "evaluation/test/original/predictions.jsonl"
     assert (output / "predictions.jsonl").read_bytes() == expected.read_bytes()
+    # Another split in the same folder is another question, not the answers that lie there.
+    run_command("evaluate", *workspace.arguments, f"--output={output}", "--split=validation")
+    metrics = json.loads((output / "metrics.json").read_text())
+    lines = (output / "predictions.jsonl").read_text().splitlines()
+    asked = cohort.load_records(workspace.cohort, "validation")
+    assert metrics["split"] == "validation" and metrics["n"] == len(asked)
+    assert [json.loads(line)["case_id"] for line in lines] == [case.case_id for case in asked]
 
 
 def test_evaluate_without_a_run_says_what_is_missing(tmp_path):
@@ -476,8 +483,12 @@ def test_a_run_starts_from_a_given_adapter(quiet, workspace, tmp_path):
 def test_a_finished_run_answers_nothing_again(quiet, workspace):
     files = sorted((quiet[0] / "evaluation").rglob("*.json*"))
     before = [(p, p.stat().st_mtime_ns) for p in files]
+    # Killed after the answers were whole, but before their journal was deleted.
+    journal = quiet[0] / "evaluation/test/tuned/.answers.jsonl"
+    journal.write_text("{}\n")
     run_command("train", *workspace.arguments, *SHORT, f"--workdir={quiet[0]}")
     assert [(p, p.stat().st_mtime_ns) for p in files] == before
+    assert not journal.exists()
 
 
 def last_line(result):

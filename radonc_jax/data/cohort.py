@@ -17,6 +17,7 @@ from radonc_jax.tasks.base import Record
 FIELDS = ("case_id", "patient_id", "diagnosis", "regimen", "modality", "icd10")
 # Of the extract's further columns, where it has them.
 CARRIED = ("site", "stage", "sex", "age")
+_SHEETS = ("annotation.", "disagreements.")  # to be filled in, so not held to their hashes
 TASK_FIELDS = ("regimen", "modality", "icd10")
 
 
@@ -68,7 +69,7 @@ def is_finished_cohort(folder: Path) -> bool:
 
 
 def keep_copy(folder: str | Path, workdir: Path) -> None:
-    """Puts the splits and the manifest of a cohort into a run's folder, for another machine.
+    """Puts a cohort, all that its manifest hashes, into a run's folder, for another machine.
 
     As private as the cohort itself. Whole or absent: written aside, then renamed.
     """
@@ -78,15 +79,40 @@ def keep_copy(folder: str | Path, workdir: Path) -> None:
     aside = copy.with_name(".cohort.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    for name in (*(f"{split}.parquet" for split in SPLITS), "manifest.json"):
-        shutil.copyfile(Path(folder) / name, aside / name)
+    needed = [name for name in load_manifest(folder)["sha256"] if not name.startswith(_SHEETS)]
+    for name in (*needed, "manifest.json"):
+        path = Path(folder) / name
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, aside / name)
     os.replace(aside, copy)
 
 
+def is_of_run(folder: str | Path, workdir: str | Path) -> bool:
+    """Whether this finished cohort is the one that a run's manifest names by its hash.
+
+    True where the run has no manifest, which then tells nothing.
+    """
+    path = Path(workdir) / "manifest.json"
+    if not path.is_file():
+        return True
+    try:
+        named = (json.loads(path.read_text(encoding="utf-8")).get("cohort") or {}).get(
+            "manifest_sha256"
+        )
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path}: not a run's manifest") from None
+    return named in (None, sha256(Path(folder) / "manifest.json"))
+
+
 def of_run(folder: str | Path, workdir: str | Path) -> Path:
-    """The cohort of a run: where its config says, else the copy in its own folder."""
-    copy = Path(workdir) / "cohort"
-    return copy if not is_finished_cohort(Path(folder)) and copy.is_dir() else Path(folder)
+    """The cohort of a run: where its config says, else the copy in its own folder.
+
+    One that is not the run's own, by the hash in the run's manifest, comes last: another cohort may
+    stand under the config's path on this machine.
+    """
+    places = Path(folder), Path(workdir) / "cohort"
+    finished = [place for place in places if is_finished_cohort(place)]
+    own = [place for place in finished if is_of_run(place, workdir)]
+    return (own or finished or places)[0]
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -213,10 +239,10 @@ def load_split(folder: str | Path, split: str) -> pd.DataFrame:
     folder = Path(folder)
     manifest = load_manifest(folder)
     path = folder / f"{split}.parquet"
-    # The other splits are held to it when they are loaded; sheets are there to be filled in.
+    # The other splits are held to it when they are loaded.
     others = {f"{name}.parquet" for name in SPLITS} - {path.name}
     for name in sorted({path.name, *manifest["sha256"]} - others):
-        if name.startswith(("annotation.", "disagreements.")):
+        if name.startswith(_SHEETS):
             continue
         file = folder / name
         if not file.is_file():

@@ -5,9 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from jax.experimental import multihost_utils
-
 from radonc_jax import parallel
 
 
@@ -36,11 +33,7 @@ class Journal:
                 content = content[: content.rfind(b"\n") + 1]
             self._file = open(self.path, "ab")  # noqa: SIM115 - closed by `close`
             self._file.truncate(len(content))
-        if parallel.several_processes():
-            size = multihost_utils.broadcast_one_to_all(np.int64(len(content)))
-            shared = np.zeros(int(size), np.uint8)
-            shared[: len(content)] = np.frombuffer(content, np.uint8)
-            content = multihost_utils.broadcast_one_to_all(shared).tobytes()
+        content = parallel.from_main(content)
         self._answers = {}
         for line in content.splitlines():
             try:

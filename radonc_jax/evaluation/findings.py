@@ -15,6 +15,7 @@ import pandas as pd
 from radonc_jax.data.cohort import (
     as_records,
     is_finished_cohort,
+    is_of_run,
     load_manifest,
     load_split,
     of_run,
@@ -28,6 +29,7 @@ from radonc_jax.evaluation.run import (
     METRICS,
     MODELS,
     PREDICTIONS,
+    SOURCE,
     VARIANTS,
     read_predictions,
     split_tasks,
@@ -45,7 +47,8 @@ class Run:
 
     `predictions` and `metrics` are by model, then by task; beside "original" and "tuned" they hold
     the variants that the folder has. `validation` are the predictions of the validation split, of
-    the models that answered it; `robustness` what robustness.json of a model holds.
+    the models that answered it; `robustness` what robustness.json of a model holds. What lies there
+    from another checkpoint, base or cohort than the model's answers to `split` is in `left_out`.
     """
 
     name: str
@@ -62,6 +65,9 @@ class Run:
     cases: pd.DataFrame | None = None  # cohort rows of the split: site, sex, age ... where known
     validation: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
     robustness: dict[str, dict] = field(default_factory=dict)
+    left_out: Sequence[
+        str
+    ] = ()  # answers in the folder that are not of these models; one line each
 
 
 def _read_json(path: Path) -> dict:
@@ -81,17 +87,19 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
 
     The cohort (its place is `cohort`, else the one in the run's config.json) adds baselines, the
     ceiling, subgroups and the split sizes. A run folder that has travelled without its cohort is
-    read all the same, unless `cohort` was given and is not there.
+    read all the same, unless `cohort` was given and is not there. A cohort whose manifest is not
+    the one that the run's manifest names is not the run's, and is not read.
 
     Raises:
       FileNotFoundError: the folder, or the predictions or metrics of a model, are missing.
       ValueError: a file cannot be read, holds predictions of another split, task or case than it
-        should, or the two models answered different tasks.
+        should, the two models answered different tasks, or `cohort` is not the run's.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is no run folder")
     predictions, metrics, provenance = {}, {}, {}
+    left_out: list[str] = []
     for model in VARIANTS:
         folder = workdir / "evaluation" / split / model
         if not (folder / PREDICTIONS).is_file() or not (folder / METRICS).is_file():
@@ -101,6 +109,8 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
                 f"{workdir}: no predictions of the {model} model on split {split!r}; run "
                 f"python -m radonc_jax.evaluate --workdir={workdir} --split={split} --model={model}"
             )
+        if not _is_of_same_model(workdir, split, folder, left_out):
+            continue
         predictions[model], metrics[model] = _read_evaluation(folder, split)
         content = (folder / PREDICTIONS).read_bytes()
         provenance[f"{model}_predictions_sha256"] = hashlib.sha256(content).hexdigest()
@@ -119,7 +129,15 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     training = held_out = ()
     sizes, facts, cases = None, {}, None
     folder = cohort or (config.get("cohort") and of_run(config["cohort"], workdir))
-    if folder and (cohort is not None or is_finished_cohort(Path(folder))):
+    at_hand = folder and is_finished_cohort(Path(folder))
+    if at_hand and not is_of_run(folder, workdir):
+        if cohort is not None:
+            raise ValueError(
+                f"{folder} is not the cohort of {workdir}: its manifest.json is another than the "
+                "run's manifest names; give the cohort that the run was made from"
+            )
+        at_hand = False
+    if at_hand or cohort is not None:
         splits = {name: load_split(folder, name) for name in SPLITS}
         sizes = {name: len(rows) for name, rows in splits.items()}
         cases = splits[split]
@@ -138,13 +156,51 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         config=config,
         cohort=facts,
         cases=cases,
-        validation=_read_validation(workdir, split, predictions),
-        robustness={
-            model: found
-            for model in MODELS
-            if (found := _read_json(workdir / "evaluation" / split / model / robustness.ROBUSTNESS))
-        },
+        validation=_read_validation(workdir, split, predictions, left_out),
+        robustness=_read_robustness(workdir, split, provenance, left_out),
+        left_out=tuple(left_out),
     )
+
+
+def _is_of_same_model(workdir: Path, split: str, folder: Path, left_out: list[str]) -> bool:
+    """Whether answers come from the weights and cohort of their model's free answers to `split`.
+
+    If not, a line is added to `left_out`: training that went on, or evaluate --step, changes the
+    folder of one kind of answers, and the others stay as they were.
+    """
+    model = next(name for name in MODELS if folder.name.startswith(name))
+
+    def origin(path: Path) -> tuple:
+        source = _read_json(path / SOURCE)
+        cohort = (source.get("cohort") or {}).get("manifest_sha256")
+        return source.get("trained_fingerprint"), source.get("base_fingerprint"), cohort
+
+    if origin(folder) == origin(workdir / "evaluation" / split / model):
+        return True
+    left_out.append(
+        f"{folder.parent.name}/{folder.name}: not of the same checkpoint, base and cohort as "
+        f"{split}/{model}; evaluate it again"
+    )
+    return False
+
+
+def _read_robustness(
+    workdir: Path, split: str, provenance: Mapping, left_out: list[str]
+) -> dict[str, dict]:
+    """robustness.json by model, where it was measured against the answers that lie there now."""
+    kept = {}
+    for model in MODELS:
+        found = _read_json(workdir / "evaluation" / split / model / robustness.ROBUSTNESS)
+        if not found:
+            continue
+        if found.pop("predictions_sha256", None) == provenance[f"{model}_predictions_sha256"]:
+            kept[model] = found
+        else:
+            left_out.append(
+                f"{split}/{model}/{robustness.ROBUSTNESS}: measured against other answers than "
+                "those there now; evaluate --robustness again"
+            )
+    return kept
 
 
 def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], dict[str, dict]]:
@@ -175,7 +231,7 @@ def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], d
 
 
 def _read_validation(
-    workdir: Path, split: str, predictions: Mapping[str, Mapping]
+    workdir: Path, split: str, predictions: Mapping[str, Mapping], left_out: list[str]
 ) -> dict[str, dict[str, list[dict]]]:
     """Predictions of the validation split by the models that answered it and `split`."""
     folder = workdir / "evaluation" / "validation"
@@ -184,7 +240,9 @@ def _read_validation(
     return {
         model: _read_evaluation(folder / model, "validation")[0]
         for model in predictions
-        if (folder / model / PREDICTIONS).is_file() and (folder / model / METRICS).is_file()
+        if (folder / model / PREDICTIONS).is_file()
+        and (folder / model / METRICS).is_file()
+        and _is_of_same_model(workdir, split, folder / model, left_out)
     }
 
 
@@ -209,6 +267,8 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
       verdict: see `judge_tuning`. details: see `details.assess`.
       confidence {model or variant: see `confidence.assess`}: null for one without probabilities.
       robustness {model: {perturbation: {n, rate, expected}}} or null; subgroups: see there.
+      left_out: answers in the run folder that are of another checkpoint, base or cohort, a line
+        each; nothing of them is in the entry.
       against {run, model, tests} or null: this run's tuned model against that of the first run of
         the task, where both answered the same cases.
     In every family of tests (`wilcoxon`, `wilcoxon_rouge1`, `wilcoxon_by_patient`, `mcnemar`) Holm
@@ -294,6 +354,7 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         },
         "ceiling": run.metrics["tuned"][task].get("ceiling", run.ceiling.get(task)),
         "sizes": run.sizes,
+        "left_out": list(run.left_out),
         "details": details.assess(task, both, sites=sites, training_counts=counts, **options),
         "confidence": {
             model: confidence.assess(given, run.validation.get(model, {}).get(task))

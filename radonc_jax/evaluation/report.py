@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def write_runs(
       include_text: False leaves all clinical text and all small groups out of every file (see
         `publish`).
     """
+    for run in runs:
+        for line in run.left_out:
+            print(f"{run.name}: left out of the report: {line}", file=sys.stderr)
     report = build_report(runs, bootstrap=bootstrap, seed=seed)
     if not include_text:
         report = publish(report)

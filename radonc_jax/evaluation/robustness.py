@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from radonc_jax.evaluation.run import PREDICTIONS, read_predictions, write_file
+from radonc_jax.data.cohort import sha256
+from radonc_jax.evaluation.run import PREDICTIONS, write_file
 from radonc_jax.evaluation.statistics import bootstrap_mean
 from radonc_jax.tasks import Record, Task
 from radonc_jax.tasks.icd import other_side
@@ -239,25 +240,25 @@ def probe_tasks(
     decode: Callable[[Task, list[str]], list],
     records: Sequence[Record],
     tasks: Sequence[Task],
-    folder: Path,
+    predictions: Mapping[str, Sequence[Mapping]],
+    output: Path | None,
     *,
-    write: bool = True,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """`probe` for each task, held against the predictions in `folder`; {task: summary}.
+    """`probe` for each task, held against `predictions` by task; {task: summary}.
 
-    Writes robustness.json and, a line a case and without any text, robustness.jsonl beside them
-    unless `write` is False (the other processes of several). Raises as `probe` and
-    `read_predictions`.
+    Writes robustness.json, which names the predictions by their hash, and, a line a case and
+    without any text, robustness.jsonl beside the predictions in the folder `output`; None writes
+    nothing (the other processes of several, who may not see the folder). Raises as `probe`.
     """
-    predictions = read_predictions(folder / PREDICTIONS)
     summaries, lines = {}, []
     for task in tasks:
         summaries[task.name], cases = probe(
             decode, records, task, predictions.get(task.name, ()), seed=seed
         )
         lines += [json.dumps(case) + "\n" for case in cases]
-    if write:
-        write_file(folder / ROBUSTNESS_CASES, "".join(lines))
-        write_file(folder / ROBUSTNESS, json.dumps(summaries, indent=1, allow_nan=False) + "\n")
+    if output is not None:
+        write_file(output / ROBUSTNESS_CASES, "".join(lines))
+        content = {"predictions_sha256": sha256(output / PREDICTIONS)} | summaries
+        write_file(output / ROBUSTNESS, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return summaries

@@ -16,6 +16,7 @@ from radonc_jax.tasks import Record, Task
 
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
+SOURCE = "source.json"  # which model answered, on what
 MODELS = ("original", "tuned")
 # Each in a folder of its own: the answers of MODELS are free, and comparable with the paper.
 CONSTRAINED = "_constrained"
