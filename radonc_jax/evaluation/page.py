@@ -17,7 +17,7 @@ from radonc_jax.evaluation import figures
 from radonc_jax.evaluation.disclosure import Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import Texts, explorer_section
 from radonc_jax.evaluation.figures import TITLES, name_of
-from radonc_jax.evaluation.findings import NOTICE, Run, entries
+from radonc_jax.evaluation.findings import NOTICE, Run, entries, publish_cohort
 from radonc_jax.evaluation.markup import (
     DASH,
     Drawer,
@@ -67,7 +67,8 @@ def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = Tr
         omitted = "<p>Left out: this report was written without clinical text.</p>"
         sections.append(("cases", "Cases", omitted))
     sources = [
-        (name, _source(report, run, name)) for run, name in zip(runs, report["runs"], strict=True)
+        (name, _source(report, run, name, include_text))
+        for run, name in zip(runs, report["runs"], strict=True)
     ]
     sections += [
         ("definitions", "Definitions", _definitions()),
@@ -544,13 +545,13 @@ def _definitions() -> str:
     return f"<dl>{terms}</dl>"
 
 
-def _source(report: Mapping, run: Run, name: str) -> Source:
+def _source(report: Mapping, run: Run, name: str, include_text: bool) -> Source:
     return Source(
         entries={task: entry for task, entry in entries(report) if entry["run"] == name},
         split=run.split,
         config=run.config,
         manifest=run.provenance.get("manifest") or {},
-        cohort=run.cohort,
+        cohort=run.cohort if include_text else publish_cohort(run.cohort),
     )
 
 
