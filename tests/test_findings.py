@@ -302,6 +302,10 @@ def test_the_verdict_says_plainly_who_wins():
     unsure = judge_tuning("icd", entry_with(0.8, 0.79, 0.01, -0.05, 0.07))
     assert unsure["tuned_beats_baseline"] is False
     assert "no worse than the tuned model as far as these cases tell" in unsure["sentences"][1]
+    for value in (0.3, -0.3):  # no interval was computed
+        unknown = judge_tuning("icd", entry_with(0.5 + value, 0.5, value, None, None))
+        assert unknown["tuned_beats_baseline"] is False
+        assert "as far as these cases tell" in unknown["sentences"][1]
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
     assert "which chance alone could explain" in unsure["sentences"][0]
@@ -431,6 +435,7 @@ def test_extreme_models_have_defined_figures(tmp_path, cohort, task, right):
     for entry in report["tasks"].values():
         if right[0] == right[1]:
             assert entry["tests"]["wilcoxon"]["p_value"] == 1
+            assert entry["tests"]["difference"]["low"] < 0 < entry["tests"]["difference"]["high"]
             assert entry["tests"]["mcnemar"]["p_value"] == 1
             assert entry["tests"]["effect"]["odds_ratio"] is None
             assert "left accuracy at" in entry["verdict"]["sentences"][0]

@@ -164,8 +164,7 @@ def _standing(entry: Mapping) -> str | None:
     if entry["verdict"]["tuned_beats_baseline"]:
         return "better"
     difference = entry["baseline_tests"][best[0]]["difference"]
-    high = difference["value"] if difference["high"] is None else difference["high"]
-    return "worse" if high < 0 else "unclear"
+    return "worse" if difference["high"] is not None and difference["high"] < 0 else "unclear"
 
 
 def _holm(entry: Mapping) -> float:
