@@ -521,7 +521,8 @@ DEFINITIONS = {
     "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
     "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, and a number of fractions "
     "of the same class. Customary for the site: any dose and number of fractions that the site "
-    "table lists for it, on no other side. The right words: a ROUGE-1 of 0.8 or more.",
+    "table lists for it, to the reference's side and target, of the same kind of treatment "
+    "(modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice.",
