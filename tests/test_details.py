@@ -132,8 +132,33 @@ def test_allowed_regimens_are_those_of_the_site():
     assert allowed["tuned"]["value"] == 2 / 5
     assert assessed(sites={"c0": "unheard of"}, bootstrap=0)["allowed"] is None
     assert assessed(bootstrap=0)["allowed"] is None
-    assert (40.05, 15) in regimens.allowed_regimens()["breast_wbi"]
-    assert (10.0, 5) not in regimens.allowed_regimens()["breast_wbi"]  # a boost
+    doses = {(r.total_dose_gy, r.fractions) for r in regimens.allowed_regimens()["breast_wbi"]}
+    assert (40.05, 15) in doses
+    assert (10.0, 5) not in doses  # a boost
+
+
+@pytest.mark.parametrize(
+    ("answer", "site", "allowed"),
+    [
+        ("Right breast, 42.56 Gy in 16 fractions, VMAT", "breast_wbi", True),
+        ("Right breast, 42.56 Gy in 16 fractions", "breast_wbi", True),
+        ("Breast, 42.56 Gy in 16 fractions, VMAT", "breast_wbi", False),  # which?
+        ("Right lung, 42.56 Gy in 16 fractions, VMAT", "breast_wbi", False),
+        ("Right breast, 42.56 Gy(RBE) in 16 fractions, PBS", "breast_wbi", False),
+        ("Right breast, 40.05 Gy(RBE) in 15 fractions, PBS", "breast_wbi", True),
+        ("Prostate, 145 Gy LDR I-125 seeds implant", "prostate_intact", True),
+        ("Prostate, 145 Gy in 1 fraction, VMAT", "prostate_intact", False),  # deadly
+        ("Prostate, 145 Gy in 1 fraction", "prostate_intact", False),
+        ("Prostate, 27 Gy in 2 fractions, HDR mono", "prostate_intact", True),
+        ("Prostate, 27 Gy in 2 fractions, SBRT", "prostate_intact", False),
+    ],
+)
+def test_a_customary_regimen_is_so_in_place_and_kind_too(answer, site, allowed):
+    reference = RIGHT if site == "breast_wbi" else "Prostate, 70 Gy in 28 fractions, VMAT"
+    found = regimens.is_allowed(
+        regimen.parse_regimen(answer), regimen.parse_regimen(reference), site
+    )
+    assert found is allowed
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,109 @@ def test_small_classes_are_hidden_and_the_next_smallest_with_a_single_one():
     assert subgroups.hide_small(rows[1:], "") == rows[1:]
 
 
+def told(cells, total):
+    """What whoever sees one line of a table and its sum can work out of its hidden cells."""
+    hidden = [i for i, count in enumerate(cells) if count is None]
+    if len(hidden) != 1 or total is None:
+        return {}
+    return {hidden[0]: total - sum(count for count in cells if count is not None)}
+
+
+MATRICES = {
+    # The lone small cell of "b" is its whole row: n minus the other supports would tell it.
+    "one small class": [[40, 0, 0, 0], [0, 3, 0, 0], [0, 0, 25, 0]],
+    "small class and its partner": [[40, 12, 0, 0], [4, 0, 0, 0], [0, 2, 13, 0]],
+    "one small error": [[40, 12, 0, 0], [0, 30, 0, 0], [3, 12, 60, 0]],
+    "unreadable alone": [[40, 0, 0, 3], [0, 30, 0, 0], [0, 0, 60, 0]],
+    "few right in one class": [[4, 20, 12, 0], [0, 30, 0, 0], [0, 0, 60, 0]],
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
+    matrix = MATRICES[name]
+    labels = ["a", "b", "c"]
+    n = sum(map(sum, matrix))
+    columns = [sum(column) for column in zip(*matrix, strict=True)]
+    classes = {
+        label: {
+            "precision": matrix[i][i] / columns[i] if columns[i] else 0.0,
+            "recall": matrix[i][i] / sum(matrix[i]),
+            "f1": 0.5,
+            "support": sum(matrix[i]),
+        }
+        for i, label in enumerate(labels)
+    }
+    metrics = {
+        "per_class": classes,
+        "confusion": {"labels": [*labels, "unparseable"], "matrix": matrix},
+    }
+    findings._publish_classes(metrics)
+    shown, classes = metrics["confusion"]["matrix"], metrics["per_class"]
+    rows = [c["support"] if isinstance(c["support"], int) else None for c in classes.values()]
+    for i, c in enumerate(classes.values()):
+        if c["recall"] is not None:
+            assert shown[i][i] == round(c["recall"] * rows[i])
+    # The supports: one hidden alone is n minus the others.
+    assert rows.count(None) != 1
+    lines = list(zip(shown, rows, strict=True))
+    sums = [
+        shown[i][i] / c["precision"] if c["precision"] else None
+        for i, c in enumerate(classes.values())
+    ]
+    lines += list(zip(zip(*shown, strict=True), [*sums, columns[-1]], strict=True))
+    right = sum(matrix[i][i] for i in range(3))
+    lines.append(([shown[i][i] for i in range(3)], right))
+    for cells, total in lines:
+        assert told(cells, total) == {}, name
+    assert all(count in (None, 0) or count >= 11 for row in shown for count in row)
+    assert any(count is None for row in shown for count in row) and n > 0
+    for i, total in enumerate(rows):
+        if total is None:
+            assert shown[i] == [None] * 4
+
+
+def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
+    folder = make_run(tmp_path / "run", cohort, task="all", right=(0.9, 0.95))
+    probes = {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}}
+    path = folder / "evaluation" / "test" / "tuned" / robustness.ROBUSTNESS
+    path.write_text(json.dumps(probes))
+    report = findings.build_report([findings.read_run(folder)], bootstrap=20)
+    published = findings.publish(report)
+    for task, entry in published["tasks"].items():
+        before = report["tasks"][task]
+        assert 0 < max(before["tests"]["mcnemar"][f"only_{m}"] for m in run.MODELS) < 11
+        for tests in (entry["tests"], *entry["baseline_tests"].values()):
+            pair = [tests["mcnemar"][f"only_{side}"] for side in ("original", "tuned")]
+            assert pair == [None, None] or all(n == 0 or n >= 11 for n in pair)
+            if None in pair:
+                assert tests["wilcoxon"]["n_nonzero"] is tests["effect"]["odds_ratio"] is None
+        for model in filter(None, entry["confidence"].values()):
+            covered = [round(60 * p["coverage"]) for p in model["risk_coverage"]]
+            assert covered[-1] == 60 and covered[0] >= 11
+            assert min(np.diff(covered)) >= 11
+        if task == "icd":
+            for m in run.MODELS:
+                counts = [kinds[m] for kinds in entry["details"]["errors"].values()]
+                assert told(counts, 60 - round(60 * entry[m]["accuracy"]["value"])) == {}
+    flip = published["tasks"]["icd"]["robustness"]["tuned"]["side_flip"]
+    assert flip == {"n": "<11", "rate": None, "expected": "flips"}
+
+
+def test_a_published_cohort_tells_no_small_count():
+    facts = {
+        "kept": 50,
+        "excluded": {"no_text": 3, "no_dose": 20, "other": 40, "none": 0},
+        "deidentification": {"policy": "redact", "rows": 3},
+        "annotation": {"rows_offered": 2},
+    }
+    public = findings.publish_cohort(facts)
+    assert public["excluded"] == {"no_text": "<11", "no_dose": "hidden", "other": 40, "none": 0}
+    assert public["deidentification"] == {"policy": "redact", "rows": "<11"}
+    assert public["annotation"] == {"rows_offered": "<11"} and public["kept"] == 50
+    assert facts["excluded"]["no_text"] == 3
+
+
 def test_groups_of_a_case():
     case = {"age": "64.0", "sex": " F ", "site": None, "diagnosis": "x" * 250, "modality": ""}
     found = {by: subgroups.group_of(by, case) for by in ("age", "sex", "site", "length")}
@@ -214,6 +317,10 @@ def test_the_verdict_says_plainly_who_wins():
     unsure = judge_tuning("icd", entry_with(0.8, 0.79, 0.01, -0.05, 0.07))
     assert unsure["tuned_beats_baseline"] is False
     assert "no worse than the tuned model as far as these cases tell" in unsure["sentences"][1]
+    for value in (0.3, -0.3):  # no interval was computed
+        unknown = judge_tuning("icd", entry_with(0.5 + value, 0.5, value, None, None))
+        assert unknown["tuned_beats_baseline"] is False
+        assert "as far as these cases tell" in unknown["sentences"][1]
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
     assert "which chance alone could explain" in unsure["sentences"][0]
@@ -398,6 +505,7 @@ def test_extreme_models_have_defined_figures(tmp_path, cohort, task, right):
     for entry in report["tasks"].values():
         if right[0] == right[1]:
             assert entry["tests"]["wilcoxon"]["p_value"] == 1
+            assert entry["tests"]["difference"]["low"] < 0 < entry["tests"]["difference"]["high"]
             assert entry["tests"]["mcnemar"]["p_value"] == 1
             assert entry["tests"]["effect"]["odds_ratio"] is None
             assert "left accuracy at" in entry["verdict"]["sentences"][0]

@@ -184,7 +184,7 @@ def test_no_small_count_of_a_confusion_matrix_can_be_worked_out():
     row = dict(zip(confusion["labels"], confusion["matrix"][0], strict=True))
     # Had only the 3 been hidden, the row's sum would tell them.
     assert row["proton"] is None and row["electron"] is None and row["photon"] == 40
-    assert "&lt; 11" in render(*runs, include_text=False)
+    assert "<span>hidden</span>" in render(*runs, include_text=False)
 
 
 MANIFEST = {

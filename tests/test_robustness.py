@@ -25,6 +25,14 @@ def test_every_spelling_of_the_side_is_flipped():
     )
     assert robustness.flip_side(flipped, rng()) == TEXT
     assert robustness.flip_side("RIGHT BREAST", rng()) == "LEFT BREAST"
+    for text, other in (
+        ("right-sided ca, right breast", "left-sided ca, left breast"),
+        ("Leftsided colon ca", "Rightsided colon ca"),
+        ("uveal melanoma OD, right eye", "uveal melanoma OS, left eye"),
+        ("right lung mass, mets to L4", "left lung mass, mets to L4"),
+    ):
+        assert robustness.flip_side(text, rng()) == other
+        assert robustness.flip_side(other, rng()) == text
 
 
 @pytest.mark.parametrize(
@@ -36,6 +44,14 @@ def test_every_spelling_of_the_side_is_flipped():
         "mets to L4 and L5",
         "right-handed man with a glioma",
         "s/p RT to the left breast",
+        # Half of the sides flipped would be a text that contradicts itself.
+        "right breast at 2 o'clock",
+        "right breast, 10 oclock",
+        "left breast mass, right-handed",
+        "right breast; r axilla node",
+        "left lung, Rt-sided effusion, R/L nodes",
+        "right breast, upright position",
+        "melanoma of the right eye, o.d.",
     ],
 )
 def test_a_text_without_a_side_that_has_a_counterpart_is_not_flipped(text):

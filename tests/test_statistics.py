@@ -266,11 +266,26 @@ def test_difference_is_paired():
     assert 0 < result["low"] < result["value"] < result["high"] < 0.06
 
 
+@pytest.mark.parametrize(("patients", "low"), [(1, 2 * 0.025 - 1), (20, 2 * 0.025 ** (1 / 20) - 1)])
+def test_a_difference_that_is_the_same_in_every_patient_is_not_certain(patients, low):
+    of = [f"p{i // 3}" for i in range(3 * patients)]  # several cases each
+    wrong, right = (predictions([x] * len(of), patients=of) for x in (0, 1))
+    gain = comparison.compare_models(wrong, right)["difference"]
+    assert (gain["value"], gain["high"]) == (1, 1) and gain["low"] == pytest.approx(low)
+    loss = comparison.compare_models(right, wrong)["difference"]
+    assert (loss["value"], loss["low"]) == (-1, -1) and loss["high"] == pytest.approx(-low)
+    none = comparison.compare_models(wrong, right, bootstrap=0)["difference"]
+    assert none == {"value": 1, "low": None, "high": None}
+
+
 def test_models_that_never_differ():
     same = predictions([1, 0, 1])
     tests = comparison.compare_models(same, same)
     assert tests["wilcoxon"]["p_value"] == tests["mcnemar"]["p_value"] == 1
-    assert tests["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    # Up to a share of 0.708 of all patients may differ where none of three did.
+    for name in ("difference", "difference_rouge1", "f1_macro"):
+        assert tests[name]["value"] == 0.0
+        assert tests[name]["high"] == -tests[name]["low"] == pytest.approx(1 - 0.025 ** (1 / 3))
     assert tests["wilcoxon_by_patient"]["p_value"] == 1
     assert tests["effect"] == {
         "rank_biserial": 0.0,

@@ -9,6 +9,7 @@ from radonc_jax.evaluation.statistics import (
     PatientBootstrap,
     bootstrap_means,
     cohen_h,
+    exact_share_interval,
     mcnemar_exact,
     paired_odds_ratio,
     rank_biserial,
@@ -66,12 +67,13 @@ def compare_models(
     """The `tests` object of report.json for one task.
 
     Case by case on right or wrong: `wilcoxon` (one-sided, tuned greater), `mcnemar` (exact,
-    two-sided) and `difference` of accuracies with its paired 95 % bootstrap interval by patient;
-    on ROUGE-1: `wilcoxon_rouge1` and `difference_rouge1`. `wilcoxon_by_patient` ranks each
-    patient's mean difference in right or wrong: the cases of a patient are not independent, and
-    the two tests differ only where a patient has several. `f1_macro`, `f1_micro` and
-    `f1_weighted` are differences with paired intervals, null for free text. `effect` holds sizes
-    that do not grow with the number of cases.
+    two-sided) and `difference` of accuracies with its paired 95 % bootstrap interval by patient
+    (see `_constant_interval` for differences that are the same in every patient); on ROUGE-1:
+    `wilcoxon_rouge1` and `difference_rouge1`. `wilcoxon_by_patient` ranks each patient's mean
+    difference in right or wrong: the cases of a patient are not independent, and the two tests
+    differ only where a patient has several. `f1_macro`, `f1_micro` and `f1_weighted` are
+    differences with paired intervals, null for free text. `effect` holds sizes that do not grow
+    with the number of cases.
 
     Raises:
       ValueError: the two do not hold the same cases (see `pair_predictions`).
@@ -97,6 +99,9 @@ def compare_models(
         original, tuned = scores[field]
         tests["wilcoxon" + suffix] = wilcoxon_one_sided(tuned, original)
         tests["difference" + suffix] = differences[field]
+        if bootstrap:
+            constant = _constant_interval(tuned - original, patients)
+            tests["difference" + suffix] = differences[field] | (constant or {})
     original, tuned = scores["correct"]
     draw = PatientBootstrap(patients, bootstrap, seed)
     by_patient = draw.sums(np.stack([original, tuned, np.ones_like(tuned)], axis=1))
@@ -119,6 +124,28 @@ def compare_models(
     return tests | _f1_differences(pairs, draw)
 
 
+def _constant_interval(differences: np.ndarray, patients: Sequence[str]) -> dict | None:
+    """Ends {low, high} of a mean difference d that is the same in every patient, else None.
+
+    No resample differs from d, and a bootstrap would call it certain, even of a single patient. At
+    most a share u of all patients differ from d, u the upper Clopper-Pearson end of 0 of P
+    patients, and none of these by more than to -1 or 1: (1 - u) d - u to (1 - u) d + u. For d = 1
+    this is 2 l - 1 to 1, l the lower end of P of P; for d = 0 it is -u to u.
+    """
+    draw = PatientBootstrap(patients, 0, 0)
+    total, count = draw.sums(np.stack([differences, np.ones(len(patients))], axis=1)).T
+    means = total / count
+    if np.ptp(means) > 1e-12:
+        return None
+    return _around_constant(float(means[0]), draw.count)
+
+
+def _around_constant(value: float, patients: int) -> dict:
+    share = exact_share_interval(0, patients)[1]
+    middle = (1 - share) * value
+    return {"low": max(-1.0, middle - share), "high": min(1.0, middle + share)}
+
+
 def _f1_differences(pairs: Sequence[tuple[dict, dict]], draw: PatientBootstrap) -> dict:
     names = ("f1_macro", "f1_micro", "f1_weighted")
     if not TASKS[pairs[0][0]["task"]].has_classes:
@@ -138,4 +165,7 @@ def _f1_differences(pairs: Sequence[tuple[dict, dict]], draw: PatientBootstrap) 
         if samples is not None:
             low, high = draw.centred_interval(value, samples[1][name] - samples[0][name], -1, 1)
         result[name] = {"value": value, "low": low, "high": high}
+        if samples is not None and high - low < 1e-12:
+            # No mean over patients, but a point would claim certainty.
+            result[name] |= _around_constant(value, draw.count)
     return result

@@ -17,7 +17,7 @@ from radonc_jax.evaluation import figures
 from radonc_jax.evaluation.disclosure import Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import Texts, explorer_section
 from radonc_jax.evaluation.figures import TITLES, name_of
-from radonc_jax.evaluation.findings import NOTICE, Run, entries
+from radonc_jax.evaluation.findings import NOTICE, Run, entries, publish_cohort
 from radonc_jax.evaluation.markup import (
     DASH,
     Drawer,
@@ -67,7 +67,8 @@ def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = Tr
         omitted = "<p>Left out: this report was written without clinical text.</p>"
         sections.append(("cases", "Cases", omitted))
     sources = [
-        (name, _source(report, run, name)) for run, name in zip(runs, report["runs"], strict=True)
+        (name, _source(report, run, name, include_text))
+        for run, name in zip(runs, report["runs"], strict=True)
     ]
     sections += [
         ("definitions", "Definitions", _definitions()),
@@ -163,8 +164,7 @@ def _standing(entry: Mapping) -> str | None:
     if entry["verdict"]["tuned_beats_baseline"]:
         return "better"
     difference = entry["baseline_tests"][best[0]]["difference"]
-    high = difference["value"] if difference["high"] is None else difference["high"]
-    return "worse" if high < 0 else "unclear"
+    return "worse" if difference["high"] is not None and difference["high"] < 0 else "unclear"
 
 
 def _holm(entry: Mapping) -> float:
@@ -521,7 +521,8 @@ DEFINITIONS = {
     "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
     "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, and a number of fractions "
     "of the same class. Customary for the site: any dose and number of fractions that the site "
-    "table lists for it, on no other side. The right words: a ROUGE-1 of 0.8 or more.",
+    "table lists for it, to the reference's side and target, of the same kind of treatment "
+    "(modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice.",
@@ -544,13 +545,13 @@ def _definitions() -> str:
     return f"<dl>{terms}</dl>"
 
 
-def _source(report: Mapping, run: Run, name: str) -> Source:
+def _source(report: Mapping, run: Run, name: str, include_text: bool) -> Source:
     return Source(
         entries={task: entry for task, entry in entries(report) if entry["run"] == name},
         split=run.split,
         config=run.config,
         manifest=run.provenance.get("manifest") or {},
-        cohort=run.cohort,
+        cohort=run.cohort if include_text else publish_cohort(run.cohort),
     )
 
 

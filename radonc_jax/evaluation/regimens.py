@@ -22,8 +22,8 @@ HIGH_ROUGE = 0.8
 
 
 @functools.cache
-def allowed_regimens() -> dict[str, frozenset[tuple[float, int]]]:
-    """Site -> the (total dose in Gy, fractions) of its primary regimens in sites.json.
+def allowed_regimens() -> dict[str, frozenset[Regimen]]:
+    """Site -> its primary regimens in sites.json: dose, fractions, technique, modality; no place.
 
     Sites go by their key there, by their full name in lower case, and, for the benign conditions
     of synthetic cohorts, by "benign_" and the condition (all of the site's regimens).
@@ -32,7 +32,13 @@ def allowed_regimens() -> dict[str, frozenset[tuple[float, int]]]:
     found = {}
     for site in json.loads(text)["sites"]:
         schedules = frozenset(
-            (float(regimen["total_gy"]), regimen["fractions"])
+            Regimen(
+                target=None,
+                total_dose_gy=float(regimen["total_gy"]),
+                fractions=regimen["fractions"],
+                technique=regimen["technique"],
+                modality=regimen["modality"],
+            )
             for regimen in site["regimens"]
             if regimen["role"] == "primary"
         )
@@ -40,22 +46,31 @@ def allowed_regimens() -> dict[str, frozenset[tuple[float, int]]]:
     return found
 
 
-def _allowed_at(site: str | None) -> frozenset[tuple[float, int]] | None:
+def _allowed_at(site: str | None) -> frozenset[Regimen] | None:
     key = (site or "").strip().casefold()
     return allowed_regimens().get("benign" if key.startswith("benign_") else key)
 
 
 def is_allowed(answer: Regimen, reference: Regimen, site: str | None) -> bool | None:
-    """Whether the answer's dose and fractions are those of any primary regimen of the site, on no
-    other side than the reference's. None where the site is not known."""
+    """Whether the answer is to the reference's side and target, in the dose and fractions of any
+    primary regimen of the site, of the same kind: implanted or not, and of the modality that the
+    answer states (one without may be any external beam). None where the site is not known."""
     schedules = _allowed_at(site)
     if schedules is None:
         return None
-    if answer.side != reference.side and None not in (answer.side, reference.side):
+    given, right = stated_fields(answer), stated_fields(reference)
+    if any(given[name] != right[name] for name in ("side", "target")):
         return False
-    return answer.fractions is not None and any(
-        count == answer.fractions and same_field("dose", answer.total_dose_gy, dose)
-        for dose, count in schedules
+    return any(
+        schedule.fractions == answer.fractions
+        and same_field("dose", answer.total_dose_gy, schedule.total_dose_gy)
+        and schedule.implant == answer.implant
+        and (
+            schedule.modality != "brachytherapy"
+            if answer.modality is None
+            else schedule.modality == answer.modality
+        )
+        for schedule in schedules
     )
 
 

@@ -32,9 +32,20 @@ _OTHER_SIDE |= {f"r{lobe}": f"l{lobe}" for lobe in ("ul", "ll")}
 _OTHER_SIDE |= {other: one for one, other in _OTHER_SIDE.items()}
 _SIDE = re.compile(
     # A letter alone is a side in capitals only ("R breast"), and not as a stage or after a digit.
-    r"\b(?:[Rr]ight|RIGHT|[Ll]eft|LEFT|[Rr]t|RT|[Ll]t|LT|R|L|[RL](?:UL|LL))\b(?![/&'0-9-])"
+    r"\b(?:[Rr]ight|RIGHT|[Ll]eft|LEFT|[Rr]t|RT|[Ll]t|LT|R|L|O[DS]|[RL](?:UL|LL))"
+    r"(?:(?=-?(?:sided|SIDED)\b)|\b(?![/&'0-9-]))"
 )
-_NO_COUNTERPART = re.compile(r"\b(?:RML|lingula|right middle lobe|bilateral)\b", re.IGNORECASE)
+_NO_COUNTERPART = re.compile(
+    # The middle lobe, both sides, and a place on the clock, which says its side in its own way.
+    r"\b(?:RML|lingula|right middle lobe|bilateral|O\.?U)\b|o['\u2019]?\s?clock",
+    re.IGNORECASE,
+)
+# What may still be a side once all that is surely one is put aside; a level is not ("L4", "L2-3").
+_MAYBE_SIDE = re.compile(
+    r"right|left|\b[rl]t\b|\bo\.?[ds]\b|\b[rl]\b(?![/&'0-9])|\b[rl][ul]l\b"
+    r"|\b(?:dextr|sinist)\w*",
+    re.IGNORECASE,
+)
 # "RT" is radiotherapy as often as right, and "s/p" or a level ("L4 spine") stands before digits.
 _RADIOTHERAPY = re.compile(r"\bRT\b|\bL spine\b|\bR/L\b")
 
@@ -66,8 +77,9 @@ IRRELEVANT = (
 
 
 def flip_side(text: str, rng: np.random.Generator) -> str | None:
-    """Right for left and left for right, in every spelling of it; None where no side stands, or one
-    that has no counterpart (the middle lobe, both sides)."""
+    """Right for left and left for right, in every spelling of it; None where no side stands, one
+    that has no counterpart (the middle lobe, both sides, a place on the clock), or one in a
+    spelling that is not turned: a text with both sides would contradict itself."""
     if _NO_COUNTERPART.search(text) or _RADIOTHERAPY.search(text):
         return None
 
@@ -78,6 +90,8 @@ def flip_side(text: str, rng: np.random.Generator) -> str | None:
             return turned.upper()
         return turned.capitalize() if word[0].isupper() else turned
 
+    if _MAYBE_SIDE.search(_SIDE.sub("", text)):
+        return None
     flipped = _SIDE.sub(other, text)
     return flipped if flipped != text else None
 

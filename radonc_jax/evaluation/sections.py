@@ -24,7 +24,7 @@ from radonc_jax.evaluation.run import MODELS
 SHOWN_ERRORS = 12  # regimens with the right words and a wrong dose; the explorer has them all
 WIDEST_MATRIX = 12  # classes of a confusion matrix that is shown whole
 SHOWN_CONFUSIONS = 15
-SMALL = Html("&lt; 11")
+HIDDEN = "hidden"  # what the published form leaves out: a count below 11, or one that tells it
 
 
 def task_parts(
@@ -126,8 +126,7 @@ def _icd(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
     errors = details.get("errors") or {}
     if errors:
         body = [
-            # A count that the published form hides is small.
-            [_words(kind), *(SMALL if (n := counts[m]) is None else plain_cell(n) for m in MODELS)]
+            [_words(kind), *(HIDDEN if (n := counts[m]) is None else plain_cell(n) for m in MODELS)]
             for kind, counts in errors.items()
         ]
         heads = ["Error", "Original", "Tuned"]
@@ -157,7 +156,7 @@ def _modality(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]
 
 def _errors(entry: Mapping, details: Mapping, texts: Texts | None) -> str:
     shares = details.get("high_rouge_wrong_share")
-    if not shares:
+    if not shares or shares.get("tuned") is None:  # the published form hides small ones
         return ""
     count = round((as_score(shares.get("tuned"))["value"] or 0) * entry["tuned"]["n"])
     if not count:
@@ -192,7 +191,7 @@ def _confusion(entry: Mapping) -> str:
 
         def cell(n: int | None) -> Html:
             if n is None:
-                return Html(f"<span>{SMALL}</span>")
+                return Html(f"<span>{HIDDEN}</span>")
             return Html(f'<span style="--share:{n / most:.3f}">{n:,}</span>')
 
         rows = [[labels[i], *map(cell, row)] for i, row in enumerate(matrix)]

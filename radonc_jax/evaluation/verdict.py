@@ -29,8 +29,8 @@ def judge_tuning(task: str, entry: Mapping) -> dict:
 
     best_baseline: the baseline of the highest accuracy, or null without baselines.
     tuned_beats_baseline: whether the paired 95 % interval of the difference to it lies above 0;
-      null without baselines. False covers both "worse" and "cannot be told apart", and the second
-      sentence says which.
+      null without baselines. False covers "worse" and "cannot be told apart" (which includes a
+      report without intervals), and the second sentence says which.
     sentences: what tuning did; how that compares with what needs no language model; what remains.
     """
     best, beats = None, None
@@ -38,8 +38,7 @@ def judge_tuning(task: str, entry: Mapping) -> dict:
     if baselines:
         best = max(baselines, key=lambda name: baselines[name]["accuracy"]["value"])
         difference = entry["baseline_tests"][best]["difference"]
-        low = difference["value"] if difference["low"] is None else difference["low"]
-        beats = low > 0
+        beats = difference["low"] is not None and difference["low"] > 0
     return {
         "best_baseline": best,
         "tuned_beats_baseline": beats,
@@ -74,8 +73,7 @@ def _against_baselines(entry: Mapping, best: str | None, beats: bool | None) -> 
         return (
             f"It beats every simple baseline; the best, {NAMES[best]}, reaches {reached} {figures}."
         )
-    high = difference["value"] if difference["high"] is None else difference["high"]
-    if high < 0:
+    if difference["high"] is not None and difference["high"] < 0:
         return (
             f"A simple baseline does better than the tuned model: {NAMES[best]} reaches {reached} "
             f"{figures}."
