@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import jax
 from tqdm import tqdm
 
 from radonc_jax.data.batches import encode_answer, encode_prompt, trim_prompt
@@ -121,6 +122,19 @@ class TextDecoder:
     @functools.cached_property
     def _prefixes(self) -> dict[str, tuple[int, ...]]:
         return {}
+
+    def source(self) -> dict:
+        """What answers depend on besides weights, precision, prompt and constraint, as JSON."""
+        mesh, written = self.scheduler.mesh, self.tokenizer.backend_tokenizer.to_str()
+        return {
+            "max_new_tokens": self.scheduler.max_new_tokens,
+            "batch": self.scheduler.batch,
+            "mesh": dict(mesh.shape),
+            "device": mesh.devices.flat[0].device_kind,
+            "stops": list(self.scheduler.stops),
+            "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
+            "jax": jax.__version__,
+        }
 
     def encode(self, task: Task, diagnoses: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         """(prompt ids, whether the diagnosis was cut) of each.
