@@ -147,9 +147,10 @@ class TextDecoder:
         self.scheduler.check(prompts)
         return prompts, trimmed
 
-    def fits(self, task: Task, diagnosis: str) -> bool:
-        """Whether a diagnosis can be answered, if need be after it has been cut."""
-        return len(self._prompt(task, diagnosis)[0]) <= self.scheduler.room
+    def fits(self, task: Task, diagnosis: str, *, uncut: bool = False) -> bool:
+        """Whether a diagnosis can be answered, if need be (and not `uncut`) cut."""
+        prompt, cut = self._prompt(task, diagnosis)
+        return len(prompt) <= self.scheduler.room and not (uncut and cut)
 
     def _prompt(self, task: Task, diagnosis: str) -> tuple[list[int], bool]:
         prompt = encode_prompt(self.tokenizer, task.prompt(diagnosis))
