@@ -172,8 +172,9 @@ def probe(
 
     Returns:
       {perturbation: {n, left_out, rate, low, high, expected}}: the share of the n cases to which it
-      applies whose answer did what it must, `expected` being "flips" or "same", with its interval by
-      patient (rate null where n is 0); and the cases, {case_id, task, perturbation, as_expected}.
+      applies whose answer did what it must, `expected` being "flips" or "same", with its interval
+      by patient (rate null where n is 0); and the cases, {case_id, task, perturbation,
+      as_expected}.
 
     Raises:
       ValueError: a record has no prediction, or the decoder gives another number of answers.
