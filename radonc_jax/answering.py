@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -142,16 +141,17 @@ def answer_split(
 
 
 def answer_source(decoder: TextDecoder, config: Settings, origin: Mapping) -> dict:
-    """All that an answer depends on besides its prompt and its constraint."""
+    """All that an answer depends on besides its prompt and its constraint.
+
+    Mesh and batch are in it, because they change the order in which numbers are added. In float32
+    on one CPU device answers are the same to the byte, killed or not; elsewhere two tokens that are
+    nearly as likely as each other may change places.
+    """
     return {
         "trained": origin["trained_fingerprint"],
         "base": origin["base_fingerprint"],
         "precision": [config.precision.compute, config.precision.base],
-        "max_new_tokens": decoder.scheduler.max_new_tokens,
-        "stops": list(decoder.scheduler.stops),
-        "device": decoder.scheduler.mesh.devices.flat[0].device_kind,
-        "jax": jax.__version__,
-    }
+    } | decoder.source()
 
 
 def _prompts_sha256(records, tasks) -> str:

@@ -18,6 +18,7 @@ it holds a copy of its cohort, and --base says where the base lies here. With a 
 original model answers, and its scores are printed; --output names a folder for its answers.
 """
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,13 @@ def answer(
         given = evaluation.read_predictions(output / evaluation.PREDICTIONS) if main_process else {}
         given = json.loads(parallel.from_main(json.dumps(given).encode()))
         rates = robustness.probe_tasks(
-            decoder, records, tasks, given, output if main_process else None, seed=config.seed
+            decoder,
+            records,
+            tasks,
+            given,
+            output if main_process else None,
+            fits=functools.partial(decoder.fits, uncut=True),
+            seed=config.seed,
         )
     if not parallel.is_main_process():
         return

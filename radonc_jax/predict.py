@@ -9,7 +9,8 @@ off at the longest answer), `trimmed` (True: the diagnosis was cut, for it did n
 and `problem` (why a row has no answer). A row that cannot be read does not stop the others.
 
 Rows stream through, so memory does not grow with their number. Killed and started again with the
-same arguments, it goes on where it was; the file is then the same to the byte.
+same arguments, it goes on where it was; the file is then the same to the byte
+(in float32 on one CPU device; elsewhere near ties may be answered otherwise).
 """
 
 import csv
@@ -23,7 +24,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
@@ -136,13 +136,10 @@ def main():
         "trained": training_step.fingerprint(model.trainable),
         "base": training_step.fingerprint(model.frozen),
         "compute": str(model.model.dtype),
-        "max_new_tokens": scheduler.max_new_tokens,
+        "prompt": task.prompt(""),
         "over_length": decoder.over_length,
         "constrained": [constraint.digest for constraint in constraints.values()],
-        "stops": list(model.stops),
-        "device": model.mesh.devices.flat[0].device_kind,
-        "jax": jax.__version__,
-    }
+    } | decoder.source()
     output.parent.mkdir(parents=True, exist_ok=True)
     problems = answer_rows(rows, task, decoder, output, source)
     if parallel.is_main_process():

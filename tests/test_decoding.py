@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import functools
+import json
 import logging
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from radonc_jax import parallel
 from radonc_jax.data.batches import trim_prompt
@@ -613,3 +617,18 @@ def test_a_quantised_base_answers_as_its_slow_reference(mistral, kind, tmp_path)
     model = Tiny(mistral.torch_model, mistral.config, partition, weights, partition.frozen)
     prompts = ragged_prompts(8, seed=19)
     assert answers(model.decode(prompts)) == [model.slow_greedy(prompt) for prompt in prompts]
+
+
+def test_answers_of_another_batch_mesh_or_tokenizer_are_of_another_source():
+    def source(batch=8, data=1, words=("left", "right")):
+        tokenizer = Tokenizer(
+            WordLevel({word: i for i, word in enumerate(words)}, unk_token="left")
+        )
+        mesh = jax.make_mesh((data,), ("data",), devices=jax.devices()[:data])
+        scheduler = SimpleNamespace(mesh=mesh, batch=batch, max_new_tokens=4, stops=(2,))
+        backend = SimpleNamespace(backend_tokenizer=tokenizer)
+        return TextDecoder(scheduler, backend, None, None).source()
+
+    assert source() == source() == json.loads(json.dumps(source()))
+    others = source(batch=16), source(data=2), source(words=("right", "left"))
+    assert all(other != source() for other in others)

@@ -162,6 +162,27 @@ def test_unreadable_answers_are_left_out_and_missing_ones_refused():
         robustness.probe(lambda *_: [1], RECORDS, TASKS["icd"], answers(always_right))
 
 
+def test_changed_texts_that_are_too_long_are_left_out_and_counted():
+    longest = max(len(record.diagnosis) for record in RECORDS)
+
+    def decode(task, diagnoses):
+        assert all(len(text) <= longest for text in diagnoses)
+        return read_side(task, diagnoses)
+
+    summary, cases = robustness.probe(
+        decode,
+        RECORDS,
+        TASKS["icd"],
+        answers(read_side),
+        fits=lambda task, text: len(text) <= longest,
+    )
+    found = summary["irrelevant_sentence"]
+    assert found["n"] + found["left_out"] == len(RECORDS) and found["left_out"] > 0
+    assert sum(entry["n"] for entry in summary.values()) == len(cases)
+    whole, _ = robustness.probe(read_side, RECORDS, TASKS["icd"], answers(read_side))
+    assert {entry["left_out"] for entry in whole.values()} == {0}
+
+
 def test_files_hold_no_text(tmp_path):
     lines = [
         json.dumps(answer | {"patient_id": "p", "task": "icd", "output": "", "reference": "C61"}

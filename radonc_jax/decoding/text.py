@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import jax
 from tqdm import tqdm
 
 from radonc_jax.data.batches import encode_answer, encode_prompt, trim_prompt
@@ -122,6 +123,19 @@ class TextDecoder:
     def _prefixes(self) -> dict[str, tuple[int, ...]]:
         return {}
 
+    def source(self) -> dict:
+        """What answers depend on besides weights, precision, prompt and constraint, as JSON."""
+        mesh, written = self.scheduler.mesh, self.tokenizer.backend_tokenizer.to_str()
+        return {
+            "max_new_tokens": self.scheduler.max_new_tokens,
+            "batch": self.scheduler.batch,
+            "mesh": dict(mesh.shape),
+            "device": mesh.devices.flat[0].device_kind,
+            "stops": list(self.scheduler.stops),
+            "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
+            "jax": jax.__version__,
+        }
+
     def encode(self, task: Task, diagnoses: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         """(prompt ids, whether the diagnosis was cut) of each.
 
@@ -133,9 +147,10 @@ class TextDecoder:
         self.scheduler.check(prompts)
         return prompts, trimmed
 
-    def fits(self, task: Task, diagnosis: str) -> bool:
-        """Whether a diagnosis can be answered, if need be after it has been cut."""
-        return len(self._prompt(task, diagnosis)[0]) <= self.scheduler.room
+    def fits(self, task: Task, diagnosis: str, *, uncut: bool = False) -> bool:
+        """Whether a diagnosis can be answered, if need be (and not `uncut`) cut."""
+        prompt, cut = self._prompt(task, diagnosis)
+        return len(prompt) <= self.scheduler.room and not (uncut and cut)
 
     def _prompt(self, task: Task, diagnosis: str) -> tuple[list[int], bool]:
         prompt = encode_prompt(self.tokenizer, task.prompt(diagnosis))

@@ -11,6 +11,7 @@ the flip.
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,7 @@ def probe(
     task: Task,
     predictions: Sequence[Mapping],
     *,
+    fits: Callable[[Task, str], bool] = lambda task, text: True,
     seed: int = 0,
     bootstrap: int = 1000,
 ) -> tuple[dict, list[dict]]:
@@ -179,11 +181,14 @@ def probe(
       records: the cases; those whose answer could not be read are left out, for there is nothing to
         hold the new answer against.
       predictions: the model's answers to the texts as they are.
+      fits: a task and a diagnosis -> whether the model can read all of it; changed texts that are
+        too long are left out and counted.
 
     Returns:
-      {perturbation: {n, rate, low, high, expected}}: the share of the n cases to which it applies
-      whose answer did what it must, `expected` being "flips" or "same", with its interval by
-      patient (rate null where n is 0); and the cases, {case_id, task, perturbation, as_expected}.
+      {perturbation: {n, left_out, rate, low, high, expected}}: the share of the n cases to which it
+      applies whose answer did what it must, `expected` being "flips" or "same", with its interval
+      by patient (rate null where n is 0); and the cases, {case_id, task, perturbation,
+      as_expected}.
 
     Raises:
       ValueError: a record has no prediction, or the decoder gives another number of answers.
@@ -195,7 +200,7 @@ def probe(
             f"task {task.name}: {len(missing)} cases have no answer to their own text, such as "
             f"{', '.join(missing[:3])}; evaluate the split first"
         )
-    asked, texts = [], []
+    asked, texts, left_out = [], [], Counter()
     for name, change in PERTURBATIONS.items():
         for record in records:
             answer = given[record.case_id]
@@ -203,7 +208,9 @@ def probe(
             if wanted is None:
                 continue
             text = change(record.diagnosis, _generator(seed, record.case_id, name))
-            if text is not None:
+            if text is not None and not fits(task, text):
+                left_out[name] += 1
+            elif text is not None:
                 asked.append((name, record, wanted))
                 texts.append(text)
     generations = decode(task, texts) if texts else []
@@ -237,6 +244,7 @@ def probe(
             )
         summary[name] = {
             "n": len(own),
+            "left_out": left_out[name],
             "rate": score["value"],
             "low": score["low"],
             "high": score["high"],
@@ -257,6 +265,7 @@ def probe_tasks(
     predictions: Mapping[str, Sequence[Mapping]],
     output: Path | None,
     *,
+    fits: Callable[[Task, str], bool] = lambda task, text: True,
     seed: int = 0,
 ) -> dict[str, dict]:
     """`probe` for each task, held against `predictions` by task; {task: summary}.
@@ -268,7 +277,7 @@ def probe_tasks(
     summaries, lines = {}, []
     for task in tasks:
         summaries[task.name], cases = probe(
-            decode, records, task, predictions.get(task.name, ()), seed=seed
+            decode, records, task, predictions.get(task.name, ()), fits=fits, seed=seed
         )
         lines += [json.dumps(case) + "\n" for case in cases]
     if output is not None:
