@@ -247,6 +247,7 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
     folder = make_run(tmp_path / "run", cohort, task="all", right=(0.9, 0.95))
     probes = {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}}
     path = folder / "evaluation" / "test" / "tuned" / robustness.ROBUSTNESS
+    probes = {"predictions_sha256": sha256(path.with_name(run.PREDICTIONS))} | probes
     path.write_text(json.dumps(probes))
     report = findings.build_report([findings.read_run(folder)], bootstrap=20)
     published = findings.publish(report)

@@ -521,6 +521,7 @@ def publish(report: Mapping) -> dict:
                 found["errors"][kind][model] = count
         for kinds in (entry["robustness"] or {}).values():
             for kind, measured in kinds.items():
+                measured = {key: x for key, x in measured.items() if key != "left_out"}
                 kinds[kind] = _without_small(measured) | {"expected": measured["expected"]}
         _publish_tests(entry["tests"])
         for tests in (entry["baseline_tests"] or {}).values():
