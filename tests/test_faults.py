@@ -133,6 +133,7 @@ def test_told_to_end_all_processes_save_and_others_go_on(quiet, workspace, tmp_p
             assert got[key] == pytest.approx(value, rel=1e-5), (folder.name, key)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_process_alone_told_to_end_saves_where_it_is(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"

@@ -20,6 +20,7 @@ from radonc_jax.training.optimizer import OptimizerConfig, make_optimizer
 OPTIMIZER = OptimizerConfig(2e-4, "cosine", 0.03, 0.0, 1.0, 0.9, 0.999)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "mesh", "gigabytes"),

@@ -442,6 +442,7 @@ def test_a_base_that_changed_while_training_makes_the_run_void(quiet, workspace,
     assert not (workdir / "evaluation").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_starts_from_a_given_adapter(quiet, workspace, tmp_path):
     """At a rate that rounds away, the run ends where the given adapter is."""
@@ -620,6 +621,7 @@ def test_early_stopping_survives_a_restart(workspace, tmp_path):
     assert losses(workdir) == expected
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
