@@ -13,25 +13,15 @@ same arguments, it goes on where it was; the file is then the same to the byte
 (in float32 on one CPU device; elsewhere near ties may be answered otherwise).
 """
 
-import csv
-import dataclasses
-import itertools
 import json
-import math
-import os
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from radonc_jax import command, loading, parallel, settings, tracking
-from radonc_jax.data.rows import Rows, open_rows
-from radonc_jax.decoding.journal import Journal
+from radonc_jax.data.rows import open_rows
+from radonc_jax.decoding.table import ADDED, answer_rows
 from radonc_jax.decoding.text import TextDecoder, constrain_task
 from radonc_jax.tasks import TASKS, icd
 from radonc_jax.training import step as training_step
@@ -58,11 +48,6 @@ _CONSTRAINED = flags.DEFINE_bool(
     "constrained", False, "Only a modality of the four, or a code of the ICD-10-CM table."
 )
 flags.mark_flags_as_required(["input", "output"])
-
-ADDED = ("answer", "parsed", "logprob", "finished", "trimmed", "problem")
-NOT_FINITE = "log-probability not finite"
-CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
-REPORT_SECONDS = 30  # between lines of progress where there is no terminal
 
 
 def main():
@@ -141,7 +126,7 @@ def main():
         "constrained": [constraint.digest for constraint in constraints.values()],
     } | decoder.source()
     output.parent.mkdir(parents=True, exist_ok=True)
-    problems = answer_rows(rows, task, decoder, output, source)
+    problems = answer_rows(rows, _COLUMN.value, task, decoder, output, source)
     if parallel.is_main_process():
         unanswered = sum(len(numbers) for numbers in problems.values())
         print(f"{rows.count - unanswered} of {rows.count} rows answered: {output}")
@@ -158,124 +143,6 @@ def run_settings(workdir: Path) -> settings.Settings:
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} is not a run folder: it has no config.json")
     return settings.from_mapping(json.loads(path.read_text(encoding="utf-8")))
-
-
-class Part:
-    """The output while it is being written: beside it, under another name, to be gone on with.
-
-    Args:
-      output: the file to be.
-      source: all that it depends on; what is left of another source is thrown away.
-
-    Attributes:
-      rows: that are written already.
-      problems: row numbers by reason, of those.
-    """
-
-    def __init__(self, output: Path, source: Mapping):
-        self.output = output
-        self._path = output.with_name(f".{output.name}.part")
-        self._place = output.with_name(f".{output.name}.place.json")
-        self._source, self._main = dict(source), parallel.is_main_process()
-        self.rows, self.problems, size = 0, {}, 0
-        self._file = None
-        if self._main:
-            if self._path.is_file() and self._place.is_file():
-                place = json.loads(self._place.read_text(encoding="utf-8"))
-                if place["source"] == self._source:
-                    self.rows, size = place["rows"], place["bytes"]
-                    self.problems = place["problems"]
-            self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
-            self._file.truncate(size)
-            self.writer = csv.writer(self._file)
-        if parallel.several_processes():
-            self.rows = int(multihost_utils.broadcast_one_to_all(np.int64(self.rows)))
-
-    def write(self, lines, read: int) -> None:
-        """Appends lines; from here on the first `read` rows survive the process."""
-        self.rows = read
-        if self._main:
-            self.writer.writerows(lines)
-            self._file.flush()
-            place = {"source": self._source, "rows": read, "problems": self.problems}
-            tracking.write_json(self._place, place | {"bytes": self._path.stat().st_size})
-
-    def finish(self) -> None:
-        """A file of the output's name is whole."""
-        if self._main:
-            self._file.close()
-            os.replace(self._path, self.output)
-            self._place.unlink()
-
-
-def answer_rows(
-    rows: Rows, task, decoder: TextDecoder, output: Path, source: Mapping
-) -> dict[str, list[int]]:
-    """Writes each row with its answer; returns the numbers of the rows without one, by reason.
-
-    Every process of a run decodes, one of them writes.
-
-    Raises:
-      ValueError: no answer of a whole chunk of several has a log-probability that is finite.
-    """
-    part = Part(output, source)
-    column, width = rows.columns.index(_COLUMN.value), len(rows.columns)
-    journal = Journal(output.with_name(f".{output.name}.answers"), source)
-    if not part.rows:
-        part.write([[*rows.columns, *ADDED]], 0)
-    # None: shown in terminals only.
-    hidden = None if parallel.is_main_process() else True
-    begun, first, told = time.monotonic(), part.rows, time.monotonic()
-    with tqdm(total=rows.count, initial=first, desc=task.name, unit="row", disable=hidden) as bar:
-        decode = dataclasses.replace(decoder, progress=bar, journal=journal)
-        stream = itertools.islice(rows, first, None)
-        while chunk := list(itertools.islice(stream, CHUNK)):
-            added: dict[int, list] = {}
-            for number, values in chunk:
-                problem = ""
-                if not values:
-                    problem = "not readable"
-                elif len(values) != width:
-                    problem = f"not of {width} columns, as the header is"
-                elif not values[column].strip():
-                    problem = "empty diagnosis"
-                elif not decode.fits(task, values[column]):
-                    problem = f"prompt longer than {decode.scheduler.room} tokens"
-                if problem:
-                    part.problems.setdefault(problem, []).append(number)
-                    added[number] = [""] * (len(ADDED) - 1) + [problem]
-                    bar.update()
-            asked = [(number, values) for number, values in chunk if number not in added]
-            answers = decode(task, [values[column] for _, values in asked])
-            broken = [not math.isfinite(answer.logprob) for answer in answers]
-            if len(answers) > 1 and all(broken):
-                raise ValueError(
-                    f"rows {asked[0][0]} to {asked[-1][0]}: no answer has a log-probability that "
-                    "is finite; weights or precision are broken, so the answers mean nothing"
-                )
-            for (number, _), answer, bad in zip(asked, answers, broken, strict=True):
-                if bad:
-                    part.problems.setdefault(NOT_FINITE, []).append(number)
-                    added[number] = [""] * (len(ADDED) - 1) + [NOT_FINITE]
-                    continue
-                parsed = task.parse(answer.text)
-                flags_ = (answer.finished, answer.trimmed)
-                added[number] = [answer.text, parsed, answer.logprob, *flags_, ""]
-            lines = [[*(values + [""] * width)[:width], *added[number]] for number, values in chunk]
-            part.write(lines, part.rows + len(chunk))
-            journal.clear()  # they are in the file now
-            now = time.monotonic()
-            if bar.disable and hidden is None and now - told > REPORT_SECONDS:
-                told, rate = now, (part.rows - first) / (now - begun)
-                left = (rows.count - part.rows) / rate
-                print(
-                    f"{part.rows} of {rows.count} rows, {rate:.1f} rows/s, {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    part.finish()
-    journal.remove()
-    return part.problems
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The `predict` command as a user runs it, and the tables that it reads."""
 
 import csv
+import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -22,6 +24,8 @@ from test_notebook import write_model, write_peft
 import radonc_jax
 from configs import common
 from radonc_jax.data.rows import open_rows
+from radonc_jax.decoding.greedy import Generation
+from radonc_jax.decoding.table import answer_rows
 from radonc_jax.models import huggingface, lora
 from radonc_jax.tasks import TASKS
 from radonc_jax.tasks.icd import is_leaf
@@ -223,6 +227,39 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     bad.write_text('{"diagnosis": "lung"}\n["no"]\n{"diagnosis": "skin"\n')
     rows = list(open_rows(bad, ragged=True))
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
+
+
+@pytest.mark.parametrize(("broken", "left"), [({"2"}, {"1", "3"}), ({"1", "2", "3"}, set())])
+def test_an_answer_whose_probability_is_not_finite_is_none(tmp_path, broken, left):
+    write_csv(tmp_path / "cases.csv", [{"diagnosis": name} for name in "123"])
+
+    @dataclasses.dataclass(frozen=True)
+    class Decoder:
+        progress: object = None
+        journal: object = None
+
+        def fits(self, task, diagnosis):
+            return True
+
+        def __call__(self, task, diagnoses):
+            values = [math.nan if text in broken else -1.0 for text in diagnoses]
+            return [Generation("C61", [1], value, True, 0.5) for value in values]
+
+    output = tmp_path / "answers.csv"
+    rows = open_rows(tmp_path / "cases.csv", ragged=True)
+    given = rows, "diagnosis", TASKS["icd"], Decoder(), output, {}
+    if not left:
+        with pytest.raises(ValueError, match="rows 2 to 4: no answer has a log-probability"):
+            answer_rows(*given)
+        assert not output.exists()
+        return
+    problems = answer_rows(*given)
+    assert problems == {"log-probability not finite": [3]}
+    for row in read(output):
+        if row["diagnosis"] in left:
+            assert (row["answer"], row["problem"]) == ("C61", "")
+        else:
+            assert set(row.values()) == {row["diagnosis"], "", "log-probability not finite"}
 
 
 ERRORS = [

@@ -1,0 +1,154 @@
+"""Answers beside the rows of a table of any length, written so that a kill loses nothing."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from radonc_jax import parallel, tracking
+from radonc_jax.data.rows import Rows
+from radonc_jax.decoding.journal import Journal
+from radonc_jax.decoding.text import TextDecoder
+from radonc_jax.tasks.base import Task
+
+ADDED = ("answer", "parsed", "logprob", "finished", "trimmed", "problem")
+NOT_FINITE = "log-probability not finite"
+CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
+REPORT_SECONDS = 30  # between lines of progress where there is no terminal
+
+
+class Part:
+    """The output while it is being written: beside it, under another name, to be gone on with.
+
+    Args:
+      output: the file to be.
+      source: all that it depends on; what is left of another source is thrown away.
+
+    Attributes:
+      rows: that are written already.
+      problems: row numbers by reason, of those.
+    """
+
+    def __init__(self, output: Path, source: Mapping):
+        self.output = output
+        self._path = output.with_name(f".{output.name}.part")
+        self._place = output.with_name(f".{output.name}.place.json")
+        self._source, self._main = dict(source), parallel.is_main_process()
+        self.rows, self.problems, size = 0, {}, 0
+        self._file = None
+        if self._main:
+            if self._path.is_file() and self._place.is_file():
+                place = json.loads(self._place.read_text(encoding="utf-8"))
+                if place["source"] == self._source:
+                    self.rows, size = place["rows"], place["bytes"]
+                    self.problems = place["problems"]
+            self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+            self._file.truncate(size)
+            self.writer = csv.writer(self._file)
+        if parallel.several_processes():
+            self.rows = int(multihost_utils.broadcast_one_to_all(np.int64(self.rows)))
+
+    def write(self, lines, read: int) -> None:
+        """Appends lines; from here on the first `read` rows survive the process."""
+        self.rows = read
+        if self._main:
+            self.writer.writerows(lines)
+            self._file.flush()
+            place = {"source": self._source, "rows": read, "problems": self.problems}
+            tracking.write_json(self._place, place | {"bytes": self._path.stat().st_size})
+
+    def finish(self) -> None:
+        """A file of the output's name is whole."""
+        if self._main:
+            self._file.close()
+            os.replace(self._path, self.output)
+            self._place.unlink()
+
+
+def answer_rows(
+    rows: Rows, column: str, task: Task, decoder: TextDecoder, output: Path, source: Mapping
+) -> dict[str, list[int]]:
+    """Writes each row with its answer; returns the numbers of the rows without one, by reason.
+
+    Every process of a run decodes, one of them writes. The output is whole or absent; killed and
+    called again with the same `source`, it goes on where it was.
+
+    Args:
+      rows: the table.
+      column: its column with the diagnosis text.
+      task: what is asked.
+      decoder: answers; its journal and progress bar are set here.
+      output: the .csv file to be: the table's columns and `ADDED`.
+      source: all that the answers depend on, for JSON.
+
+    Raises:
+      ValueError: no answer of a whole chunk of several has a log-probability that is finite.
+    """
+    part = Part(output, source)
+    place, width = rows.columns.index(column), len(rows.columns)
+    journal = Journal(output.with_name(f".{output.name}.answers"), source)
+    if not part.rows:
+        part.write([[*rows.columns, *ADDED]], 0)
+    # None: shown in terminals only.
+    hidden = None if parallel.is_main_process() else True
+    begun, first, told = time.monotonic(), part.rows, time.monotonic()
+    with tqdm(total=rows.count, initial=first, desc=task.name, unit="row", disable=hidden) as bar:
+        decode = dataclasses.replace(decoder, progress=bar, journal=journal)
+        stream = itertools.islice(rows, first, None)
+        while chunk := list(itertools.islice(stream, CHUNK)):
+            added: dict[int, list] = {}
+            for number, values in chunk:
+                problem = ""
+                if not values:
+                    problem = "not readable"
+                elif len(values) != width:
+                    problem = f"not of {width} columns, as the header is"
+                elif not values[place].strip():
+                    problem = "empty diagnosis"
+                elif not decode.fits(task, values[place]):
+                    problem = f"prompt longer than {decode.scheduler.room} tokens"
+                if problem:
+                    part.problems.setdefault(problem, []).append(number)
+                    added[number] = [""] * (len(ADDED) - 1) + [problem]
+                    bar.update()
+            asked = [(number, values) for number, values in chunk if number not in added]
+            answers = decode(task, [values[place] for _, values in asked])
+            broken = [not math.isfinite(answer.logprob) for answer in answers]
+            if len(answers) > 1 and all(broken):
+                raise ValueError(
+                    f"rows {asked[0][0]} to {asked[-1][0]}: no answer has a log-probability that "
+                    "is finite; weights or precision are broken, so the answers mean nothing"
+                )
+            for (number, _), answer, bad in zip(asked, answers, broken, strict=True):
+                if bad:
+                    part.problems.setdefault(NOT_FINITE, []).append(number)
+                    added[number] = [""] * (len(ADDED) - 1) + [NOT_FINITE]
+                    continue
+                parsed = task.parse(answer.text)
+                flags_ = (answer.finished, answer.trimmed)
+                added[number] = [answer.text, parsed, answer.logprob, *flags_, ""]
+            lines = [[*(values + [""] * width)[:width], *added[number]] for number, values in chunk]
+            part.write(lines, part.rows + len(chunk))
+            journal.clear()  # they are in the file now
+            now = time.monotonic()
+            if bar.disable and hidden is None and now - told > REPORT_SECONDS:
+                told, rate = now, (part.rows - first) / (now - begun)
+                left = (rows.count - part.rows) / rate
+                print(
+                    f"{part.rows} of {rows.count} rows, {rate:.1f} rows/s, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    part.finish()
+    journal.remove()
+    return part.problems
