@@ -221,11 +221,7 @@ def train_here(way, folder):
     _, placements = step.state_shardings(partition, optimizer, mesh)
     state = step.TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     state = jax.device_put(state, placements)
-    run = jax.jit(
-        functools.partial(step.train_step, partition, optimizer, 0),
-        donate_argnums=0,
-        out_shardings=(placements, parallel.replicated(mesh)),
-    )
+    run = step.jit_train_step(partition, optimizer, 0, mesh)
 
     def one(number):
         nonlocal state

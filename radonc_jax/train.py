@@ -288,11 +288,7 @@ def train(
         print(_plan(train_batches, steps, config))
 
     # ---- what is jitted ------------------------------------------------------------------------
-    train_step = jax.jit(
-        functools.partial(step.train_step, partition, optimizer, config.seed),
-        donate_argnums=0,
-        out_shardings=(placements, parallel.replicated(mesh)),
-    )
+    train_step = step.jit_train_step(partition, optimizer, config.seed, mesh)
     evaluation_step = jax.jit(
         functools.partial(step.evaluation_step, partition), out_shardings=parallel.replicated(mesh)
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.interpreters import partial_eval
 from test_parallel import SEVEN_B
 from test_training import ADAPTER, CONFIG, ONE, OPTIMIZER, batch_config, examples, start
@@ -17,6 +18,7 @@ from test_training import ADAPTER, CONFIG, ONE, OPTIMIZER, batch_config, example
 from radonc_jax import parallel
 from radonc_jax.data.batches import Batches
 from radonc_jax.models import lora
+from radonc_jax.models.attention import AttentionConfig
 from radonc_jax.models.decoder import SAVED_NAMES, Execution
 from radonc_jax.training import meters, preflight, step
 from radonc_jax.training.optimizer import make_optimizer
@@ -103,6 +105,32 @@ def saved_bytes(recompute) -> float:
     return sum(x.size * x.dtype.itemsize for x in stacked) / tokens / layers
 
 
+def count_primitives(jaxpr, name) -> int:
+    own = sum(equation.primitive.name == name for equation in jaxpr.eqns)
+    inner = (count_primitives(x, name) for equation in jaxpr.eqns for x in inner_jaxprs(equation))
+    return own + sum(inner)
+
+
+@pytest.mark.parametrize(("recompute", "runs"), [("nothing", 1), ("mlp", 1), ("layer", 2)])
+def test_cudnns_kernel_does_not_run_again_for_its_log_sum_exp(recompute, runs, monkeypatch):
+    """Once in the loop over the layers (the last one's, at answer positions, is "xla"), whose
+    backward pass is given what the kernel left though that bears no name."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    attention = AttentionConfig("cudnn", segments=17, segment_length=512)
+    partition, trainable, base, batch = seven_b()
+    execution = Execution(attention, recompute)
+    partition = lora.partition(SEVEN_B, ALL, jnp.bfloat16, execution=execution)
+    microbatch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
+
+    def gradient(trainable, base, microbatch):
+        return jax.grad(functools.partial(_loss, partition, base, microbatch))(trainable)
+
+    traced = jax.make_jaxpr(gradient)(trainable, base, microbatch)
+    jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    assert count_primitives(jaxpr, "dot_product_attention_fwd_wrapper") == runs
+    assert count_primitives(jaxpr, "dot_product_attention_bwd_wrapper") == 1
+
+
 def _loss(partition, base, microbatch, trainable):
     return step.answer_loss(partition.merge(trainable, base), microbatch)
 
@@ -145,11 +173,7 @@ def test_an_epoch_is_one_compilation():
     _, placements = step.state_shardings(partition, optimizer, mesh)
     state = step.TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     state = jax.device_put(state, placements)
-    run = jax.jit(
-        functools.partial(step.train_step, partition, optimizer, 0),
-        donate_argnums=0,
-        out_shardings=(placements, parallel.replicated(mesh)),
-    )
+    run = step.jit_train_step(partition, optimizer, 0, mesh)
     with jax.set_mesh(mesh):
         for number in range(batches.steps):
             state, _ = run(

@@ -30,23 +30,43 @@ def quiet(workspace, tmp_path_factory):
     return workdir, time.monotonic() - began
 
 
-def begin(workspace, workdir, *arguments, devices=1, **environment):
+def command(workspace, workdir, *arguments):
+    settings = (*workspace.arguments, *SHORT, *arguments)
+    return ["-m", "radonc_jax.train", *settings, f"--workdir={workdir}"]
+
+
+def begin(workspace, workdir, *arguments, devices=1):
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "radonc_jax.train",
-            *workspace.arguments,
-            *SHORT,
-            *arguments,
-            f"--workdir={workdir}",
-        ],
+        [sys.executable, *command(workspace, workdir, *arguments)],
         cwd=ROOT,
-        env=command_environment(devices) | environment,
+        env=command_environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def two_processes(*command):
+    """Started together, to find each other over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=command_environment()
+            | {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
 
 
 def wait_for_step(step, workdir, *processes):
@@ -94,20 +114,8 @@ def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, 
 @pytest.mark.slow
 def test_told_to_end_all_processes_save_and_others_go_on(quiet, workspace, tmp_path):
     """One of two processes gets the signal; one process, then eight devices, go on from there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     workdir = tmp_path / "run"
-    processes = [
-        begin(
-            workspace,
-            workdir,
-            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
+    processes = two_processes(*command(workspace, workdir))
     wait_for_step(1, workdir, *processes)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -201,6 +209,62 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(quiet, wor
     assert "resumed at step 5 of 6" in result.stdout
     assert (workdir / "damaged" / "6").is_dir()
     assert_same_end(workdir, quiet[0])
+
+
+# Saves two checkpoints of arrays that lie in parts on two processes, or restores the newest.
+ON_TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from radonc_jax import parallel
+from radonc_jax.training.checkpoint import Checkpoints, Progress
+from radonc_jax.training.step import TrainState
+
+parallel.initialize()
+mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+parts, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))
+placements = TrainState(whole, {"a": parts, "b": whole}, {"a": parts})
+make = jax.jit(
+    lambda step: TrainState(
+        step, {"a": step + jnp.arange(4096.0), "b": step * jnp.ones(8)}, {"a": step * jnp.ones(64)}
+    ),
+    out_shardings=placements,
+)
+checkpoints = Checkpoints(Path(sys.argv[2]))
+if sys.argv[1] == "save":
+    for step in (1, 2):
+        checkpoints.save(step, make(jnp.int32(step)), Progress())
+else:
+    step, state, _ = checkpoints.restore_newest(jax.eval_shape(make, jnp.int32(0)), placements)
+    expected = make(jnp.int32(step))
+    for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert got.sharding == wanted.sharding
+        for one, other in zip(got.addressable_shards, wanted.addressable_shards, strict=True):
+            assert (one.data == other.data).all()
+    print("restored", step)
+checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+def test_damage_that_only_one_of_two_processes_would_meet_is_told_to_both(tmp_path):
+    def run(what):
+        processes = two_processes("-c", ON_TWO_PROCESSES, what, str(tmp_path))
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        return outputs
+
+    run("save")
+    assert all("restored 2" in output for output in run("restore"))
+    part = tmp_path / "checkpoints" / "2" / "trainable" / "ocdbt.process_1"
+    for path in (part / "d").iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    outputs = run("restore")
+    assert "checkpoint 2 is damaged" in outputs[0] and "damaged" not in outputs[1]
+    assert all("restored 1" in output for output in outputs)
+    assert (tmp_path / "damaged" / "2").is_dir()
 
 
 def test_a_dry_run_tells_what_a_run_would_do_without_weights(workspace, tmp_path):

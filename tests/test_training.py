@@ -78,11 +78,7 @@ def trace(adapter=ADAPTER, mesh=ONE, devices=None, steps=6, **changes):
     base = jax.device_put(base, parallel.shardings(base, mesh))
     state = step.TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     state = jax.device_put(state, placements)
-    run = jax.jit(
-        functools.partial(step.train_step, partition, optimizer, 0),
-        donate_argnums=0,
-        out_shardings=(placements, parallel.replicated(mesh)),
-    )
+    run = step.jit_train_step(partition, optimizer, 0, mesh)
     seen = []
     with jax.set_mesh(mesh):
         for number in range(steps):

@@ -135,32 +135,32 @@ class Checkpoints:
         """The newest checkpoint that is whole, as (step, TrainState, Progress); None without one.
 
         Damaged ones are moved to the run's folder `damaged/`, with a message. Of several processes
-        all must see the same files: what one alone cannot read stops the run.
+        the main one judges for all; what another one cannot read then stops the run.
 
         Raises:
           ValueError: there are checkpoints, but not one can be read; nothing is moved then.
           PermissionError: a file may not be read.
         """
         problems: dict[int, str] = {}
+        alone = not parallel.several_processes()
         for number in reversed(self._manager.all_steps()):
-            restored = None
             try:
-                restored = self._restore(shapes, placements, number)
+                if alone:
+                    restored = self._restore(shapes, placements, number)
+                else:
+                    self._check(shapes, number)
             except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # nothing is wrong with the checkpoint
             except Exception as error:  # whatever a broken file leads to
                 problems[number] = _short(error)
-            # All processes of a run use the same one.
-            broken = np.int32(restored is None)
-            if parallel.several_processes():
-                broken = multihost_utils.process_allgather(broken).max()
-            if not broken:
-                self._set_aside(problems)
-                state, progress = restored
-                self._best.note(progress.best_step)
-                write_best(self._workdir, progress)
-                return number, state, progress
-            problems.setdefault(number, "another process could not read it")
+                continue
+            self._set_aside(problems)
+            if not alone:
+                restored = self._restore(shapes, placements, number)
+            state, progress = restored
+            self._best.note(progress.best_step)
+            write_best(self._workdir, progress)
+            return number, state, progress
         if problems:
             told = "; ".join(f"{number}: {problem}" for number, problem in problems.items())
             raise ValueError(
@@ -169,6 +169,25 @@ class Checkpoints:
                 "--workdir"
             )
         return None
+
+    def _check(self, shapes: TrainState, step: int) -> None:
+        """Raises ValueError on every process where the main one cannot read a checkpoint.
+
+        All read their parts of a checkpoint together, so one that met a damaged file there would
+        leave the others waiting. The main process reads all of it first, by itself, an array at a
+        time.
+        """
+        found = b""
+        if parallel.is_main_process():
+            try:
+                _read_through(self._workdir / "checkpoints" / str(step), shapes)
+            except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:
+                found = _short(error).encode()
+        found = parallel.from_main(found)
+        if found:
+            raise ValueError(found.decode())
 
     def _set_aside(self, problems: dict[int, str]) -> None:
         """Moves damaged checkpoints out of the way; what they have cost is told."""
@@ -221,6 +240,37 @@ class Checkpoints:
             self.wait()
         with contextlib.suppress(Exception):
             self._manager.close()
+
+
+def _read_through(folder: Path, shapes: TrainState) -> None:
+    """Reads a checkpoint on this process alone; whatever is raised, it is damaged or another's."""
+    this = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"check{this}"
+    )
+
+    def reader(handler):
+        return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+    with reader(ocp.JsonCheckpointHandler(multiprocessing_options=options)) as checkpointer:
+        expected = checkpointer.restore(folder / "progress").get(PRINTS, {})
+    with reader(ocp.PyTreeCheckpointHandler(multiprocessing_options=options)) as checkpointer:
+        for part in ("trainable", "optimizer"):
+            prints = []
+            for name, shape in _named(getattr(shapes, part)).items():
+                array = checkpointer.restore(
+                    folder / part,
+                    ocp.args.PyTreeRestore(
+                        {name: shape},
+                        {name: ocp.RestoreArgs(restore_type=np.ndarray)},
+                        partial_restore=True,
+                    ),
+                )[name]
+                if (array.shape, array.dtype) != (shape.shape, shape.dtype):
+                    raise ValueError(f"{part} {name} is {array.dtype}{array.shape}")
+                prints.append(fingerprint(array))
+            if part in expected and "".join(prints) != expected[part]:
+                raise ValueError(f"the {part} arrays are not those that were saved")
 
 
 def write_best(workdir: Path, progress: Progress) -> None:

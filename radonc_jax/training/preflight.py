@@ -4,7 +4,6 @@ Everything is taken from the compiled program itself, for the devices at hand or
 for a TPU topology that is not there.
 """
 
-import functools
 import os
 import re
 from dataclasses import dataclass
@@ -107,11 +106,7 @@ def compile_step(
         shapes,
         placements,
     )
-    jitted = jax.jit(
-        functools.partial(step.train_step, partition, optimizer, seed),
-        donate_argnums=0,
-        out_shardings=(placements, parallel.replicated(mesh)),
-    )
+    jitted = step.jit_train_step(partition, optimizer, seed, mesh)
     with jax.set_mesh(mesh):
         return jitted.lower(state, stored_shapes(partition, dtype, mesh), batch).compile()
 

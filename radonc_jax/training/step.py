@@ -1,5 +1,6 @@
 """One optimiser step, pure: state in, state out. Only the trainable part is differentiated."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -93,6 +94,19 @@ def train_step(
         "gradient_norm": optax.tree.norm(gradients),
     }
     return TrainState(state.step + 1, trainable, optimizer_state), metrics
+
+
+def jit_train_step(
+    partition: Partition, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+):
+    """`train_step` as a run uses it, (state, base, batch) -> (state, metrics): jitted for a mesh,
+    its state donated and kept in its places, its metrics on every device."""
+    _, placements = state_shardings(partition, optimizer, mesh)
+    return jax.jit(
+        functools.partial(train_step, partition, optimizer, seed),
+        donate_argnums=0,
+        out_shardings=(placements, parallel.replicated(mesh)),
+    )
 
 
 def evaluation_step(partition: Partition, trainable, base, batch) -> dict[str, jax.Array]:
