@@ -21,6 +21,10 @@ from jax.sharding import PartitionSpec
 from radonc_jax import parallel
 
 BACKENDS = ("xla", "cudnn", "splash")
+QUERY_BLOCK, MOST_BLOCKS = (
+    128,
+    8,
+)  # of "xla": queries in a block, unless a row has more than so many
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Visible:
 
     Attributes:
       positions: int [B, T], counted from 0 within each segment; `key_positions` [B, S] likewise.
-      segments: int [B, T] or None; tokens of different segments never see each other.
+      segments: int [B, T] or None; tokens of different segments never see each other, and each
+        segment lies in the row in one piece and in order.
       window: a query sees itself and the `window - 1` keys before it (Mistral's sliding window,
         Jiang et al. 2023, arXiv 2310.06825); None for no limit.
       mask: bool [B, T, S], for "xla".
@@ -170,6 +175,23 @@ def attend(
 
 
 def _xla(query, key, value, visible: Visible, ordered: bool = False) -> jax.Array:
+    """Packed rows in blocks of queries, each with the keys up to its end: what comes later in the
+    row is never seen, so nearly half of the scores need not be computed."""
+    length = query.shape[1]
+    if visible.segments is None or length != key.shape[1]:
+        return _xla_block(query, key, value, visible.mask, ordered)
+    block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
+    outputs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        mask = visible.mask[:, start:stop, :stop]
+        outputs.append(
+            _xla_block(query[:, start:stop], key[:, :stop], value[:, :stop], mask, ordered)
+        )
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _xla_block(query, key, value, mask, ordered: bool) -> jax.Array:
     """Scores and softmax are float32 whatever the input is."""
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
@@ -184,8 +206,7 @@ def _xla(query, key, value, visible: Visible, ordered: bool = False) -> jax.Arra
         "BKTH,BKSH->BKTS", query, key, precision=precision, preferred_element_type=jnp.float32
     )
     scores = scores.reshape(batch, num_kv_heads, groups, length, -1) * head_dim**-0.5
-    mask = visible.mask[:, None, None, :, :]
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     if ordered:
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         weights = (weights / ordered_sum(weights)).astype(value.dtype)
