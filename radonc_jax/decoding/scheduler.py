@@ -7,6 +7,7 @@ sizes, each of which is compiled once.
 """
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from radonc_jax.models.decoder import Cache
 from radonc_jax.models.lora import Partition
 
 LENGTH_STEP = 16
+MOST_PADDING = 0.2  # of a prefill, where fewer rows can help; over many prompts it is far less
 # Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
@@ -43,12 +45,12 @@ class Answer(NamedTuple):
 
 
 def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 16, or of an eighth of the next power of two.
+    """`length` rounded up to a multiple of 16, or of a sixteenth of the next power of two.
 
-    Four shapes for each doubling beyond 64 tokens: compiling one more costs seconds, on average
-    padding costs a twelfth.
+    Eight shapes for each doubling beyond 128 tokens: compiling one more costs seconds, on average
+    padding costs a twentieth.
     """
-    step = max(LENGTH_STEP, (1 << (max(length, 1) - 1).bit_length()) // 8)
+    step = max(LENGTH_STEP, (1 << (max(length, 1) - 1).bit_length()) // 16)
     return -(-length // step) * step
 
 
@@ -338,7 +340,9 @@ class Scheduler:
         """What is run together: (prompt numbers, begins with the prefix, rows, width), longest
         first, so that it shows at once if memory does not suffice; and the prefix's padded length.
 
-        Padding is at most what the rounding of `padded_length` and the last group leave.
+        Where the lengths differ much, as among the longest, a group has fewer rows: half of them,
+        a quarter and so on, until no more than `MOST_PADDING` of it is padding or the fewest are
+        reached. So few shapes are compiled.
         """
         prefix = list(prefix)
         shared = [
@@ -352,6 +356,11 @@ class Scheduler:
             first = order[0]
             width = padded_length(left[first])
             rows = min(self._spread(self._prefill_tokens // width), self.batch)
+            while (half := self._spread(rows // 2)) < rows:
+                tokens = sum(left[i] for i in itertools.islice(order, rows))
+                if tokens >= (1 - MOST_PADDING) * rows * width:
+                    break
+                rows = half
             group = []
             while order and len(group) < rows and shared[order[0]] == shared[first]:
                 group.append(order.popleft())
