@@ -1,6 +1,7 @@
 """The page of the report: what it says where a run is odd, and what it keeps from view."""
 
 import dataclasses
+import html
 import json
 import re
 
@@ -157,6 +158,20 @@ def test_variants_probes_and_conformal_sets_stand_where_there_are_any(tmp_path):
     assert re.search(
         r"Conformal sets Wanted coverage .* the answer, or any 0\.900 [01]\.\d{3}", text
     )
+
+
+def test_answers_that_are_left_out_are_told_before_the_figures_of_the_task():
+    answers = [("C61", "C20", "C61")] * 3
+    line = "test/tuned_constrained: not of the same checkpoint <&> cohort; evaluate it again"
+    mixed = dataclasses.replace(run_in_memory(answers, "icd", name="mixed"), left_out=(line,))
+    whole = run_in_memory(answers, "icd", name="whole")
+    for include_text in (True, False):
+        page = render(mixed, whole, include_text=include_text)
+        part = page[page.index('id="task-icd"') : page.index('id="cases"')]
+        told = part.index("<strong>Left out of this report, mixed.</strong>")
+        assert told < part.index("In short, mixed") < part.index("In short, whole")
+        assert part.count("<li>") == 1 and f"<li>{html.escape(line)}</li>" in part
+    assert "Left out of this report" not in render(whole)
 
 
 def test_a_published_report_hides_small_groups(tmp_path):

@@ -30,7 +30,7 @@ HIDDEN = "hidden"  # what the published form leaves out: a count below 11, or on
 def task_parts(
     task: str, entry: Mapping, run: str, drawer: Drawer, texts: Texts | None
 ) -> list[str]:
-    parts = []
+    parts = [note] if (note := _left_out(entry, run)) else []
     verdict = entry.get("verdict") or {}
     if verdict.get("sentences"):
         heading = f"<h3>In short{escape(run)}</h3>" if run else ""
@@ -52,6 +52,19 @@ def task_parts(
     if not parts:
         parts.append(f"<p>Nothing beyond the tables above{escape(run)}.</p>")
     return parts
+
+
+def _left_out(entry: Mapping, run: str) -> str:
+    """What lies in the run folder and is not in the report: before any figure, and plainly."""
+    lines = entry.get("left_out") or ()
+    if not lines:
+        return ""
+    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return (
+        '<div class="notice"><p><strong>Left out of this report'
+        f"{escape(run)}.</strong> These lie in the run folder, but are not of the models and "
+        f"answers that are reported here:</p><ul>{listed}</ul></div>"
+    )
 
 
 Section = tuple[str, str]
