@@ -19,7 +19,7 @@ from radonc_jax.data.cohort import (
     write_cohort,
 )
 from radonc_jax.data.splits import SPLITS
-from radonc_jax.evaluation import findings, robustness, run, subgroups
+from radonc_jax.evaluation import findings, published, robustness, run, run_folder, subgroups
 from radonc_jax.evaluation.report import write_report
 from radonc_jax.evaluation.verdict import judge_tuning
 from radonc_jax.tasks import select
@@ -110,7 +110,7 @@ def write_probes(folder, probes):
 
 @pytest.fixture(scope="module")
 def report(workdir):
-    return findings.build_report([findings.read_run(workdir)], bootstrap=50)
+    return findings.build_report([run_folder.read_run(workdir)], bootstrap=50)
 
 
 def test_an_entry_answers_every_question(report):
@@ -147,10 +147,10 @@ def test_subgroups_add_up_to_the_whole(report):
 
 
 def test_the_published_form_hides_small_cells_and_cases(report):
-    published = findings.publish(report)
-    text = json.dumps(published, allow_nan=False)
-    assert '"test-' not in text.replace(json.dumps(published["provenance"]), "")
-    for entry in published["tasks"].values():
+    public = published.publish(report)
+    text = json.dumps(public, allow_nan=False)
+    assert '"test-' not in text.replace(json.dumps(public["provenance"]), "")
+    for entry in public["tasks"].values():
         young, other = [row for row in entry["subgroups"] if row["by"] == "age"]
         assert young == {
             "by": "age",
@@ -167,7 +167,7 @@ def test_the_published_form_hides_small_cells_and_cases(report):
             assert all(count is None or count == 0 or count >= 11 for count in row)
         errors = entry["details"].get("errors", {}).values()
         assert all(n is None or n == 0 or n >= 11 for row in errors for n in row.values())
-    assert report["tasks"]["icd"]["subgroups"] != published["tasks"]["icd"]["subgroups"]
+    assert report["tasks"]["icd"]["subgroups"] != public["tasks"]["icd"]["subgroups"]
 
 
 def test_small_classes_are_hidden_and_the_next_smallest_with_a_single_one():
@@ -218,7 +218,7 @@ def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
         "per_class": classes,
         "confusion": {"labels": [*labels, "unparseable"], "matrix": matrix},
     }
-    findings._publish_classes(metrics)
+    published._publish_classes(metrics)
     shown, classes = metrics["confusion"]["matrix"], metrics["per_class"]
     rows = [c["support"] if isinstance(c["support"], int) else None for c in classes.values()]
     for i, c in enumerate(classes.values()):
@@ -249,9 +249,9 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
     path = folder / "evaluation" / "test" / "tuned" / robustness.ROBUSTNESS
     probes = {"predictions_sha256": sha256(path.with_name(run.PREDICTIONS))} | probes
     path.write_text(json.dumps(probes))
-    report = findings.build_report([findings.read_run(folder)], bootstrap=20)
-    published = findings.publish(report)
-    for task, entry in published["tasks"].items():
+    report = findings.build_report([run_folder.read_run(folder)], bootstrap=20)
+    public = published.publish(report)
+    for task, entry in public["tasks"].items():
         before = report["tasks"][task]
         assert 0 < max(before["tests"]["mcnemar"][f"only_{m}"] for m in run.MODELS) < 11
         for tests in (entry["tests"], *entry["baseline_tests"].values()):
@@ -267,7 +267,7 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
             for m in run.MODELS:
                 counts = [kinds[m] for kinds in entry["details"]["errors"].values()]
                 assert told(counts, 60 - round(60 * entry[m]["accuracy"]["value"])) == {}
-    flip = published["tasks"]["icd"]["robustness"]["tuned"]["side_flip"]
+    flip = public["tasks"]["icd"]["robustness"]["tuned"]["side_flip"]
     assert flip == {"n": "<11", "rate": None, "expected": "flips"}
 
 
@@ -278,7 +278,7 @@ def test_a_published_cohort_tells_no_small_count():
         "deidentification": {"policy": "redact", "rows": 3},
         "annotation": {"rows_offered": 2},
     }
-    public = findings.publish_cohort(facts)
+    public = published.publish_cohort(facts)
     assert public["excluded"] == {"no_text": "<11", "no_dose": "hidden", "other": 40, "none": 0}
     assert public["deidentification"] == {"policy": "redact", "rows": "<11"}
     assert public["annotation"] == {"rows_offered": "<11"} and public["kept"] == 50
@@ -333,7 +333,7 @@ def test_the_verdict_says_plainly_who_wins():
 def test_two_adapters_are_compared_on_the_same_cases(tmp_path, cohort):
     first = make_run(tmp_path / "rank8", cohort, right=(0.2, 0.5), seed=1)
     second = make_run(tmp_path / "rank16", cohort, right=(0.2, 0.9), seed=1)
-    runs = [findings.read_run(folder) for folder in (first, second)]
+    runs = [run_folder.read_run(folder) for folder in (first, second)]
     entry = findings.build_report(runs, bootstrap=50)["tasks"]["icd"]
     assert entry["against"] is None
     other = entry["further_runs"][0]
@@ -352,7 +352,7 @@ def test_runs_of_other_cases_stand_side_by_side_but_are_not_compared(tmp_path, c
         path = second / "evaluation" / "test" / model / "predictions.jsonl"
         path.write_text(path.read_text().replace('"case_id": "test-', '"case_id": "other-'))
     (second / "config.json").write_text("{}")
-    runs = [findings.read_run(folder) for folder in (first, second)]
+    runs = [run_folder.read_run(folder) for folder in (first, second)]
     entry = findings.build_report(runs, bootstrap=20)["tasks"]["icd"]
     assert entry["further_runs"][0]["against"] is None
     with pytest.raises(ValueError, match=r"a \(60 cases\) and b \(60 cases\) did not answer the"):
@@ -363,7 +363,7 @@ def test_a_folder_that_has_travelled_is_reported_from_what_it_holds(tmp_path, wo
     moved = tmp_path / "elsewhere"
     shutil.copytree(workdir, moved)
     (moved / "config.json").write_text(json.dumps({"cohort": str(tmp_path / "gone")}))
-    entry = findings.build_report([findings.read_run(moved)], bootstrap=50)["tasks"]["icd"]
+    entry = findings.build_report([run_folder.read_run(moved)], bootstrap=50)["tasks"]["icd"]
     whole = report["tasks"]["icd"]
     for name in ("original", "tuned", "variants", "confidence", "robustness"):
         assert entry[name] == whole[name], name
@@ -386,14 +386,14 @@ def test_answers_of_another_checkpoint_are_left_out_and_told(tmp_path, workdir, 
         came_from("test", model, "none")
     for split, model in (("test", "tuned"), ("test", "tuned_constrained"), ("validation", "tuned")):
         came_from(split, model, "step 100")
-    whole = findings.read_run(folder)
+    whole = run_folder.read_run(folder)
     assert whole.left_out == ()
     assert set(whole.predictions) == {*run.MODELS, "tuned_constrained", "original_examples"}
     assert whole.validation and whole.robustness
     # Trained further: the test split alone is answered anew.
     answer(folder, cohort, "tuned", 0.9, task="all", seed=4)
     came_from("test", "tuned", "step 200")
-    mixed = findings.read_run(folder)
+    mixed = run_folder.read_run(folder)
     assert set(mixed.predictions) == {*run.MODELS, "original_examples"}
     assert not mixed.validation and not mixed.robustness
     named = ("test/tuned_constrained", "validation/tuned", "test/tuned/robustness.json")
@@ -418,12 +418,12 @@ def test_another_cohort_under_the_config_s_path_is_not_the_run_s(tmp_path, cohor
     other_cohort(cohort, there)
     (folder / "config.json").write_text(json.dumps({"cohort": str(there)}))
     # Without the run's own copy there is no cohort at hand, and none is taken for it.
-    assert findings.read_run(folder).cases is None
+    assert run_folder.read_run(folder).cases is None
     with pytest.raises(ValueError, match="is not the cohort of"):
-        findings.read_run(folder, cohort=there)
+        run_folder.read_run(folder, cohort=there)
     keep_copy(cohort, folder)
     assert of_run(there, folder) == folder / "cohort"
-    assert set(findings.read_run(folder).cases["icd10"]) == set(PLACES)
+    assert set(run_folder.read_run(folder).cases["icd10"]) == set(PLACES)
     assert of_run(cohort, folder) == cohort
 
 
@@ -482,7 +482,7 @@ def drop_last(text):
 def test_predictions_that_do_not_belong_together_are_refused(icd_run, change, message):
     edit(icd_run, change)
     with pytest.raises(ValueError, match=message) as error:
-        findings.build_report([findings.read_run(icd_run)], bootstrap=20)
+        findings.build_report([run_folder.read_run(icd_run)], bootstrap=20)
     assert "\n" not in str(error.value) and "Cancer" not in str(error.value)
 
 
@@ -490,7 +490,7 @@ def test_predictions_of_another_split_are_refused(icd_run):
     edit(icd_run, lambda text: text.replace('"split": "test"', '"split": "train"'), "tuned",
          "metrics.json")  # fmt: skip
     with pytest.raises(ValueError, match="is of split 'train', not 'test'"):
-        findings.read_run(icd_run)
+        run_folder.read_run(icd_run)
 
 
 @pytest.mark.parametrize(
@@ -500,9 +500,9 @@ def test_predictions_of_another_split_are_refused(icd_run):
 )
 def test_extreme_models_have_defined_figures(tmp_path, cohort, task, right):
     folder = make_run(tmp_path / "run", cohort, task=task, right=right)
-    report = findings.build_report([findings.read_run(folder)], bootstrap=20)
+    report = findings.build_report([run_folder.read_run(folder)], bootstrap=20)
     json.dumps(report, allow_nan=False)
-    json.dumps(findings.publish(report), allow_nan=False)
+    json.dumps(published.publish(report), allow_nan=False)
     for entry in report["tasks"].values():
         if right[0] == right[1]:
             assert entry["tests"]["wilcoxon"]["p_value"] == 1
@@ -523,7 +523,7 @@ def test_one_patient_and_one_class_have_defined_figures(icd_run):
         del scores["patients"]
         (path / "metrics.json").write_text(json.dumps(scores | {"n": len(kept)}))
     (icd_run / "config.json").write_text("{}")
-    report = findings.build_report([findings.read_run(icd_run)], bootstrap=50)
+    report = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)
     json.dumps(report, allow_nan=False)
     entry = report["tasks"]["icd"]
     assert entry["tuned"]["patients"] == 1 and list(entry["tuned"]["per_class"]) == ["C61"]
@@ -533,10 +533,10 @@ def test_one_patient_and_one_class_have_defined_figures(icd_run):
 
 
 def test_an_older_evaluation_is_scored_anew(icd_run, cohort):
-    before = findings.build_report([findings.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    before = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
     for model in run.MODELS:
         path = icd_run / "evaluation" / "test" / model / "metrics.json"
         scores = json.loads(path.read_text())
         path.write_text(json.dumps({k: v for k, v in scores.items() if "micro" not in k}))
-    after = findings.build_report([findings.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    after = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
     assert after["tuned"] == before["tuned"]

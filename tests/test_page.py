@@ -11,8 +11,9 @@ from reports import HOSTILE, run_in_memory
 from radonc_jax.evaluation import report
 from radonc_jax.evaluation.disclosure import TRIPOD_LLM, Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
-from radonc_jax.evaluation.findings import build_report, publish
+from radonc_jax.evaluation.findings import build_report
 from radonc_jax.evaluation.page import render_page
+from radonc_jax.evaluation.published import publish
 
 RIGHT = "Left breast, 50 Gy in 25 fractions"
 WRONG_DOSE = "Left breast, 60 Gy in 25 fractions"

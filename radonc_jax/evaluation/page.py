@@ -17,7 +17,7 @@ from radonc_jax.evaluation import figures
 from radonc_jax.evaluation.disclosure import Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import Texts, explorer_section
 from radonc_jax.evaluation.figures import TITLES, name_of
-from radonc_jax.evaluation.findings import NOTICE, Run, entries, publish_cohort
+from radonc_jax.evaluation.findings import NOTICE, entries
 from radonc_jax.evaluation.markup import (
     DASH,
     Drawer,
@@ -30,7 +30,9 @@ from radonc_jax.evaluation.markup import (
     plain_cell,
     score_cell,
 )
+from radonc_jax.evaluation.published import publish_cohort
 from radonc_jax.evaluation.run import MODELS
+from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
 
 
