@@ -476,8 +476,29 @@ def drop_last(text):
             lambda text: text.replace('"reference": "C61"', '"reference": "C62.9"'),
             "disagree on the reference of 20 cases",
         ),
+        (
+            lambda text: text.replace('"rouge1": 1.0', '"rouge1": NaN'),
+            "rouge1 is no number from 0 to 1",
+        ),
+        (
+            lambda text: text.replace('"logprob": -', '"logprob": -9e999, "x": -'),
+            "line 1: logprob is",
+        ),
+        (
+            lambda text: text.replace('"correct": true', '"correct": "no"'),
+            "correct is neither true",
+        ),
+        (
+            lambda text: text.replace('"answer": null', '"answer": 7'),
+            "answer is neither a text nor",
+        ),
+        (
+            lambda text: text.replace('"correct": true', '"correct": false', 3),
+            r"is not of the answers in .* \(task icd: accuracy ",
+        ),
     ],
-    ids=["other cases", "duplicate", "missing rows", "other task", "cut off", "empty", "reference"],
+    ids=["other cases", "duplicate", "missing rows", "other task", "cut off", "empty", "reference"]
+    + ["score NaN", "infinite", "no truth value", "no text", "scores of other answers"],
 )
 def test_predictions_that_do_not_belong_together_are_refused(icd_run, change, message):
     edit(icd_run, change)
@@ -490,6 +511,13 @@ def test_predictions_of_another_split_are_refused(icd_run):
     edit(icd_run, lambda text: text.replace('"split": "test"', '"split": "train"'), "tuned",
          "metrics.json")  # fmt: skip
     with pytest.raises(ValueError, match="is of split 'train', not 'test'"):
+        run_folder.read_run(icd_run)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"task": "icd"}', '{"task": "icd", "accuracy": 1}'])
+def test_scores_that_evaluate_did_not_write_are_refused_in_one_line(icd_run, content):
+    edit(icd_run, lambda text: content, name="metrics.json")
+    with pytest.raises(ValueError, match="metrics.json: not what evaluate writes"):
         run_folder.read_run(icd_run)
 
 
@@ -521,7 +549,9 @@ def test_one_patient_and_one_class_have_defined_figures(icd_run):
         scores = json.loads((path / "metrics.json").read_text())
         # As an evaluation of before would have left it: scored anew.
         del scores["patients"]
-        (path / "metrics.json").write_text(json.dumps(scores | {"n": len(kept)}))
+        scores["accuracy"]["value"] = sum(line["correct"] for line in kept) / len(kept)
+        scores |= {"n": len(kept), "unparseable": sum(line["answer"] is None for line in kept)}
+        (path / "metrics.json").write_text(json.dumps(scores))
     (icd_run / "config.json").write_text("{}")
     report = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)
     json.dumps(report, allow_nan=False)

@@ -196,14 +196,21 @@ def _read_robustness(
 def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """Predictions and metrics of one model by task, held against each other."""
     predictions = read_predictions(folder / PREDICTIONS)
-    metrics = split_tasks(_read_json(folder / METRICS))
+    try:
+        metrics = split_tasks(_read_json(folder / METRICS))
+        told = {
+            task: (entry["split"], entry["n"], entry["unparseable"], entry["accuracy"]["value"])
+            for task, entry in metrics.items()
+        }
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / METRICS}: not what evaluate writes; evaluate again") from None
     if predictions.keys() != metrics.keys():
         raise ValueError(f"{folder}: {PREDICTIONS} and {METRICS} hold different tasks")
-    for task, entry in metrics.items():
-        if entry["split"] != split:
+    for task, (of_split, n, unparseable, accuracy) in told.items():
+        if of_split != split:
             raise ValueError(
-                f"{folder / METRICS}: is of split {entry['split']!r}, not {split!r}; evaluate "
-                "this split again"
+                f"{folder / METRICS}: is of split {of_split!r}, not {split!r}; evaluate this split "
+                "again"
             )
         given = predictions[task]
         if len({prediction["case_id"] for prediction in given}) < len(given):
@@ -212,10 +219,19 @@ def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], d
                 f"{folder / PREDICTIONS}: {twice} case ids of task {task} stand more than once; "
                 "evaluate again"
             )
-        if len(given) != entry["n"]:
+        if len(given) != n:
             raise ValueError(
                 f"{folder}: {PREDICTIONS} holds {len(given)} cases of task {task}, {METRICS} "
-                f"{entry['n']}; rows are missing, so evaluate again"
+                f"{n}; rows are missing, so evaluate again"
+            )
+        # Scores are shown from the one file and tested from the other: both must be of one model.
+        right = sum(prediction["correct"] for prediction in given) / n
+        unread = sum(prediction["answer"] is None for prediction in given)
+        if unread != unparseable or abs(right - accuracy) > 1e-9:
+            raise ValueError(
+                f"{folder}: {METRICS} is not of the answers in {PREDICTIONS} (task {task}: "
+                f"accuracy {accuracy:.4f} and {right:.4f}, {unparseable} and {unread} "
+                "unparseable); evaluate again"
             )
     return predictions, metrics
 
