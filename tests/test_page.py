@@ -153,8 +153,12 @@ def test_variants_probes_and_conformal_sets_stand_where_there_are_any(tmp_path):
         robustness={"tuned": {"icd": probes}},
     )
     text = shown(render(full))
-    assert "Flip side flip 20 &ndash; 0.250 0.100 to 0.400" in text
-    assert "Synonyms stay the same 0 &ndash; &ndash;" in text
+    assert "Flip side flip 20 0.250 0.100 to 0.400" in text
+    assert "Synonyms stay the same 0 &ndash;" in text and "Cases, original" not in text
+    # Of another number of answers that can be read, the original has its own.
+    other = {"icd": {"flip_side": probes["flip_side"] | {"n": 3}}}
+    both = dataclasses.replace(full, robustness={"original": other} | full.robustness)
+    assert "Flip side flip 3 0.250 0.100 to 0.400 20 0.250 0.100 to 0.400" in shown(render(both))
     assert "ICD-10-CM code Tuned, constrained 20 0.700" in text
     assert re.search(
         r"Conformal sets Wanted coverage .* the answer, or any 0\.900 [01]\.\d{3}", text

@@ -321,19 +321,17 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
 def _robustness(entry: Mapping, drawer: Drawer) -> str:
     robustness = {m: v for m, v in (entry.get("robustness") or {}).items() if v}
     kinds = list(dict.fromkeys(kind for values in robustness.values() for kind in values))
+    models = [model for model in MODELS if model in robustness]
     rows, drawn = [], []
     for kind in kinds:
         found = {m: values.get(kind) or {} for m, values in robustness.items()}
         some = next(value for value in found.values() if value)
         rates = {m: value | {"value": value.get("rate")} for m, value in found.items()}
-        rows.append(
-            [
-                _words(kind),
-                {"flips": "flip", "same": "stay the same"}.get(some.get("expected"), DASH),
-                plain_cell(some.get("n")),
-                *(score_cell(rates.get(model)) for model in MODELS),
-            ]
-        )
+        cells = []
+        for model in models:  # each has cases of its own: those whose answer could be read
+            cells += [plain_cell(found[model].get("n")), score_cell(rates[model])]
+        expected = {"flips": "flip", "same": "stay the same"}.get(some.get("expected"), DASH)
+        rows.append([_words(kind), expected, *cells])
         if any(as_score(rate)["value"] is not None for rate in rates.values()):
             drawn.append((_words(kind), _pair(rates)))
     if not rows:
@@ -345,7 +343,9 @@ def _robustness(entry: Mapping, drawer: Drawer) -> str:
             "Share of answers that did what they should when the text was changed.",
             "Robustness to changes of the text",
         )
-    heads = ["Change of the text", "The answer should", "Cases", "Original", "Tuned"]
+    heads = ["Change of the text", "The answer should"]
+    for model in models:
+        heads += [f"Cases, {model}", name_of(model)]
     return figure + make_table("Share of answers that did what they should.", heads, rows, texts=2)
 
 
