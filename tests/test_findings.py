@@ -1,5 +1,6 @@
 """report.json: what a reviewer asks of it, and what is refused."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -117,7 +118,7 @@ def test_an_entry_answers_every_question(report):
     json.dumps(report, allow_nan=False)
     for task, entry in report["tasks"].items():
         assert set(entry["baselines"]) == {"majority", "lookup", "nearest", "tfidf"}
-        assert len(entry["verdict"]["sentences"]) == 3
+        assert len(entry["verdict"]["sentences"]) == 3 + (task == "icd")
         assert {row["by"] for row in entry["subgroups"]} == set(subgroups.ORDER)
         assert entry["confidence"]["tuned"]["conformal"]["n_validation"] == 40
         assert entry["confidence"]["original"]["conformal"] is None
@@ -126,13 +127,42 @@ def test_an_entry_answers_every_question(report):
         assert entry["against"] is None
         assert (entry["robustness"] is None) == (task != "icd")
     icd = report["tasks"]["icd"]
-    assert set(icd["variants"]) == {"original_examples"}
+    assert set(icd["variants"]) == set(icd["variant_tests"]) == {"original_examples"}
+    few, tuned = (
+        m["accuracy"]["value"] for m in (icd["variants"]["original_examples"], icd["tuned"])
+    )
+    test = icd["variant_tests"]["original_examples"]
+    assert test["difference"]["value"] == pytest.approx(tuned - few)
+    assert icd["verdict"]["best_untuned"] == "original_examples"
+    assert icd["verdict"]["tuned_beats_untuned"] == (test["difference"]["low"] > 0)
     assert report["tasks"]["modality"]["variants"] == {}
     assert icd["robustness"]["tuned"]["side_flip"]["rate"] == 1.0
     assert icd["ceiling"] == 0.93
     assert report["tasks"]["regimen"]["details"]["allowed"]["n"] > 0
     assert [(row["bin"], row["n"]) for row in icd["details"]["by_rarity"]] == [("21-100", 60)]
     assert icd["details"]["by_rarity"][0]["tuned"]["value"] == icd["tuned"]["accuracy"]["value"]
+
+
+def closed_testing(p_values):
+    """Holm by its definition: the largest Bonferroni p of all sets of tests that hold this one."""
+    places = range(len(p_values))
+    sets = [s for size in places for s in itertools.combinations(places, size + 1)]
+    bonferroni = [min(1, len(s) * min(p_values[i] for i in s)) for s in sets]
+    return [max(p for s, p in zip(sets, bonferroni, strict=True) if i in s) for i in places]
+
+
+def test_holm_adjusts_over_all_tasks_of_a_report(report):
+    entries = report["tasks"].values()
+    families = {
+        "own": [entry["tests"] for entry in entries],
+        "baselines": [t for entry in entries for t in entry["baseline_tests"].values()],
+        "untuned": [t for entry in entries for t in entry["variant_tests"].values()],
+    }
+    assert [len(tests) for tests in families.values()] == [3, 12, 1]
+    for family in families.values():
+        for kind in ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient", "mcnemar"):
+            expected = closed_testing([tests[kind]["p_value"] for tests in family])
+            assert [tests[kind]["p_holm"] for tests in family] == pytest.approx(expected), kind
 
 
 def test_subgroups_add_up_to_the_whole(report):
@@ -245,6 +275,7 @@ def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
 
 def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
     folder = make_run(tmp_path / "run", cohort, task="all", right=(0.9, 0.95))
+    answer(folder, cohort, "original_examples", 0.93, task="icd")
     probes = {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}}
     path = folder / "evaluation" / "test" / "tuned" / robustness.ROBUSTNESS
     probes = {"predictions_sha256": sha256(path.with_name(run.PREDICTIONS))} | probes
@@ -254,7 +285,9 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
     for task, entry in public["tasks"].items():
         before = report["tasks"][task]
         assert 0 < max(before["tests"]["mcnemar"][f"only_{m}"] for m in run.MODELS) < 11
-        for tests in (entry["tests"], *entry["baseline_tests"].values()):
+        rivals = (*entry["baseline_tests"].values(), *entry["variant_tests"].values())
+        assert len(rivals) == 4 + (task == "icd")
+        for tests in (entry["tests"], *rivals):
             pair = [tests["mcnemar"][f"only_{side}"] for side in ("original", "tuned")]
             assert pair == [None, None] or all(n == 0 or n >= 11 for n in pair)
             if None in pair:
@@ -322,6 +355,28 @@ def test_the_verdict_says_plainly_who_wins():
         unknown = judge_tuning("icd", entry_with(0.5 + value, 0.5, value, None, None))
         assert unknown["tuned_beats_baseline"] is False
         assert "as far as these cases tell" in unknown["sentences"][1]
+    for (low, high), beats, said in (
+        ((0.2, 0.4), True, "It beats the original model with examples in its prompt, which"),
+        ((-0.4, -0.2), False, "original model with examples in its prompt does better than the"),
+        ((-0.1, 0.1), False, "does no worse than the tuned one as far as these cases tell"),
+        ((None, None), False, "as far as these cases tell: it reaches 50.0 % (tuned"),
+    ):
+        entry = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {
+            "variants": {
+                "original_examples": {"accuracy": {"value": 0.5}},
+                "original_constrained": {"accuracy": {"value": 0.4}},
+                "tuned_constrained": {"accuracy": {"value": 0.9}},  # no rival: it is tuned
+            },
+            "variant_tests": {
+                name: {"difference": {"value": 0.3, "low": low, "high": high}}
+                for name in ("original_constrained", "original_examples")
+            },
+        }
+        judged = judge_tuning("icd", entry)
+        assert judged["best_untuned"] == "original_examples"
+        assert judged["tuned_beats_untuned"] is beats
+        assert said in judged["sentences"][2] and len(judged["sentences"]) == 4
+    assert better["best_untuned"] is better["tuned_beats_untuned"] is None
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
     assert "which chance alone could explain" in unsure["sentences"][0]

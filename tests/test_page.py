@@ -179,6 +179,34 @@ def test_answers_that_are_left_out_are_told_before_the_figures_of_the_task():
     assert "Left out of this report" not in render(whole)
 
 
+def test_the_first_screen_says_where_the_original_needs_no_tuning():
+    right = [("C61", "C61", "C61")] * 20
+    run = run_in_memory([("C61", "", "C61")] * 12 + [("C61", "", "C20")] * 8, "icd")
+    helped = run_in_memory(right, "icd")
+    for examples, said in (
+        (run.predictions["original"], False),
+        (helped.predictions["tuned"], True),
+    ):
+        variant = dataclasses.replace(
+            run,
+            predictions=run.predictions | {"original_examples": examples},
+            metrics=run.metrics
+            | {
+                "original_examples": (helped if said else run).metrics[
+                    "tuned" if said else "original"
+                ]
+            },
+        )
+        page = render(variant)
+        first = shown(page[: page.index('id="paper"')])
+        assert ("does as well or better without tuning on ICD-10-CM code" in first) is said
+        assert ("with examples in its prompt 100.0" in first) is said
+        rivals = shown(page)
+        rivals = rivals[rivals.index("against what needs no tuning") :]
+        value = "-0.400" if said else "+0.600"
+        assert f"ICD-10-CM code Original with examples {value}" in rivals
+
+
 def test_a_published_report_hides_small_groups(tmp_path):
     answers = [("C61", "C61", "C61")] * 20 + [("C34.11", "C34.11", "C34.11")] * 12
     answers += [("C20", "C61", "C50.911")] * 3 + [("C19", "C61", "C50.911")] * 2

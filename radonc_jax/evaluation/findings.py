@@ -13,7 +13,7 @@ from radonc_jax.evaluation.comparison import compare_models, pair_predictions
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.statistics import holm
-from radonc_jax.evaluation.verdict import judge_tuning
+from radonc_jax.evaluation.verdict import UNTUNED, judge_tuning
 from radonc_jax.tasks import TASKS
 
 NOTICE = "Research use only, not for clinical decisions."
@@ -27,7 +27,8 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
     An entry is
       run, model, sizes: names, and cases by split or null.
       original, tuned: metrics as in metrics.json. variants {name: metrics}: further ways in which
-        the run's models answered.
+        the run's models answered; variant_tests {name: compare_models of tuned against it}, of the
+        original's.
       tests: as `compare_models` gives it, tuned against original.
       baselines {majority, lookup, nearest, tfidf: metrics} or null where the cohort is not at hand;
         baseline_tests {name: compare_models of tuned against it} or null.
@@ -40,8 +41,8 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
       against {run, model, tests} or null: this run's tuned model against that of the first run of
         the task, where both answered the same cases.
     In every family of tests (`wilcoxon`, `wilcoxon_rouge1`, `wilcoxon_by_patient`, `mcnemar`) Holm
-    adjusts over all entries of the report (`p_holm`); those of `against` and of `baseline_tests`
-    are families of their own.
+    adjusts over all entries of the report (`p_holm`); those of `against`, of `baseline_tests` and
+    of `variant_tests` are families of their own.
 
     Raises:
       ValueError: the models of a run did not answer the same cases, or the cohort is another one.
@@ -63,6 +64,7 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
     _adjust([entry["tests"] for entry in listed])
     _adjust([entry["against"]["tests"] for entry in listed if entry["against"]])
     _adjust([t for entry in listed for t in (entry["baseline_tests"] or {}).values()])
+    _adjust([t for entry in listed for t in entry["variant_tests"].values()])
     for task, group in found.items():
         for entry in group:
             entry["verdict"] = judge_tuning(task, entry)
@@ -107,6 +109,11 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         "original": metrics["original"],
         "tuned": metrics["tuned"],
         "variants": {name: metrics[name] for name in metrics if name not in MODELS},
+        "variant_tests": {
+            name: compare_models(given, models["tuned"], names=(name, "tuned"), **options)
+            for name, given in models.items()
+            if name in UNTUNED
+        },
         "tests": compare_models(models["original"], models["tuned"], **options),
         "baselines": None
         if baselines is None

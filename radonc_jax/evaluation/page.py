@@ -34,6 +34,7 @@ from radonc_jax.evaluation.published import publish_cohort
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
+from radonc_jax.evaluation.verdict import UNTUNED
 
 
 def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = True) -> str:
@@ -271,8 +272,9 @@ def _changes(report: Mapping) -> str:
 def _rivals(report: Mapping) -> str:
     known = [(task, entry) for task, entry in entries(report) if entry["baselines"]]
     start = "<strong>Against simple baselines</strong>: "
+    untuned = _untuned_rivals(report)
     if not known:
-        return start + "none was computed, because the cohort is not at hand."
+        return start + f"none was computed, because the cohort is not at hand{untuned}."
     by_standing: dict[str, list[str]] = {"worse": [], "unclear": [], "better": []}
     for task, entry in known:
         name, metrics = _best_baseline(entry)
@@ -292,8 +294,26 @@ def _rivals(report: Mapping) -> str:
             for standing, names in by_standing.items()
             if names
         )
+        + untuned
         + "."
     )
+
+
+def _untuned_rivals(report: Mapping) -> str:
+    """A clause on the tasks in which tuning does not beat what the original can do without it."""
+    named = []
+    for task, entry in entries(report):
+        name = entry["verdict"].get("best_untuned")
+        if name is not None and not entry["verdict"]["tuned_beats_untuned"]:
+            reached, tuned = (
+                _share(_accuracy(m)) for m in (entry["variants"][name], entry["tuned"])
+            )
+            named.append(
+                f"{_called(report, task, entry)} ({UNTUNED[name]} {reached}, tuned {tuned})"
+            )
+    if not named:
+        return ""
+    return f"; the original model does as well or better without tuning on {_sentence(named)}"
 
 
 def _certainty(report: Mapping) -> str:
@@ -440,17 +460,18 @@ def _test_table(report: Mapping) -> str:
 
 
 def _rival_table(report: Mapping) -> str:
-    """Tuned against each baseline, case by case."""
+    """Tuned against what needs no tuning, case by case."""
     rows = [
         [_named(report, task, entry), name_of(name), *_test_cells(tests)]
         for task, entry in entries(report)
-        for name, tests in (entry["baseline_tests"] or {}).items()
+        for rivals in (entry.get("variant_tests"), entry["baseline_tests"])
+        for name, tests in (rivals or {}).items()
     ]
     if not rows:
         return ""
-    heads = ["Task", "Baseline", *_TEST_CELLS]
+    heads = ["Task", "Rival", *_TEST_CELLS]
     return make_table(
-        "Tuned model against each simple baseline, case by case.", heads, rows, texts=2
+        "Tuned model against what needs no tuning, case by case.", heads, rows, texts=2
     )
 
 

@@ -57,7 +57,7 @@ def publish(report: Mapping) -> dict:
                 measured = {key: x for key, x in measured.items() if key != "left_out"}
                 kinds[kind] = _without_small(measured) | {"expected": measured["expected"]}
         _publish_tests(entry["tests"])
-        for tests in (entry["baseline_tests"] or {}).values():
+        for tests in (*(entry["baseline_tests"] or {}).values(), *entry["variant_tests"].values()):
             _publish_tests(tests)
         if entry["against"]:
             _publish_tests(entry["against"]["tests"])
