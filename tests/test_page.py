@@ -8,12 +8,15 @@ import re
 import pytest
 from reports import HOSTILE, run_in_memory
 
-from radonc_jax.evaluation import report
+from radonc_jax.evaluation import codes, report, robustness
+from radonc_jax.evaluation.baselines import BASELINES
 from radonc_jax.evaluation.disclosure import TRIPOD_LLM, Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
+from radonc_jax.evaluation.figures import name_of
 from radonc_jax.evaluation.findings import build_report
-from radonc_jax.evaluation.page import render_page
+from radonc_jax.evaluation.page import DEFINITIONS, EFFECTS, SCORES, render_page
 from radonc_jax.evaluation.published import publish
+from radonc_jax.evaluation.run import VARIANTS
 
 RIGHT = "Left breast, 50 Gy in 25 fractions"
 WRONG_DOSE = "Left breast, 60 Gy in 25 fractions"
@@ -66,6 +69,17 @@ def test_one_patient_has_defined_figures():
     answers = [("C61", "C20", "C61"), ("C20", "C20", "C20"), ("C61", "C61", "C20")]
     text = shown(render(run_in_memory(answers, "icd", patients=["one"] * 3)))
     assert not re.search(NO_FIGURE, text)
+
+
+def test_every_measure_that_the_page_shows_has_a_definition():
+    defined = " ".join(DEFINITIONS).lower() + " ".join(DEFINITIONS.values()).lower()
+    shown_names = [*SCORES.values(), *EFFECTS.values(), *codes.DEPTHS, *codes.ERRORS]
+    shown_names += [*robustness.PERTURBATIONS, *map(name_of, (*VARIANTS, *BASELINES))]
+    shown_names += ["Holm", "McNemar", "ECE", "Brier", "conformal", "coverage at 5 % error"]
+    for name in shown_names:
+        for word in re.findall(r"[a-z0-9%'-]+", name.replace("_", " ").lower()):
+            stem = word.removesuffix("s")
+            assert stem in defined, f"{name}: {word}"
 
 
 def test_a_report_without_any_task_says_so():

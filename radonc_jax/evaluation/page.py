@@ -518,46 +518,62 @@ DEFINITIONS = {
     "Accuracy": "Share of cases answered right. Regimen: the same side, target and number of "
     "fractions and a total dose within 0.5 Gy; modality and ICD code: the same answer. An answer "
     "that cannot be read counts as wrong.",
+    "Unreadable, unfinished": "Unreadable: no answer of the task's kind can be read from the "
+    "text. Unfinished: the text was cut at the limit of new tokens. Shares are of all cases.",
+    "Models": "Original: the base as it was given. With examples: training cases and their "
+    "answers stand in its prompt. Constrained: only answers of a closed set can be given, the "
+    "four modalities or the codes of a table.",
     "ROUGE-1": "Words shared by the raw answer and the reference, without stemming: precision is "
     "their share of the answer, recall their share of the reference, F1 = 2PR / (P + R). The "
     "customary tokenizer splits 40.05 in two, and a wrong dose costs it little: read it beside "
-    "the accuracy.",
+    "the accuracy. With decimals whole a number or a code is one word.",
     "Precision, recall, F1": "Over the answers that occur among the references; macro is their "
     "plain mean, weighted by their number of cases, micro over all answers together. An "
     "unreadable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
     "classes.",
     "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
     "few patients, and exact (binomial, over patients) for a share of 0 or 1.",
-    "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; cases "
-    "on which the models tie are left out. Holm adjusts for all comparisons of this report.",
+    "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; "
+    "cases on which the models tie are left out. Holm adjusts for all comparisons of this report. "
+    "By patient: of each patient's mean, since the cases of a patient are not independent.",
+    "Difference": "Tuned less the other model on the same cases, with its paired interval.",
     "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right.",
     "Effect sizes": "Rank-biserial r: (ranks for tuned - ranks for original) / all ranks, from -1 "
     "to 1. Cohen's h: 2 asin(sqrt(p tuned)) - 2 asin(sqrt(p original)). Odds ratio: cases only "
     "tuned gets right over cases only original gets right.",
-    "Simple baselines": "Answers that need no language model, made from the training cases: the "
-    "most frequent answer; the most frequent answer to the very same text; the answer of the most "
-    "similar texts; logistic regression on the words. A model that does not beat them is of no "
-    "use.",
+    "Simple baselines": "Answers that need no language model, made from the training cases. "
+    "Majority class: the most frequent answer. Dictionary lookup: the most frequent answer to the "
+    "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
+    "regression: a classifier on the words. A model that does not beat them is of no use.",
     "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
     "synthetic cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "
     "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
-    "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, and a number of fractions "
-    "of the same class. Customary for the site: any dose and number of fractions that the site "
-    "table lists for it, to the reference's side and target, of the same kind of treatment "
-    "(modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
+    "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, with an alpha/beta of 1.5 "
+    "Gy for the prostate, 4 for the breast and 10 elsewhere, and a number of fractions of the "
+    "same class (1, 2 to 8, 9 to 24, 25 and more). Customary for the site: any dose and number of "
+    "fractions that the site table lists for it, to the reference's side and target, of the same "
+    "kind of treatment (modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice.",
-    "Robustness": "The text is changed a little: where the side in it is flipped the answer must "
-    "follow, and elsewhere it must stay what it was.",
+    "Robustness": "The text is changed a little: where the side in it is flipped the side of the "
+    "answer must follow; synonyms, shuffled fields or an irrelevant sentence must not change the "
+    "answer. Each answer is held against the model's own to the text as it was, right or wrong; "
+    "cases in which that could not be read are left out.",
+    "Codes": "A code that can be billed is one of the table without codes below it. By depth: the "
+    "chapter, block or category of the answer is the reference's; full: the code itself. Errors: "
+    "too general is a code above the reference, too specific one below it; side only differs in "
+    "nothing but the side; not a code is unreadable or not in the table; other is the rest. By "
+    "rarity: how many training cases have the reference's code.",
     "Hierarchical scores": "Over a code together with all codes above it: precision is the share "
     "of the answer's that are the reference's too, recall the reverse.",
-    "Calibration": "ECE: mean distance between confidence and share right over the bins, weighted "
-    "by their cases. Brier score: mean squared distance between confidence and right (1) or wrong "
-    "(0). Coverage at 5 % error: the largest share of cases, most confident first, of which at "
-    "most 5 % are wrong. Conformal sets hold the right answer in at least the stated share of "
-    "cases if new cases are like those of the validation split.",
+    "Calibration": "Confidence is the probability that the model gives its own answer. ECE: mean "
+    "distance between confidence and share right over the bins, weighted by their cases. Brier "
+    "score: mean squared distance between confidence and right (1) or wrong (0). Coverage at 5 % "
+    "error: the largest share of cases, most confident first, of which at most 5 % are wrong. "
+    "Conformal sets hold the right answer in at least the stated share of cases if new cases are "
+    "like those of the validation split.",
     "Small groups": "Below 11 cases a share says little, and in a report without clinical text "
     "such groups are not shown.",
 }
