@@ -613,7 +613,7 @@ def test_one_patient_and_one_class_have_defined_figures(icd_run):
     entry = report["tasks"]["icd"]
     assert entry["tuned"]["patients"] == 1 and list(entry["tuned"]["per_class"]) == ["C61"]
     accuracy = entry["tuned"]["accuracy"]
-    assert accuracy["low"] == accuracy["value"] == accuracy["high"]
+    assert accuracy["low"] < 0.1 < accuracy["value"] < 0.95 < accuracy["high"]
     assert entry["tests"]["wilcoxon_by_patient"]["n"] == 1
 
 

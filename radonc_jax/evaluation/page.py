@@ -532,7 +532,8 @@ DEFINITIONS = {
     "unreadable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
     "classes.",
     "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
-    "few patients, and exact (binomial, over patients) for a share of 0 or 1.",
+    "few patients. Where all patients score alike: what the score would be if the largest share of "
+    "all patients that may differ (exact binomial) were wholly wrong or wholly right.",
     "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; "
     "cases on which the models tie are left out. Holm adjusts for all comparisons of this report. "
     "By patient: of each patient's mean, since the cases of a patient are not independent.",
