@@ -569,6 +569,33 @@ def test_predictions_of_another_split_are_refused(icd_run):
         run_folder.read_run(icd_run)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_last, "no answer to 1 of the 60 cases of split 'test' of its cohort, and 0 answers"),
+        (
+            lambda text: text.replace('"case_id": "test-7"', '"case_id": "other"'),
+            "no answer to 1 of the 60 cases of split 'test' of its cohort, and 1 answers",
+        ),
+    ],
+    ids=["missing", "other"],
+)
+def test_cases_that_both_models_lack_are_told(icd_run, change, message):
+    for model in run.MODELS:
+        edit(icd_run, change, model)
+        path = icd_run / "evaluation" / "test" / model
+        lines = [json.loads(line) for line in (path / "predictions.jsonl").open()]
+        scores = json.loads((path / "metrics.json").read_text())
+        scores["accuracy"]["value"] = sum(line["correct"] for line in lines) / len(lines)
+        scores |= {"n": len(lines), "unparseable": sum(line["answer"] is None for line in lines)}
+        (path / "metrics.json").write_text(json.dumps(scores))
+    with pytest.raises(ValueError, match=message):
+        run_folder.read_run(icd_run)
+    # A folder without its cohort cannot know.
+    (icd_run / "config.json").write_text("{}")
+    assert run_folder.read_run(icd_run).cases is None
+
+
 @pytest.mark.parametrize("content", ["{}", '{"task": "icd"}', '{"task": "icd", "accuracy": 1}'])
 def test_scores_that_evaluate_did_not_write_are_refused_in_one_line(icd_run, content):
     edit(icd_run, lambda text: content, name="metrics.json")

@@ -83,7 +83,8 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     Raises:
       FileNotFoundError: the folder, or the predictions or metrics of a model, are missing.
       ValueError: a file cannot be read, holds predictions of another split, task or case than it
-        should, the two models answered different tasks, or `cohort` is not the run's.
+        should or not of all cases, the two models answered different tasks, or `cohort` is not the
+        run's.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -131,6 +132,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         splits = {name: load_split(folder, name) for name in SPLITS}
         sizes = {name: len(rows) for name, rows in splits.items()}
         cases = splits[split]
+        _check_cases(workdir, split, predictions["original"], cases["case_id"].astype(str))
         training, held_out = as_records(splits["train"]), as_records(cases)
         facts = load_manifest(folder)
     return Run(
@@ -150,6 +152,21 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         robustness=_read_robustness(workdir, split, provenance, left_out),
         left_out=tuple(left_out),
     )
+
+
+def _check_cases(
+    workdir: Path, split: str, predictions: Mapping[str, Sequence[dict]], cases: Sequence[str]
+) -> None:
+    """ValueError unless every case of the split was answered, and no other: what both models lack
+    no comparison of them would show."""
+    for task, given in predictions.items():
+        answered, asked = {prediction["case_id"] for prediction in given}, set(cases)
+        if answered != asked:
+            raise ValueError(
+                f"{workdir}: task {task} has no answer to {len(asked - answered)} of the "
+                f"{len(asked)} cases of split {split!r} of its cohort, and {len(answered - asked)} "
+                "answers to other cases; evaluate both models again"
+            )
 
 
 def _is_of_same_model(workdir: Path, split: str, folder: Path, left_out: list[str]) -> bool:
