@@ -334,8 +334,12 @@ def entry_with(tuned, baseline, difference, low, high):
         "original": {"accuracy": {"value": 0.1}},
         "tuned": {"accuracy": score, "n": 100, "unparseable": 0},
         "baselines": {"lookup": {"accuracy": {"value": baseline}}},
-        "baseline_tests": {"lookup": {"difference": interval}},
-        "tests": {"difference": interval, "wilcoxon": {"p_value": 0.01}},
+        "baseline_tests": {"lookup": {"difference": interval, "mcnemar": {"p_value": 0.02}}},
+        "tests": {
+            "difference": interval,
+            "wilcoxon": {"p_value": 0.01},
+            "mcnemar": {"p_value": 0.02},
+        },
         "details": {},
         "ceiling": None,
     }
@@ -368,7 +372,10 @@ def test_the_verdict_says_plainly_who_wins():
                 "tuned_constrained": {"accuracy": {"value": 0.9}},  # no rival: it is tuned
             },
             "variant_tests": {
-                name: {"difference": {"value": 0.3, "low": low, "high": high}}
+                name: {
+                    "difference": {"value": 0.3, "low": low, "high": high},
+                    "mcnemar": {"p_value": 0.02},
+                }
                 for name in ("original_constrained", "original_examples")
             },
         }
@@ -376,6 +383,13 @@ def test_the_verdict_says_plainly_who_wins():
         assert judged["best_untuned"] == "original_examples"
         assert judged["tuned_beats_untuned"] is beats
         assert said in judged["sentences"][2] and len(judged["sentences"]) == 4
+    few = entry_with(0.8, 0.5, 0.3, 0.2, 0.4)
+    for tests in (few["tests"], few["baseline_tests"]["lookup"]):
+        tests["mcnemar"] = {"p_value": 0.125}
+    judged = judge_tuning("icd", few)
+    assert judged["tuned_beats_baseline"] is False
+    assert "as far as these cases tell" in judged["sentences"][1]
+    assert "which chance alone could explain" in judged["sentences"][0]
     assert better["best_untuned"] is better["tuned_beats_untuned"] is None
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None

@@ -34,7 +34,7 @@ from radonc_jax.evaluation.published import publish_cohort
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
-from radonc_jax.evaluation.verdict import UNTUNED
+from radonc_jax.evaluation.verdict import UNTUNED, standing
 
 
 def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = True) -> str:
@@ -159,15 +159,9 @@ def _best_baseline(entry: Mapping) -> tuple[str, Mapping] | None:
 
 
 def _standing(entry: Mapping) -> str | None:
-    """How the tuned model stands to the best baseline: "better" or "worse" where the 95 % interval
-    of the difference says so, else "unclear"; None without baselines."""
+    """How the tuned model stands to the best baseline (see `standing`); None without baselines."""
     best = _best_baseline(entry)
-    if best is None:
-        return None
-    if entry["verdict"]["tuned_beats_baseline"]:
-        return "better"
-    difference = entry["baseline_tests"][best[0]]["difference"]
-    return "worse" if difference["high"] is not None and difference["high"] < 0 else "unclear"
+    return None if best is None else standing(entry["baseline_tests"][best[0]])
 
 
 def _holm(entry: Mapping) -> float:
@@ -545,7 +539,9 @@ DEFINITIONS = {
     "Simple baselines": "Answers that need no language model, made from the training cases. "
     "Majority class: the most frequent answer. Dictionary lookup: the most frequent answer to the "
     "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
-    "regression: a classifier on the words. A model that does not beat them is of no use.",
+    "regression: a classifier on the words. A model that does not beat them is of no use. Better or "
+    "worse is said where the interval of the difference lies on one side of 0 and McNemar's p is at "
+    "most 0.05, and of all else that it is unclear.",
     "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
     "synthetic cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "
