@@ -539,9 +539,9 @@ DEFINITIONS = {
     "Simple baselines": "Answers that need no language model, made from the training cases. "
     "Majority class: the most frequent answer. Dictionary lookup: the most frequent answer to the "
     "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
-    "regression: a classifier on the words. A model that does not beat them is of no use. Better or "
-    "worse is said where the interval of the difference lies on one side of 0 and McNemar's p is at "
-    "most 0.05, and of all else that it is unclear.",
+    "regression: a classifier on the words. A model that does not beat them is of no use. Better "
+    "or worse is said where the interval of the difference lies on one side of 0 and McNemar's p "
+    "is at most 0.05, and of all else that it is unclear.",
     "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
     "synthetic cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "
