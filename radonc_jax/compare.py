@@ -13,8 +13,9 @@ from pathlib import Path
 from absl import flags, logging
 
 from radonc_jax import command
-from radonc_jax.evaluation.findings import read_run, require_same_cases
+from radonc_jax.evaluation.findings import require_same_cases
 from radonc_jax.evaluation.report import write_runs
+from radonc_jax.evaluation.run_folder import read_run
 
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")

@@ -10,9 +10,9 @@ from pathlib import Path
 from absl import flags
 
 from radonc_jax import command
-from radonc_jax.evaluation.findings import read_run
 from radonc_jax.evaluation.review import build_review, read_key, read_ratings, score_ratings
 from radonc_jax.evaluation.run import write_file
+from radonc_jax.evaluation.run_folder import read_run
 
 _BUILD = flags.DEFINE_bool("build", False, "Write the page to rate and its key.json.")
 _SCORE = flags.DEFINE_bool("score", False, "Score ratings into review.json.")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from radonc_jax.data.cohort import load_records, write_cohort
 from radonc_jax.evaluation import metrics, run
-from radonc_jax.evaluation.findings import Run
+from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.tasks import TASKS, Record, select
 
 NASTY = "<script>alert('x')</script> & \"L breast\""

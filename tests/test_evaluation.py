@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,6 +199,46 @@ def test_nearest_neighbours_vote_by_likeness():
     # The last shares no word with any: the majority.
     assert answers == ["C61", "C32.0", "C61"]
     assert baselines.nearest_answers(TASKS["icd"], rows[::-1], asked) == answers
+
+
+def nearest_answers_slowly(task, rows, asked):
+    """All cosines at once, and every row of them sorted whole."""
+    rows = sorted(rows, key=lambda record: record.case_id)
+    known, others = baselines._features(rows, asked)
+    answers = []
+    for cosine in np.asarray((others @ known.T).todense()):
+        votes = Counter()
+        for place in np.argsort(-cosine, kind="stable")[: baselines.NEIGHBOURS]:
+            if cosine[place] > 0:
+                votes[task.reference(rows[place])] += float(cosine[place])
+        best = min(votes, key=lambda answer: (-votes[answer], answer), default=None)
+        answers.append(best or baselines.majority_answers(task, rows, asked)[0])
+    return answers
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 6, 7, 40, 600])
+def test_nearest_neighbours_are_those_of_the_whole_order_however_many_tie(n, monkeypatch):
+    rng = np.random.default_rng(n)
+    words, codes = "breast lung prostate left right stage".split(), "C61 C20 C32.0 C32.1".split()
+
+    def texts(count):
+        # Few words make most texts twins of others; some share no word with any.
+        return [
+            (" ".join(rng.choice(words, rng.integers(1, 4))) if rng.random() < 0.95 else "none", c)
+            for c in rng.choice(codes, count)
+        ]
+
+    rows, asked = training(*texts(n)), training(*texts(150))
+    rows += training(("breast lung", "C61"))  # so that there is a word
+    task = TASKS["icd"]
+    expected = nearest_answers_slowly(task, rows, asked)
+    for cells in (1, 7 * len(rows), 1 << 24):  # a row, some rows, all rows at a time
+        monkeypatch.setattr(baselines, "_CELLS", cells)
+        assert baselines.nearest_answers(task, rows, asked) == expected
+    for _ in range(20):
+        cosine = rng.choice(np.float32([0, 0, 0.25, 0.5, 0.75]), n)
+        whole = np.argsort(-cosine, kind="stable")[: baselines.NEIGHBOURS]
+        assert baselines._nearest(cosine).tolist() == whole[cosine[whole] > 0].tolist()
 
 
 def test_tfidf_with_logistic_regression_learns_what_a_lookup_cannot():

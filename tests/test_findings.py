@@ -1,5 +1,6 @@
 """report.json: what a reviewer asks of it, and what is refused."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from radonc_jax.data.cohort import (
     write_cohort,
 )
 from radonc_jax.data.splits import SPLITS
-from radonc_jax.evaluation import findings, robustness, run, subgroups
+from radonc_jax.evaluation import findings, published, robustness, run, run_folder, subgroups
 from radonc_jax.evaluation.report import write_report
 from radonc_jax.evaluation.verdict import judge_tuning
 from radonc_jax.tasks import select
@@ -110,14 +111,14 @@ def write_probes(folder, probes):
 
 @pytest.fixture(scope="module")
 def report(workdir):
-    return findings.build_report([findings.read_run(workdir)], bootstrap=50)
+    return findings.build_report([run_folder.read_run(workdir)], bootstrap=50)
 
 
 def test_an_entry_answers_every_question(report):
     json.dumps(report, allow_nan=False)
     for task, entry in report["tasks"].items():
         assert set(entry["baselines"]) == {"majority", "lookup", "nearest", "tfidf"}
-        assert len(entry["verdict"]["sentences"]) == 3
+        assert len(entry["verdict"]["sentences"]) == 3 + (task == "icd")
         assert {row["by"] for row in entry["subgroups"]} == set(subgroups.ORDER)
         assert entry["confidence"]["tuned"]["conformal"]["n_validation"] == 40
         assert entry["confidence"]["original"]["conformal"] is None
@@ -126,13 +127,42 @@ def test_an_entry_answers_every_question(report):
         assert entry["against"] is None
         assert (entry["robustness"] is None) == (task != "icd")
     icd = report["tasks"]["icd"]
-    assert set(icd["variants"]) == {"original_examples"}
+    assert set(icd["variants"]) == set(icd["variant_tests"]) == {"original_examples"}
+    few, tuned = (
+        m["accuracy"]["value"] for m in (icd["variants"]["original_examples"], icd["tuned"])
+    )
+    test = icd["variant_tests"]["original_examples"]
+    assert test["difference"]["value"] == pytest.approx(tuned - few)
+    assert icd["verdict"]["best_untuned"] == "original_examples"
+    assert icd["verdict"]["tuned_beats_untuned"] == (test["difference"]["low"] > 0)
     assert report["tasks"]["modality"]["variants"] == {}
     assert icd["robustness"]["tuned"]["side_flip"]["rate"] == 1.0
     assert icd["ceiling"] == 0.93
     assert report["tasks"]["regimen"]["details"]["allowed"]["n"] > 0
     assert [(row["bin"], row["n"]) for row in icd["details"]["by_rarity"]] == [("21-100", 60)]
     assert icd["details"]["by_rarity"][0]["tuned"]["value"] == icd["tuned"]["accuracy"]["value"]
+
+
+def closed_testing(p_values):
+    """Holm by its definition: the largest Bonferroni p of all sets of tests that hold this one."""
+    places = range(len(p_values))
+    sets = [s for size in places for s in itertools.combinations(places, size + 1)]
+    bonferroni = [min(1, len(s) * min(p_values[i] for i in s)) for s in sets]
+    return [max(p for s, p in zip(sets, bonferroni, strict=True) if i in s) for i in places]
+
+
+def test_holm_adjusts_over_all_tasks_of_a_report(report):
+    entries = report["tasks"].values()
+    families = {
+        "own": [entry["tests"] for entry in entries],
+        "baselines": [t for entry in entries for t in entry["baseline_tests"].values()],
+        "untuned": [t for entry in entries for t in entry["variant_tests"].values()],
+    }
+    assert [len(tests) for tests in families.values()] == [3, 12, 1]
+    for family in families.values():
+        for kind in ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient", "mcnemar"):
+            expected = closed_testing([tests[kind]["p_value"] for tests in family])
+            assert [tests[kind]["p_holm"] for tests in family] == pytest.approx(expected), kind
 
 
 def test_subgroups_add_up_to_the_whole(report):
@@ -147,10 +177,10 @@ def test_subgroups_add_up_to_the_whole(report):
 
 
 def test_the_published_form_hides_small_cells_and_cases(report):
-    published = findings.publish(report)
-    text = json.dumps(published, allow_nan=False)
-    assert '"test-' not in text.replace(json.dumps(published["provenance"]), "")
-    for entry in published["tasks"].values():
+    public = published.publish(report)
+    text = json.dumps(public, allow_nan=False)
+    assert '"test-' not in text.replace(json.dumps(public["provenance"]), "")
+    for entry in public["tasks"].values():
         young, other = [row for row in entry["subgroups"] if row["by"] == "age"]
         assert young == {
             "by": "age",
@@ -167,7 +197,7 @@ def test_the_published_form_hides_small_cells_and_cases(report):
             assert all(count is None or count == 0 or count >= 11 for count in row)
         errors = entry["details"].get("errors", {}).values()
         assert all(n is None or n == 0 or n >= 11 for row in errors for n in row.values())
-    assert report["tasks"]["icd"]["subgroups"] != published["tasks"]["icd"]["subgroups"]
+    assert report["tasks"]["icd"]["subgroups"] != public["tasks"]["icd"]["subgroups"]
 
 
 def test_small_classes_are_hidden_and_the_next_smallest_with_a_single_one():
@@ -218,7 +248,7 @@ def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
         "per_class": classes,
         "confusion": {"labels": [*labels, "unparseable"], "matrix": matrix},
     }
-    findings._publish_classes(metrics)
+    published._publish_classes(metrics)
     shown, classes = metrics["confusion"]["matrix"], metrics["per_class"]
     rows = [c["support"] if isinstance(c["support"], int) else None for c in classes.values()]
     for i, c in enumerate(classes.values()):
@@ -245,16 +275,19 @@ def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
 
 def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
     folder = make_run(tmp_path / "run", cohort, task="all", right=(0.9, 0.95))
+    answer(folder, cohort, "original_examples", 0.93, task="icd")
     probes = {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}}
     path = folder / "evaluation" / "test" / "tuned" / robustness.ROBUSTNESS
     probes = {"predictions_sha256": sha256(path.with_name(run.PREDICTIONS))} | probes
     path.write_text(json.dumps(probes))
-    report = findings.build_report([findings.read_run(folder)], bootstrap=20)
-    published = findings.publish(report)
-    for task, entry in published["tasks"].items():
+    report = findings.build_report([run_folder.read_run(folder)], bootstrap=20)
+    public = published.publish(report)
+    for task, entry in public["tasks"].items():
         before = report["tasks"][task]
         assert 0 < max(before["tests"]["mcnemar"][f"only_{m}"] for m in run.MODELS) < 11
-        for tests in (entry["tests"], *entry["baseline_tests"].values()):
+        rivals = (*entry["baseline_tests"].values(), *entry["variant_tests"].values())
+        assert len(rivals) == 4 + (task == "icd")
+        for tests in (entry["tests"], *rivals):
             pair = [tests["mcnemar"][f"only_{side}"] for side in ("original", "tuned")]
             assert pair == [None, None] or all(n == 0 or n >= 11 for n in pair)
             if None in pair:
@@ -267,7 +300,7 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
             for m in run.MODELS:
                 counts = [kinds[m] for kinds in entry["details"]["errors"].values()]
                 assert told(counts, 60 - round(60 * entry[m]["accuracy"]["value"])) == {}
-    flip = published["tasks"]["icd"]["robustness"]["tuned"]["side_flip"]
+    flip = public["tasks"]["icd"]["robustness"]["tuned"]["side_flip"]
     assert flip == {"n": "<11", "rate": None, "expected": "flips"}
 
 
@@ -278,7 +311,7 @@ def test_a_published_cohort_tells_no_small_count():
         "deidentification": {"policy": "redact", "rows": 3},
         "annotation": {"rows_offered": 2},
     }
-    public = findings.publish_cohort(facts)
+    public = published.publish_cohort(facts)
     assert public["excluded"] == {"no_text": "<11", "no_dose": "hidden", "other": 40, "none": 0}
     assert public["deidentification"] == {"policy": "redact", "rows": "<11"}
     assert public["annotation"] == {"rows_offered": "<11"} and public["kept"] == 50
@@ -301,8 +334,12 @@ def entry_with(tuned, baseline, difference, low, high):
         "original": {"accuracy": {"value": 0.1}},
         "tuned": {"accuracy": score, "n": 100, "unparseable": 0},
         "baselines": {"lookup": {"accuracy": {"value": baseline}}},
-        "baseline_tests": {"lookup": {"difference": interval}},
-        "tests": {"difference": interval, "wilcoxon": {"p_value": 0.01}},
+        "baseline_tests": {"lookup": {"difference": interval, "mcnemar": {"p_value": 0.02}}},
+        "tests": {
+            "difference": interval,
+            "wilcoxon": {"p_value": 0.01},
+            "mcnemar": {"p_value": 0.02},
+        },
         "details": {},
         "ceiling": None,
     }
@@ -322,6 +359,38 @@ def test_the_verdict_says_plainly_who_wins():
         unknown = judge_tuning("icd", entry_with(0.5 + value, 0.5, value, None, None))
         assert unknown["tuned_beats_baseline"] is False
         assert "as far as these cases tell" in unknown["sentences"][1]
+    for (low, high), beats, said in (
+        ((0.2, 0.4), True, "It beats the original model with examples in its prompt, which"),
+        ((-0.4, -0.2), False, "original model with examples in its prompt does better than the"),
+        ((-0.1, 0.1), False, "does no worse than the tuned one as far as these cases tell"),
+        ((None, None), False, "as far as these cases tell: it reaches 50.0 % (tuned"),
+    ):
+        entry = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {
+            "variants": {
+                "original_examples": {"accuracy": {"value": 0.5}},
+                "original_constrained": {"accuracy": {"value": 0.4}},
+                "tuned_constrained": {"accuracy": {"value": 0.9}},  # no rival: it is tuned
+            },
+            "variant_tests": {
+                name: {
+                    "difference": {"value": 0.3, "low": low, "high": high},
+                    "mcnemar": {"p_value": 0.02},
+                }
+                for name in ("original_constrained", "original_examples")
+            },
+        }
+        judged = judge_tuning("icd", entry)
+        assert judged["best_untuned"] == "original_examples"
+        assert judged["tuned_beats_untuned"] is beats
+        assert said in judged["sentences"][2] and len(judged["sentences"]) == 4
+    few = entry_with(0.8, 0.5, 0.3, 0.2, 0.4)
+    for tests in (few["tests"], few["baseline_tests"]["lookup"]):
+        tests["mcnemar"] = {"p_value": 0.125}
+    judged = judge_tuning("icd", few)
+    assert judged["tuned_beats_baseline"] is False
+    assert "as far as these cases tell" in judged["sentences"][1]
+    assert "which chance alone could explain" in judged["sentences"][0]
+    assert better["best_untuned"] is better["tuned_beats_untuned"] is None
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
     assert "which chance alone could explain" in unsure["sentences"][0]
@@ -333,7 +402,7 @@ def test_the_verdict_says_plainly_who_wins():
 def test_two_adapters_are_compared_on_the_same_cases(tmp_path, cohort):
     first = make_run(tmp_path / "rank8", cohort, right=(0.2, 0.5), seed=1)
     second = make_run(tmp_path / "rank16", cohort, right=(0.2, 0.9), seed=1)
-    runs = [findings.read_run(folder) for folder in (first, second)]
+    runs = [run_folder.read_run(folder) for folder in (first, second)]
     entry = findings.build_report(runs, bootstrap=50)["tasks"]["icd"]
     assert entry["against"] is None
     other = entry["further_runs"][0]
@@ -352,7 +421,7 @@ def test_runs_of_other_cases_stand_side_by_side_but_are_not_compared(tmp_path, c
         path = second / "evaluation" / "test" / model / "predictions.jsonl"
         path.write_text(path.read_text().replace('"case_id": "test-', '"case_id": "other-'))
     (second / "config.json").write_text("{}")
-    runs = [findings.read_run(folder) for folder in (first, second)]
+    runs = [run_folder.read_run(folder) for folder in (first, second)]
     entry = findings.build_report(runs, bootstrap=20)["tasks"]["icd"]
     assert entry["further_runs"][0]["against"] is None
     with pytest.raises(ValueError, match=r"a \(60 cases\) and b \(60 cases\) did not answer the"):
@@ -363,7 +432,7 @@ def test_a_folder_that_has_travelled_is_reported_from_what_it_holds(tmp_path, wo
     moved = tmp_path / "elsewhere"
     shutil.copytree(workdir, moved)
     (moved / "config.json").write_text(json.dumps({"cohort": str(tmp_path / "gone")}))
-    entry = findings.build_report([findings.read_run(moved)], bootstrap=50)["tasks"]["icd"]
+    entry = findings.build_report([run_folder.read_run(moved)], bootstrap=50)["tasks"]["icd"]
     whole = report["tasks"]["icd"]
     for name in ("original", "tuned", "variants", "confidence", "robustness"):
         assert entry[name] == whole[name], name
@@ -386,14 +455,14 @@ def test_answers_of_another_checkpoint_are_left_out_and_told(tmp_path, workdir, 
         came_from("test", model, "none")
     for split, model in (("test", "tuned"), ("test", "tuned_constrained"), ("validation", "tuned")):
         came_from(split, model, "step 100")
-    whole = findings.read_run(folder)
+    whole = run_folder.read_run(folder)
     assert whole.left_out == ()
     assert set(whole.predictions) == {*run.MODELS, "tuned_constrained", "original_examples"}
     assert whole.validation and whole.robustness
     # Trained further: the test split alone is answered anew.
     answer(folder, cohort, "tuned", 0.9, task="all", seed=4)
     came_from("test", "tuned", "step 200")
-    mixed = findings.read_run(folder)
+    mixed = run_folder.read_run(folder)
     assert set(mixed.predictions) == {*run.MODELS, "original_examples"}
     assert not mixed.validation and not mixed.robustness
     named = ("test/tuned_constrained", "validation/tuned", "test/tuned/robustness.json")
@@ -418,12 +487,12 @@ def test_another_cohort_under_the_config_s_path_is_not_the_run_s(tmp_path, cohor
     other_cohort(cohort, there)
     (folder / "config.json").write_text(json.dumps({"cohort": str(there)}))
     # Without the run's own copy there is no cohort at hand, and none is taken for it.
-    assert findings.read_run(folder).cases is None
+    assert run_folder.read_run(folder).cases is None
     with pytest.raises(ValueError, match="is not the cohort of"):
-        findings.read_run(folder, cohort=there)
+        run_folder.read_run(folder, cohort=there)
     keep_copy(cohort, folder)
     assert of_run(there, folder) == folder / "cohort"
-    assert set(findings.read_run(folder).cases["icd10"]) == set(PLACES)
+    assert set(run_folder.read_run(folder).cases["icd10"]) == set(PLACES)
     assert of_run(cohort, folder) == cohort
 
 
@@ -476,13 +545,34 @@ def drop_last(text):
             lambda text: text.replace('"reference": "C61"', '"reference": "C62.9"'),
             "disagree on the reference of 20 cases",
         ),
+        (
+            lambda text: text.replace('"rouge1": 1.0', '"rouge1": NaN'),
+            "rouge1 is no number from 0 to 1",
+        ),
+        (
+            lambda text: text.replace('"logprob": -', '"logprob": -9e999, "x": -'),
+            "line 1: logprob is",
+        ),
+        (
+            lambda text: text.replace('"correct": true', '"correct": "no"'),
+            "correct is neither true",
+        ),
+        (
+            lambda text: text.replace('"answer": null', '"answer": 7'),
+            "answer is neither a text nor",
+        ),
+        (
+            lambda text: text.replace('"correct": true', '"correct": false', 3),
+            r"is not of the answers in .* \(task icd: accuracy ",
+        ),
     ],
-    ids=["other cases", "duplicate", "missing rows", "other task", "cut off", "empty", "reference"],
+    ids=["other cases", "duplicate", "missing rows", "other task", "cut off", "empty", "reference"]
+    + ["score NaN", "infinite", "no truth value", "no text", "scores of other answers"],
 )
 def test_predictions_that_do_not_belong_together_are_refused(icd_run, change, message):
     edit(icd_run, change)
     with pytest.raises(ValueError, match=message) as error:
-        findings.build_report([findings.read_run(icd_run)], bootstrap=20)
+        findings.build_report([run_folder.read_run(icd_run)], bootstrap=20)
     assert "\n" not in str(error.value) and "Cancer" not in str(error.value)
 
 
@@ -490,7 +580,41 @@ def test_predictions_of_another_split_are_refused(icd_run):
     edit(icd_run, lambda text: text.replace('"split": "test"', '"split": "train"'), "tuned",
          "metrics.json")  # fmt: skip
     with pytest.raises(ValueError, match="is of split 'train', not 'test'"):
-        findings.read_run(icd_run)
+        run_folder.read_run(icd_run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_last, "no answer to 1 of the 60 cases of split 'test' of its cohort, and 0 answers"),
+        (
+            lambda text: text.replace('"case_id": "test-7"', '"case_id": "other"'),
+            "no answer to 1 of the 60 cases of split 'test' of its cohort, and 1 answers",
+        ),
+    ],
+    ids=["missing", "other"],
+)
+def test_cases_that_both_models_lack_are_told(icd_run, change, message):
+    for model in run.MODELS:
+        edit(icd_run, change, model)
+        path = icd_run / "evaluation" / "test" / model
+        lines = [json.loads(line) for line in (path / "predictions.jsonl").open()]
+        scores = json.loads((path / "metrics.json").read_text())
+        scores["accuracy"]["value"] = sum(line["correct"] for line in lines) / len(lines)
+        scores |= {"n": len(lines), "unparseable": sum(line["answer"] is None for line in lines)}
+        (path / "metrics.json").write_text(json.dumps(scores))
+    with pytest.raises(ValueError, match=message):
+        run_folder.read_run(icd_run)
+    # A folder without its cohort cannot know.
+    (icd_run / "config.json").write_text("{}")
+    assert run_folder.read_run(icd_run).cases is None
+
+
+@pytest.mark.parametrize("content", ["{}", '{"task": "icd"}', '{"task": "icd", "accuracy": 1}'])
+def test_scores_that_evaluate_did_not_write_are_refused_in_one_line(icd_run, content):
+    edit(icd_run, lambda text: content, name="metrics.json")
+    with pytest.raises(ValueError, match="metrics.json: not what evaluate writes"):
+        run_folder.read_run(icd_run)
 
 
 @pytest.mark.parametrize(
@@ -500,9 +624,9 @@ def test_predictions_of_another_split_are_refused(icd_run):
 )
 def test_extreme_models_have_defined_figures(tmp_path, cohort, task, right):
     folder = make_run(tmp_path / "run", cohort, task=task, right=right)
-    report = findings.build_report([findings.read_run(folder)], bootstrap=20)
+    report = findings.build_report([run_folder.read_run(folder)], bootstrap=20)
     json.dumps(report, allow_nan=False)
-    json.dumps(findings.publish(report), allow_nan=False)
+    json.dumps(published.publish(report), allow_nan=False)
     for entry in report["tasks"].values():
         if right[0] == right[1]:
             assert entry["tests"]["wilcoxon"]["p_value"] == 1
@@ -521,22 +645,24 @@ def test_one_patient_and_one_class_have_defined_figures(icd_run):
         scores = json.loads((path / "metrics.json").read_text())
         # As an evaluation of before would have left it: scored anew.
         del scores["patients"]
-        (path / "metrics.json").write_text(json.dumps(scores | {"n": len(kept)}))
+        scores["accuracy"]["value"] = sum(line["correct"] for line in kept) / len(kept)
+        scores |= {"n": len(kept), "unparseable": sum(line["answer"] is None for line in kept)}
+        (path / "metrics.json").write_text(json.dumps(scores))
     (icd_run / "config.json").write_text("{}")
-    report = findings.build_report([findings.read_run(icd_run)], bootstrap=50)
+    report = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)
     json.dumps(report, allow_nan=False)
     entry = report["tasks"]["icd"]
     assert entry["tuned"]["patients"] == 1 and list(entry["tuned"]["per_class"]) == ["C61"]
     accuracy = entry["tuned"]["accuracy"]
-    assert accuracy["low"] == accuracy["value"] == accuracy["high"]
+    assert accuracy["low"] < 0.1 < accuracy["value"] < 0.95 < accuracy["high"]
     assert entry["tests"]["wilcoxon_by_patient"]["n"] == 1
 
 
 def test_an_older_evaluation_is_scored_anew(icd_run, cohort):
-    before = findings.build_report([findings.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    before = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
     for model in run.MODELS:
         path = icd_run / "evaluation" / "test" / model / "metrics.json"
         scores = json.loads(path.read_text())
         path.write_text(json.dumps({k: v for k, v in scores.items() if "micro" not in k}))
-    after = findings.build_report([findings.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    after = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
     assert after["tuned"] == before["tuned"]

@@ -189,16 +189,28 @@ def test_regimen_has_no_classes_but_keeps_the_keys():
 def test_all_unparseable_is_a_defined_result():
     result = score([prediction(i, "photon", None) for i in range(4)], bootstrap=50)
     assert result["unparseable"] == 4
-    assert result["f1_macro"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    # No more certain than the accuracy, of which F1 is made here.
+    nothing = {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / 4))}
+    for name in ("accuracy", "rouge1", *metrics.CLASS_SCORES):
+        assert result[name] == nothing, name
     json.dumps(result, allow_nan=False)
 
 
-def test_one_patient_has_no_spread():
+def test_one_patient_is_not_called_certain():
     result = score([prediction(i, "photon", "photon", patient="p") for i in range(4)])
     # One patient who is right says little of the next: 0.025 ** (1 / 1).
     assert result["accuracy"] == {"value": 1.0, "low": pytest.approx(0.025), "high": 1.0}
-    assert result["f1_macro"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert result["rouge1"]["low"] == result["rouge1"]["high"] == 1.0
+    assert result["f1_macro"] == result["rouge1"] == result["accuracy"]
+    half = score([prediction(i, "photon", "photon" if i else None, patient="p") for i in range(2)])
+    for name in ("accuracy", "recall_micro"):
+        assert half[name]["value"] == 0.5
+        # Of all patients 97.5 % may differ from this one: 0.0125 to 0.9875.
+        assert (half[name]["low"], half[name]["high"]) == pytest.approx((0.0125, 0.9875))
+    cases = [prediction(i, "photon", "photon" if i % 2 else None, i // 2) for i in range(80)]
+    alike = score(cases)["accuracy"]
+    differ = 1 - 0.025 ** (1 / 40)
+    ends = (1 - differ) / 2, (1 - differ) / 2 + differ
+    assert (alike["low"], alike["high"]) == pytest.approx(ends)
 
 
 def test_bad_predictions():

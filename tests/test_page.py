@@ -1,17 +1,22 @@
 """The page of the report: what it says where a run is odd, and what it keeps from view."""
 
 import dataclasses
+import html
 import json
 import re
 
 import pytest
 from reports import HOSTILE, run_in_memory
 
-from radonc_jax.evaluation import report
+from radonc_jax.evaluation import codes, report, robustness
+from radonc_jax.evaluation.baselines import BASELINES
 from radonc_jax.evaluation.disclosure import TRIPOD_LLM, Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
-from radonc_jax.evaluation.findings import build_report, publish
-from radonc_jax.evaluation.page import render_page
+from radonc_jax.evaluation.figures import name_of
+from radonc_jax.evaluation.findings import build_report
+from radonc_jax.evaluation.page import DEFINITIONS, EFFECTS, SCORES, render_page
+from radonc_jax.evaluation.published import publish
+from radonc_jax.evaluation.run import VARIANTS
 
 RIGHT = "Left breast, 50 Gy in 25 fractions"
 WRONG_DOSE = "Left breast, 60 Gy in 25 fractions"
@@ -64,6 +69,17 @@ def test_one_patient_has_defined_figures():
     answers = [("C61", "C20", "C61"), ("C20", "C20", "C20"), ("C61", "C61", "C20")]
     text = shown(render(run_in_memory(answers, "icd", patients=["one"] * 3)))
     assert not re.search(NO_FIGURE, text)
+
+
+def test_every_measure_that_the_page_shows_has_a_definition():
+    defined = " ".join(DEFINITIONS).lower() + " ".join(DEFINITIONS.values()).lower()
+    shown_names = [*SCORES.values(), *EFFECTS.values(), *codes.DEPTHS, *codes.ERRORS]
+    shown_names += [*robustness.PERTURBATIONS, *map(name_of, (*VARIANTS, *BASELINES))]
+    shown_names += ["Holm", "McNemar", "ECE", "Brier", "conformal", "coverage at 5 % error"]
+    for name in shown_names:
+        for word in re.findall(r"[a-z0-9%'-]+", name.replace("_", " ").lower()):
+            stem = word.removesuffix("s")
+            assert stem in defined, f"{name}: {word}"
 
 
 def test_a_report_without_any_task_says_so():
@@ -151,12 +167,53 @@ def test_variants_probes_and_conformal_sets_stand_where_there_are_any(tmp_path):
         robustness={"tuned": {"icd": probes}},
     )
     text = shown(render(full))
-    assert "Flip side flip 20 &ndash; 0.250 0.100 to 0.400" in text
-    assert "Synonyms stay the same 0 &ndash; &ndash;" in text
+    assert "Flip side flip 20 0.250 0.100 to 0.400" in text
+    assert "Synonyms stay the same 0 &ndash;" in text and "Cases, original" not in text
+    # Of another number of answers that can be read, the original has its own.
+    other = {"icd": {"flip_side": probes["flip_side"] | {"n": 3}}}
+    both = dataclasses.replace(full, robustness={"original": other} | full.robustness)
+    assert "Flip side flip 3 0.250 0.100 to 0.400 20 0.250 0.100 to 0.400" in shown(render(both))
     assert "ICD-10-CM code Tuned, constrained 20 0.700" in text
     assert re.search(
         r"Conformal sets Wanted coverage .* the answer, or any 0\.900 [01]\.\d{3}", text
     )
+
+
+def test_answers_that_are_left_out_are_told_before_the_figures_of_the_task():
+    answers = [("C61", "C20", "C61")] * 3
+    line = "test/tuned_constrained: not of the same checkpoint <&> cohort; evaluate it again"
+    mixed = dataclasses.replace(run_in_memory(answers, "icd", name="mixed"), left_out=(line,))
+    whole = run_in_memory(answers, "icd", name="whole")
+    for include_text in (True, False):
+        page = render(mixed, whole, include_text=include_text)
+        part = page[page.index('id="task-icd"') : page.index('id="cases"')]
+        told = part.index("<strong>Left out of this report, mixed.</strong>")
+        assert told < part.index("In short, mixed") < part.index("In short, whole")
+        assert part.count("<li>") == 1 and f"<li>{html.escape(line)}</li>" in part
+    assert "Left out of this report" not in render(whole)
+
+
+def test_the_first_screen_says_where_the_original_needs_no_tuning():
+    run = run_in_memory([("C61", "", "C61")] * 12 + [("C61", "", "C20")] * 8, "icd")
+    all_right = run_in_memory([("C61", "C61", "C61")] * 20, "icd")
+    for examples, model, training, difference in (
+        (run, "original", run.held_out, "+0.600"),
+        (all_right, "tuned", run.held_out, "-0.400"),
+        (all_right, "tuned", (), "-0.400"),  # without baselines
+    ):
+        helped = dataclasses.replace(
+            run,
+            predictions=run.predictions | {"original_examples": examples.predictions[model]},
+            metrics=run.metrics | {"original_examples": examples.metrics[model]},
+            training=training,
+        )
+        page = render(helped)
+        first = shown(page[: page.index('id="paper"')])
+        assert ("none was computed" in first) is (not training)
+        said = "does as well or better without tuning on ICD-10-CM code (with examples in its"
+        assert (said in first) is (model == "tuned")
+        rivals = shown(page).partition("against what needs no tuning")[2]
+        assert f"ICD-10-CM code Original with examples {difference}" in rivals
 
 
 def test_a_published_report_hides_small_groups(tmp_path):

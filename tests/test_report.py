@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from reports import NASTY, make_cohort, make_run
 
-from radonc_jax.evaluation import findings, report, run
+from radonc_jax.evaluation import findings, report, run, run_folder
 from radonc_jax.tasks import TASKS
 
 
@@ -97,7 +97,7 @@ def test_page_is_self_contained_and_escapes(workdir):
 
 
 def test_a_published_report_holds_no_clinical_text(workdir, tmp_path):
-    runs = [findings.read_run(workdir)]
+    runs = [run_folder.read_run(workdir)]
     report.write_runs(runs, tmp_path, include_text=False, figures=True, bootstrap=20)
     assert len(list(tmp_path.iterdir())) == 4
     for path in tmp_path.iterdir():
@@ -111,7 +111,7 @@ def test_a_published_report_holds_no_clinical_text(workdir, tmp_path):
 
 def test_same_input_same_bytes(workdir, tmp_path):
     for name in ("a", "b"):
-        runs = [findings.read_run(workdir)]
+        runs = [run_folder.read_run(workdir)]
         report.write_runs(runs, tmp_path / name, figures=True, bootstrap=20)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["figure.png", "figure.svg", "report.html", "report.json"]
@@ -135,7 +135,7 @@ def test_a_run_without_its_cohort_is_reported_without_baselines(tmp_path, cohort
     entry = report.write_report(folder, "test", bootstrap=20)["tasks"]["icd"]
     assert entry["baselines"] is None and entry["sizes"] is None and entry["ceiling"] is None
     with pytest.raises(FileNotFoundError, match="no such cohort folder"):
-        findings.read_run(folder, cohort=tmp_path / "gone")
+        run_folder.read_run(folder, cohort=tmp_path / "gone")
 
 
 def test_a_cohort_prepared_anew_is_refused(tmp_path, cohort):

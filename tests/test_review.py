@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from radonc_jax.evaluation import review
-from radonc_jax.evaluation.findings import Run
+from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.tasks import Record
 
 N = 12

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from radonc_jax.evaluation import comparison, statistics
+from radonc_jax.evaluation.verdict import standing
 
 
 def predictions(correct, rouge=None, patients=None, task="icd"):
@@ -276,6 +277,19 @@ def test_a_difference_that_is_the_same_in_every_patient_is_not_certain(patients,
     assert (loss["value"], loss["low"]) == (-1, -1) and loss["high"] == pytest.approx(-low)
     none = comparison.compare_models(wrong, right, bootstrap=0)["difference"]
     assert none == {"value": 1, "low": None, "high": None}
+
+
+def test_few_cases_that_differ_decide_nothing():
+    wrong, right = predictions([0] * 4 + [1] * 116), predictions([1] * 120)
+    for original, tuned in ((wrong, right), (right, wrong)):
+        tests = comparison.compare_models(original, tuned)
+        # The bootstrap alone would be sure of it.
+        assert 0 not in np.sign([tests["difference"][end] for end in ("low", "high")])
+        assert tests["mcnemar"]["p_value"] == 0.125 and standing(tests) == "unclear"
+    wrong = predictions([0] * 6 + [1] * 114)
+    assert standing(comparison.compare_models(wrong, right)) == "better"
+    assert standing(comparison.compare_models(right, wrong)) == "worse"
+    assert standing(comparison.compare_models(wrong, right, bootstrap=0)) == "unclear"
 
 
 def test_models_that_never_differ():

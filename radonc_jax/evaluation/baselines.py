@@ -20,7 +20,7 @@ NEIGHBOURS = 5
 MOST_ANSWERS = 300
 MOST_TRAINING = 20_000
 MOST_FEATURES = 20_000
-_ROWS = 1000  # test cases compared with the training split at a time
+_CELLS = 1 << 24  # cosines held at a time, in float32: 64 MiB
 
 
 def _most_common(answers: Counter) -> str:
@@ -73,7 +73,8 @@ def _features(
 def nearest_answers(task: Task, training: Sequence[Record], records: Sequence[Record]) -> list[str]:
     """What the NEIGHBOURS training texts nearest in TF-IDF cosine answer, weighted by it.
 
-    A text that shares no word with any gets the majority's answer.
+    A text that shares no word with any gets the majority's answer. Of texts at equal distance
+    those with the first case ids count.
     """
     fallback = majority_answers(task, training, records)
     # Sorted, so that neighbours at equal distance do not depend on the order of the rows.
@@ -83,16 +84,28 @@ def nearest_answers(task: Task, training: Sequence[Record], records: Sequence[Re
         return fallback
     known, asked = features
     given = [task.reference(record) for record in training]
+    rows = max(1, _CELLS // len(given))
     answers = []
-    for start in range(0, asked.shape[0], _ROWS):
-        cosine = np.asarray((asked[start : start + _ROWS] @ known.T).todense())
-        for row, other in zip(cosine, fallback[start : start + _ROWS], strict=True):
+    for start in range(0, asked.shape[0], rows):
+        cosine = (asked[start : start + rows] @ known.T).toarray()
+        for row, other in zip(cosine, fallback[start : start + rows], strict=True):
             votes: Counter = Counter()
-            for index in np.argsort(-row, kind="stable")[:NEIGHBOURS]:
-                if row[index] > 0:
-                    votes[given[index]] += float(row[index])
+            for index in _nearest(row):
+                votes[given[index]] += float(row[index])
             answers.append(_most_common(votes) if votes else other)
     return answers
+
+
+def _nearest(cosine: np.ndarray) -> np.ndarray:
+    """Places of the NEIGHBOURS largest positive values, the largest first, ties by place.
+
+    A partition finds the last value that counts; which of those equal to it do, it leaves to
+    chance, so all of them are sorted.
+    """
+    last = len(cosine) - NEIGHBOURS
+    least = np.partition(cosine, last)[last] if last > 0 else 0
+    places = np.flatnonzero((cosine >= least) & (cosine > 0))
+    return places[np.argsort(-cosine[places], kind="stable")[:NEIGHBOURS]]
 
 
 def tfidf_answers(task: Task, training: Sequence[Record], records: Sequence[Record]) -> list[str]:

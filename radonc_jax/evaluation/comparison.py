@@ -9,7 +9,7 @@ from radonc_jax.evaluation.statistics import (
     PatientBootstrap,
     bootstrap_means,
     cohen_h,
-    exact_share_interval,
+    constant_interval,
     mcnemar_exact,
     paired_odds_ratio,
     rank_biserial,
@@ -68,7 +68,7 @@ def compare_models(
 
     Case by case on right or wrong: `wilcoxon` (one-sided, tuned greater), `mcnemar` (exact,
     two-sided) and `difference` of accuracies with its paired 95 % bootstrap interval by patient
-    (see `_constant_interval` for differences that are the same in every patient); on ROUGE-1:
+    (see `constant_interval` for differences that are the same in every patient); on ROUGE-1:
     `wilcoxon_rouge1` and `difference_rouge1`. `wilcoxon_by_patient` ranks each patient's mean
     difference in right or wrong: the cases of a patient are not independent, and the two tests
     differ only where a patient has several. `f1_macro`, `f1_micro` and `f1_weighted` are
@@ -125,25 +125,14 @@ def compare_models(
 
 
 def _constant_interval(differences: np.ndarray, patients: Sequence[str]) -> dict | None:
-    """Ends {low, high} of a mean difference d that is the same in every patient, else None.
-
-    No resample differs from d, and a bootstrap would call it certain, even of a single patient. At
-    most a share u of all patients differ from d, u the upper Clopper-Pearson end of 0 of P
-    patients, and none of these by more than to -1 or 1: (1 - u) d - u to (1 - u) d + u. For d = 1
-    this is 2 l - 1 to 1, l the lower end of P of P; for d = 0 it is -u to u.
-    """
+    """Ends {low, high} of a mean difference that is the same in every patient, else None."""
     draw = PatientBootstrap(patients, 0, 0)
     total, count = draw.sums(np.stack([differences, np.ones(len(patients))], axis=1)).T
     means = total / count
     if np.ptp(means) > 1e-12:
         return None
-    return _around_constant(float(means[0]), draw.count)
-
-
-def _around_constant(value: float, patients: int) -> dict:
-    share = exact_share_interval(0, patients)[1]
-    middle = (1 - share) * value
-    return {"low": max(-1.0, middle - share), "high": min(1.0, middle + share)}
+    low, high = constant_interval(float(means[0]), draw.count, -1, 1)
+    return {"low": low, "high": high}
 
 
 def _f1_differences(pairs: Sequence[tuple[dict, dict]], draw: PatientBootstrap) -> dict:
@@ -165,7 +154,4 @@ def _f1_differences(pairs: Sequence[tuple[dict, dict]], draw: PatientBootstrap) 
         if samples is not None:
             low, high = draw.centred_interval(value, samples[1][name] - samples[0][name], -1, 1)
         result[name] = {"value": value, "low": low, "high": high}
-        if samples is not None and high - low < 1e-12:
-            # No mean over patients, but a point would claim certainty.
-            result[name] |= _around_constant(value, draw.count)
     return result

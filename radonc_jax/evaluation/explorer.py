@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from radonc_jax.evaluation.confidence import confidence_of
 from radonc_jax.evaluation.figures import TITLES
-from radonc_jax.evaluation.findings import Run, entries
+from radonc_jax.evaluation.findings import entries
 from radonc_jax.evaluation.markup import DASH, escape, plain_cell
+from radonc_jax.evaluation.run_folder import Run
 
 MOST_CASES = 5000  # of a run and task; a browser should open the page at once
 LONGEST_ANSWER = 2000  # characters; a model without a stop can go on for pages

@@ -37,7 +37,7 @@ CLASS_SCORES = tuple(
     f"{score}_{average}" for average in AVERAGES for score in ("precision", "recall", "f1")
 )
 ROUGE_SCORES = ("rouge1", "rouge1_precision", "rouge1_recall", "rouge1_decimal")
-_SHARES = ("accuracy", "unparseable_share", "unfinished_share")
+_SHARES = ("accuracy", *ROUGE_SCORES, "unparseable_share", "unfinished_share")
 
 
 class DecimalTokenizer(tokenizers.Tokenizer):

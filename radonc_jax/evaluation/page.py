@@ -17,7 +17,7 @@ from radonc_jax.evaluation import figures
 from radonc_jax.evaluation.disclosure import Source, model_card, tripod_llm
 from radonc_jax.evaluation.explorer import Texts, explorer_section
 from radonc_jax.evaluation.figures import TITLES, name_of
-from radonc_jax.evaluation.findings import NOTICE, Run, entries, publish_cohort
+from radonc_jax.evaluation.findings import NOTICE, entries
 from radonc_jax.evaluation.markup import (
     DASH,
     Drawer,
@@ -30,8 +30,11 @@ from radonc_jax.evaluation.markup import (
     plain_cell,
     score_cell,
 )
+from radonc_jax.evaluation.published import publish_cohort
 from radonc_jax.evaluation.run import MODELS
+from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
+from radonc_jax.evaluation.verdict import UNTUNED, standing
 
 
 def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = True) -> str:
@@ -156,15 +159,9 @@ def _best_baseline(entry: Mapping) -> tuple[str, Mapping] | None:
 
 
 def _standing(entry: Mapping) -> str | None:
-    """How the tuned model stands to the best baseline: "better" or "worse" where the 95 % interval
-    of the difference says so, else "unclear"; None without baselines."""
+    """How the tuned model stands to the best baseline (see `standing`); None without baselines."""
     best = _best_baseline(entry)
-    if best is None:
-        return None
-    if entry["verdict"]["tuned_beats_baseline"]:
-        return "better"
-    difference = entry["baseline_tests"][best[0]]["difference"]
-    return "worse" if difference["high"] is not None and difference["high"] < 0 else "unclear"
+    return None if best is None else standing(entry["baseline_tests"][best[0]])
 
 
 def _holm(entry: Mapping) -> float:
@@ -269,8 +266,9 @@ def _changes(report: Mapping) -> str:
 def _rivals(report: Mapping) -> str:
     known = [(task, entry) for task, entry in entries(report) if entry["baselines"]]
     start = "<strong>Against simple baselines</strong>: "
+    untuned = _untuned_rivals(report)
     if not known:
-        return start + "none was computed, because the cohort is not at hand."
+        return start + f"none was computed, because the cohort is not at hand{untuned}."
     by_standing: dict[str, list[str]] = {"worse": [], "unclear": [], "better": []}
     for task, entry in known:
         name, metrics = _best_baseline(entry)
@@ -290,8 +288,26 @@ def _rivals(report: Mapping) -> str:
             for standing, names in by_standing.items()
             if names
         )
+        + untuned
         + "."
     )
+
+
+def _untuned_rivals(report: Mapping) -> str:
+    """A clause on the tasks in which tuning does not beat what the original can do without it."""
+    named = []
+    for task, entry in entries(report):
+        name = entry["verdict"].get("best_untuned")
+        if name is not None and not entry["verdict"]["tuned_beats_untuned"]:
+            reached, tuned = (
+                _share(_accuracy(m)) for m in (entry["variants"][name], entry["tuned"])
+            )
+            named.append(
+                f"{_called(report, task, entry)} ({UNTUNED[name]} {reached}, tuned {tuned})"
+            )
+    if not named:
+        return ""
+    return f"; the original model does as well or better without tuning on {_sentence(named)}"
 
 
 def _certainty(report: Mapping) -> str:
@@ -438,17 +454,18 @@ def _test_table(report: Mapping) -> str:
 
 
 def _rival_table(report: Mapping) -> str:
-    """Tuned against each baseline, case by case."""
+    """Tuned against what needs no tuning, case by case."""
     rows = [
         [_named(report, task, entry), name_of(name), *_test_cells(tests)]
         for task, entry in entries(report)
-        for name, tests in (entry["baseline_tests"] or {}).items()
+        for rivals in (entry.get("variant_tests"), entry["baseline_tests"])
+        for name, tests in (rivals or {}).items()
     ]
     if not rows:
         return ""
-    heads = ["Task", "Baseline", *_TEST_CELLS]
+    heads = ["Task", "Rival", *_TEST_CELLS]
     return make_table(
-        "Tuned model against each simple baseline, case by case.", heads, rows, texts=2
+        "Tuned model against what needs no tuning, case by case.", heads, rows, texts=2
     )
 
 
@@ -495,46 +512,65 @@ DEFINITIONS = {
     "Accuracy": "Share of cases answered right. Regimen: the same side, target and number of "
     "fractions and a total dose within 0.5 Gy; modality and ICD code: the same answer. An answer "
     "that cannot be read counts as wrong.",
+    "Unreadable, unfinished": "Unreadable: no answer of the task's kind can be read from the "
+    "text. Unfinished: the text was cut at the limit of new tokens. Shares are of all cases.",
+    "Models": "Original: the base as it was given. With examples: training cases and their "
+    "answers stand in its prompt. Constrained: only answers of a closed set can be given, the "
+    "four modalities or the codes of a table.",
     "ROUGE-1": "Words shared by the raw answer and the reference, without stemming: precision is "
     "their share of the answer, recall their share of the reference, F1 = 2PR / (P + R). The "
     "customary tokenizer splits 40.05 in two, and a wrong dose costs it little: read it beside "
-    "the accuracy.",
+    "the accuracy. With decimals whole a number or a code is one word.",
     "Precision, recall, F1": "Over the answers that occur among the references; macro is their "
     "plain mean, weighted by their number of cases, micro over all answers together. An "
     "unreadable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
     "classes.",
     "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
-    "few patients, and exact (binomial, over patients) for a share of 0 or 1.",
-    "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; cases "
-    "on which the models tie are left out. Holm adjusts for all comparisons of this report.",
+    "few patients. Where all patients score alike: what the score would be if the largest share of "
+    "all patients that may differ (exact binomial) were wholly wrong or wholly right.",
+    "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; "
+    "cases on which the models tie are left out. Holm adjusts for all comparisons of this report. "
+    "By patient: of each patient's mean, since the cases of a patient are not independent.",
+    "Difference": "Tuned less the other model on the same cases, with its paired interval.",
     "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right.",
     "Effect sizes": "Rank-biserial r: (ranks for tuned - ranks for original) / all ranks, from -1 "
     "to 1. Cohen's h: 2 asin(sqrt(p tuned)) - 2 asin(sqrt(p original)). Odds ratio: cases only "
     "tuned gets right over cases only original gets right.",
-    "Simple baselines": "Answers that need no language model, made from the training cases: the "
-    "most frequent answer; the most frequent answer to the very same text; the answer of the most "
-    "similar texts; logistic regression on the words. A model that does not beat them is of no "
-    "use.",
+    "Simple baselines": "Answers that need no language model, made from the training cases. "
+    "Majority class: the most frequent answer. Dictionary lookup: the most frequent answer to the "
+    "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
+    "regression: a classifier on the words. A model that does not beat them is of no use. Better "
+    "or worse is said where the interval of the difference lies on one side of 0 and McNemar's p "
+    "is at most 0.05, and of all else that it is unclear.",
     "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
     "synthetic cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "
     "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
-    "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, and a number of fractions "
-    "of the same class. Customary for the site: any dose and number of fractions that the site "
-    "table lists for it, to the reference's side and target, of the same kind of treatment "
-    "(modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
+    "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, with an alpha/beta of 1.5 "
+    "Gy for the prostate, 4 for the breast and 10 elsewhere, and a number of fractions of the "
+    "same class (1, 2 to 8, 9 to 24, 25 and more). Customary for the site: any dose and number of "
+    "fractions that the site table lists for it, to the reference's side and target, of the same "
+    "kind of treatment (modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice.",
-    "Robustness": "The text is changed a little: where the side in it is flipped the answer must "
-    "follow, and elsewhere it must stay what it was.",
+    "Robustness": "The text is changed a little: where the side in it is flipped the side of the "
+    "answer must follow; synonyms, shuffled fields or an irrelevant sentence must not change the "
+    "answer. Each answer is held against the model's own to the text as it was, right or wrong; "
+    "cases in which that could not be read are left out.",
+    "Codes": "A code that can be billed is one of the table without codes below it. By depth: the "
+    "chapter, block or category of the answer is the reference's; full: the code itself. Errors: "
+    "too general is a code above the reference, too specific one below it; side only differs in "
+    "nothing but the side; not a code is unreadable or not in the table; other is the rest. By "
+    "rarity: how many training cases have the reference's code.",
     "Hierarchical scores": "Over a code together with all codes above it: precision is the share "
     "of the answer's that are the reference's too, recall the reverse.",
-    "Calibration": "ECE: mean distance between confidence and share right over the bins, weighted "
-    "by their cases. Brier score: mean squared distance between confidence and right (1) or wrong "
-    "(0). Coverage at 5 % error: the largest share of cases, most confident first, of which at "
-    "most 5 % are wrong. Conformal sets hold the right answer in at least the stated share of "
-    "cases if new cases are like those of the validation split.",
+    "Calibration": "Confidence is the probability that the model gives its own answer. ECE: mean "
+    "distance between confidence and share right over the bins, weighted by their cases. Brier "
+    "score: mean squared distance between confidence and right (1) or wrong (0). Coverage at 5 % "
+    "error: the largest share of cases, most confident first, of which at most 5 % are wrong. "
+    "Conformal sets hold the right answer in at least the stated share of cases if new cases are "
+    "like those of the validation split.",
     "Small groups": "Below 11 cases a share says little, and in a report without clinical text "
     "such groups are not shown.",
 }

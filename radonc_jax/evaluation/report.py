@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radonc_jax.evaluation.figures import figure_bytes
-from radonc_jax.evaluation.findings import Run, build_report, publish, read_run
+from radonc_jax.evaluation.findings import build_report
 from radonc_jax.evaluation.page import accuracy_figure, render_page
+from radonc_jax.evaluation.published import publish
 from radonc_jax.evaluation.run import write_file
+from radonc_jax.evaluation.run_folder import Run, read_run
 
 
 def write_report(

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from sklearn.metrics import cohen_kappa_score
 
-from radonc_jax.evaluation.findings import NOTICE, Run
+from radonc_jax.evaluation.findings import NOTICE
 from radonc_jax.evaluation.markup import escape
 from radonc_jax.evaluation.run import MODELS, write_file
+from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.statistics import bootstrap_mean, wilcoxon_one_sided
 
 CORRECTNESS = {

@@ -146,23 +146,61 @@ def read_predictions(path: Path) -> dict[str, list[dict]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; evaluate this model on this split first")
-    needed = {"case_id", "patient_id", "task", "output", "answer", "reference", "correct"}
-    needed |= {"rouge1", "finished"}
     by_task: dict[str, list[dict]] = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 prediction = json.loads(line)
-                absent = sorted(needed - prediction.keys())
-            except (json.JSONDecodeError, AttributeError):
-                # The decoder's own message could quote the line.
-                raise ValueError(f"{path}, line {number}: not a JSON object") from None
-            if absent:
-                raise ValueError(f"{path}, line {number}: no {', '.join(absent)}")
+            except json.JSONDecodeError:  # its own message could quote the line
+                prediction = None
+            fault = _fault(prediction)
+            if fault:
+                raise ValueError(f"{path}, line {number}: {fault}; evaluate this model again")
             by_task.setdefault(prediction["task"], []).append(prediction)
     if not by_task:
         raise ValueError(f"{path} holds no predictions; evaluate this model again")
     return by_task
+
+
+_TEXTS = ("case_id", "patient_id", "task", "output", "reference")
+_YES_OR_NO = ("correct", "finished")
+
+
+def _fault(prediction: object) -> str | None:
+    """What keeps an object from being a prediction, without its text; None if nothing does.
+
+    Scores are held to their range here, since one that is no number would spread from case to mean,
+    interval and test.
+    """
+    if not isinstance(prediction, dict):
+        return "not a JSON object"
+    absent = sorted({*_TEXTS, *_YES_OR_NO, "answer", "rouge1"} - prediction.keys())
+    if absent:
+        return f"no {', '.join(absent)}"
+    for name in _TEXTS:
+        if not isinstance(prediction[name], str):
+            return f"{name} is no text"
+    for name in _YES_OR_NO:
+        if not isinstance(prediction[name], bool):
+            return f"{name} is neither true nor false"
+    if not isinstance(prediction["answer"], str | None):
+        return "answer is neither a text nor null"
+    if prediction["correct"] and prediction["answer"] is None:
+        return "an answer that could not be read is called correct"
+    if not _is_number(prediction["rouge1"]) or not 0 <= prediction["rouge1"] <= 1:
+        return "rouge1 is no number from 0 to 1"
+    logprob, labels = prediction.get("logprob"), prediction.get("label_logprobs")
+    if logprob is not None and not _is_number(logprob):
+        return "logprob is neither a finite number nor null"
+    if labels is not None and not (
+        isinstance(labels, dict) and labels and all(map(_is_number, labels.values()))
+    ):
+        return "label_logprobs are no finite numbers"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_file(path: Path, content: str | bytes) -> None:

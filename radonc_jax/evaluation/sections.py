@@ -30,7 +30,7 @@ HIDDEN = "hidden"  # what the published form leaves out: a count below 11, or on
 def task_parts(
     task: str, entry: Mapping, run: str, drawer: Drawer, texts: Texts | None
 ) -> list[str]:
-    parts = []
+    parts = [note] if (note := _left_out(entry, run)) else []
     verdict = entry.get("verdict") or {}
     if verdict.get("sentences"):
         heading = f"<h3>In short{escape(run)}</h3>" if run else ""
@@ -52,6 +52,19 @@ def task_parts(
     if not parts:
         parts.append(f"<p>Nothing beyond the tables above{escape(run)}.</p>")
     return parts
+
+
+def _left_out(entry: Mapping, run: str) -> str:
+    """What lies in the run folder and is not in the report: before any figure, and plainly."""
+    lines = entry.get("left_out") or ()
+    if not lines:
+        return ""
+    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return (
+        '<div class="notice"><p><strong>Left out of this report'
+        f"{escape(run)}.</strong> These lie in the run folder, but are not of the models and "
+        f"answers that are reported here:</p><ul>{listed}</ul></div>"
+    )
 
 
 Section = tuple[str, str]
@@ -308,19 +321,17 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
 def _robustness(entry: Mapping, drawer: Drawer) -> str:
     robustness = {m: v for m, v in (entry.get("robustness") or {}).items() if v}
     kinds = list(dict.fromkeys(kind for values in robustness.values() for kind in values))
+    models = [model for model in MODELS if model in robustness]
     rows, drawn = [], []
     for kind in kinds:
         found = {m: values.get(kind) or {} for m, values in robustness.items()}
         some = next(value for value in found.values() if value)
         rates = {m: value | {"value": value.get("rate")} for m, value in found.items()}
-        rows.append(
-            [
-                _words(kind),
-                {"flips": "flip", "same": "stay the same"}.get(some.get("expected"), DASH),
-                plain_cell(some.get("n")),
-                *(score_cell(rates.get(model)) for model in MODELS),
-            ]
-        )
+        cells = []
+        for model in models:  # each has cases of its own: those whose answer could be read
+            cells += [plain_cell(found[model].get("n")), score_cell(rates[model])]
+        expected = {"flips": "flip", "same": "stay the same"}.get(some.get("expected"), DASH)
+        rows.append([_words(kind), expected, *cells])
         if any(as_score(rate)["value"] is not None for rate in rates.values()):
             drawn.append((_words(kind), _pair(rates)))
     if not rows:
@@ -332,7 +343,9 @@ def _robustness(entry: Mapping, drawer: Drawer) -> str:
             "Share of answers that did what they should when the text was changed.",
             "Robustness to changes of the text",
         )
-    heads = ["Change of the text", "The answer should", "Cases", "Original", "Tuned"]
+    heads = ["Change of the text", "The answer should"]
+    for model in models:
+        heads += [f"Cases, {model}", name_of(model)]
     return figure + make_table("Share of answers that did what they should.", heads, rows, texts=2)
 
 

@@ -121,8 +121,11 @@ class PatientBootstrap:
         over a fixed set of classes is lower in all of them. What is estimated is the score to be
         expected of a test split of this size and make; the spread of the resamples around their
         own mean estimates that of the score around it. The simulations in the tests show the
-        coverage, and that neither the plain percentile nor the basic interval has it.
+        coverage, and that neither the plain percentile nor the basic interval has it. Where no
+        sample differs from another: see `constant_interval`.
         """
+        if _alike(samples):
+            return constant_interval(value, self.count, least, most)
         low, high = self.interval(samples - samples.mean() + value)
         # The value is inside unless the samples are very skewed; then the end is the value itself.
         return max(min(low, value), least), min(max(high, value), most)
@@ -132,6 +135,26 @@ def exact_share_interval(hits: int, patients: int) -> tuple[float, float]:
     """Clopper and Pearson's 95 % interval of `hits` among `patients` (Biometrika 1934;26:404)."""
     result = stats.binomtest(hits, patients).proportion_ci(LEVEL, method="exact")
     return float(result.low), float(result.high)
+
+
+def constant_interval(
+    value: float, patients: int, least: float = 0.0, most: float = 1.0
+) -> tuple[float, float]:
+    """The 95 % interval of a score from which no resample of `patients` patients differs.
+
+    A bootstrap would call it certain, even of a single patient. At most a share u of all patients
+    differ from it, u the upper Clopper-Pearson end of 0 of `patients`, and none of these by more
+    than to `least` or `most`: (1 - u) value + u least to (1 - u) value + u most. For a share of 0
+    or 1 this is the exact binomial interval. F1 is no mean over patients; there it is a rule of
+    thumb, and better than a point.
+    """
+    share = exact_share_interval(0, patients)[1]
+    low, high = ((1 - share) * value + share * end for end in (least, most))
+    return max(low, least), min(high, most)
+
+
+def _alike(samples: np.ndarray) -> bool:
+    return bool(np.ptp(samples) < 1e-12)
 
 
 def bootstrap_means(
@@ -149,9 +172,9 @@ def bootstrap_means(
 
     Args:
       resamples: 0 leaves the intervals out (None).
-      shares: names of columns of 0 and 1. Where such a column is constant no resample differs from
-        it, and a bootstrap would call it certain; then the interval is the exact binomial one of
-        that many patients (0 of 20 patients: 0 to 0.168).
+      shares: names of columns within 0 and 1. Where the patients of such a column are all alike,
+        or one alone, no resample differs from the mean; see `constant_interval` (0 of 20 patients:
+        0 to 0.168).
       within: bool [N] for the columns that are averaged over some of the cases only. With none
         of them the value is None.
     """
@@ -172,10 +195,11 @@ def bootstrap_means(
         low = high = None
         if resamples:
             count = len(np.unique(draw.index[inside[:, i]]))
-            if name in shares and value in (0.0, 1.0):
-                low, high = exact_share_interval(int(value) * count, count)
+            drawn = samples[~np.isnan(samples[:, i]), i]
+            if name in shares and (count == 1 or (len(drawn) and _alike(drawn))):
+                low, high = constant_interval(value, count)
             else:
-                low, high = draw.interval(samples[:, i], count)
+                low, high = draw.interval(drawn, count)
         result[name] = {"value": value, "low": low, "high": high}
     return result
 
@@ -190,8 +214,8 @@ def bootstrap_mean(
 ) -> dict[str, float | None]:
     """`bootstrap_means` of one column: {value, low, high}.
 
-    With a single patient the interval of anything but a constant share is that patient's mean
-    itself: there is nothing to resample.
+    `share`: the values lie within 0 and 1. Of other values of a single patient, or of patients all
+    alike, the interval is the mean itself: there is nothing to resample.
     """
     return bootstrap_means(
         {"mean": values},

@@ -1,0 +1,269 @@
+"""Run folders read: what the models answered, of one checkpoint, and the cohort they were asked on.
+
+What does not belong together is refused, and what is of another checkpoint is left out and told.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from radonc_jax.data.cohort import (
+    as_records,
+    is_finished_cohort,
+    is_of_run,
+    load_manifest,
+    load_split,
+    of_run,
+)
+from radonc_jax.data.splits import SPLITS
+from radonc_jax.evaluation import robustness
+from radonc_jax.evaluation.run import (
+    METRICS,
+    MODELS,
+    PREDICTIONS,
+    SOURCE,
+    VARIANTS,
+    read_predictions,
+    split_tasks,
+)
+from radonc_jax.tasks import TASKS, Record
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder's evaluation of both models on one split.
+
+    `predictions` and `metrics` are by model, then by task; beside "original" and "tuned" they hold
+    the variants that the folder has. `validation` are the predictions of the validation split, of
+    the models that answered it; `robustness` what robustness.json of a model holds. What lies there
+    from another checkpoint, base or cohort than the model's answers to `split` is in `left_out`.
+    """
+
+    name: str
+    split: str
+    predictions: dict[str, dict[str, list[dict]]]
+    metrics: dict[str, dict[str, dict]]
+    provenance: dict
+    ceiling: dict[str, float] = field(default_factory=dict)
+    training: Sequence[Record] = ()  # empty where the cohort is not at hand
+    held_out: Sequence[Record] = ()
+    sizes: dict[str, int] | None = None  # cases by split
+    config: dict = field(default_factory=dict)  # the run's config.json
+    cohort: dict = field(default_factory=dict)  # the cohort's manifest.json
+    cases: pd.DataFrame | None = None  # cohort rows of the split: site, sex, age ... where known
+    validation: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
+    robustness: dict[str, dict] = field(default_factory=dict)
+    left_out: Sequence[str] = ()  # a line each
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return content
+
+
+def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> Run:
+    """Reads a run folder that holds the evaluations of both models on `split`.
+
+    The cohort (its place is `cohort`, else the one in the run's config.json) adds baselines, the
+    ceiling, subgroups and the split sizes. A run folder that has travelled without its cohort is
+    read all the same, unless `cohort` was given and is not there. A cohort whose manifest is not
+    the one that the run's manifest names is not the run's, and is not read.
+
+    Raises:
+      FileNotFoundError: the folder, or the predictions or metrics of a model, are missing.
+      ValueError: a file cannot be read, holds predictions of another split, task or case than it
+        should or not of all cases, the two models answered different tasks, or `cohort` is not the
+        run's.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"{workdir} is no run folder")
+    predictions, metrics, provenance = {}, {}, {}
+    left_out: list[str] = []
+    for model in VARIANTS:
+        folder = workdir / "evaluation" / split / model
+        if not (folder / PREDICTIONS).is_file() or not (folder / METRICS).is_file():
+            if model not in MODELS:
+                continue
+            raise FileNotFoundError(
+                f"{workdir}: no predictions of the {model} model on split {split!r}; run "
+                f"python -m radonc_jax.evaluate --workdir={workdir} --split={split} --model={model}"
+            )
+        if not _is_of_same_model(workdir, split, folder, left_out):
+            continue
+        predictions[model], metrics[model] = _read_evaluation(folder, split)
+        content = (folder / PREDICTIONS).read_bytes()
+        provenance[f"{model}_predictions_sha256"] = hashlib.sha256(content).hexdigest()
+    if predictions["original"].keys() != predictions["tuned"].keys():
+        raise ValueError(
+            f"{workdir}: original answered {', '.join(predictions['original'])} and tuned "
+            f"{', '.join(predictions['tuned'])}; evaluate both on the same tasks"
+        )
+    unknown = predictions["tuned"].keys() - TASKS.keys()
+    if unknown:
+        raise ValueError(f"{workdir}: unknown task {', '.join(sorted(unknown))}")
+
+    config = _read_json(workdir / "config.json")
+    manifest = _read_json(workdir / "manifest.json")
+    provenance |= {"workdir": str(workdir), "model": config.get("model"), "manifest": manifest}
+    training = held_out = ()
+    sizes, facts, cases = None, {}, None
+    folder = cohort or (config.get("cohort") and of_run(config["cohort"], workdir))
+    at_hand = folder and is_finished_cohort(Path(folder))
+    if at_hand and not is_of_run(folder, workdir):
+        if cohort is not None:
+            raise ValueError(
+                f"{folder} is not the cohort of {workdir}: its manifest.json is another than the "
+                "run's manifest names; give the cohort that the run was made from"
+            )
+        at_hand = False
+    if at_hand or cohort is not None:
+        splits = {name: load_split(folder, name) for name in SPLITS}
+        sizes = {name: len(rows) for name, rows in splits.items()}
+        cases = splits[split]
+        _check_cases(workdir, split, predictions["original"], cases["case_id"].astype(str))
+        training, held_out = as_records(splits["train"]), as_records(cases)
+        facts = load_manifest(folder)
+    return Run(
+        name=workdir.resolve().name,
+        split=split,
+        predictions=predictions,
+        metrics=metrics,
+        provenance=provenance,
+        ceiling=facts.get("ceiling") or {},
+        training=training,
+        held_out=held_out,
+        sizes=sizes,
+        config=config,
+        cohort=facts,
+        cases=cases,
+        validation=_read_validation(workdir, split, predictions, left_out),
+        robustness=_read_robustness(workdir, split, provenance, left_out),
+        left_out=tuple(left_out),
+    )
+
+
+def _check_cases(
+    workdir: Path, split: str, predictions: Mapping[str, Sequence[dict]], cases: Sequence[str]
+) -> None:
+    """ValueError unless every case of the split was answered, and no other: what both models lack
+    no comparison of them would show."""
+    for task, given in predictions.items():
+        answered, asked = {prediction["case_id"] for prediction in given}, set(cases)
+        if answered != asked:
+            raise ValueError(
+                f"{workdir}: task {task} has no answer to {len(asked - answered)} of the "
+                f"{len(asked)} cases of split {split!r} of its cohort, and {len(answered - asked)} "
+                "answers to other cases; evaluate both models again"
+            )
+
+
+def _is_of_same_model(workdir: Path, split: str, folder: Path, left_out: list[str]) -> bool:
+    """Whether answers come from the weights and cohort of their model's free answers to `split`.
+
+    If not, a line is added to `left_out`: training that went on, or evaluate --step, changes the
+    folder of one kind of answers, and the others stay as they were.
+    """
+    model = next(name for name in MODELS if folder.name.startswith(name))
+
+    def origin(path: Path) -> tuple:
+        source = _read_json(path / SOURCE)
+        cohort = (source.get("cohort") or {}).get("manifest_sha256")
+        return source.get("trained_fingerprint"), source.get("base_fingerprint"), cohort
+
+    if origin(folder) == origin(workdir / "evaluation" / split / model):
+        return True
+    left_out.append(
+        f"{folder.parent.name}/{folder.name}: not of the same checkpoint, base and cohort as "
+        f"{split}/{model}; evaluate it again"
+    )
+    return False
+
+
+def _read_robustness(
+    workdir: Path, split: str, provenance: Mapping, left_out: list[str]
+) -> dict[str, dict]:
+    """robustness.json by model, where it was measured against the answers that lie there now."""
+    kept = {}
+    for model in MODELS:
+        found = _read_json(workdir / "evaluation" / split / model / robustness.ROBUSTNESS)
+        if not found:
+            continue
+        if found.pop("predictions_sha256", None) == provenance[f"{model}_predictions_sha256"]:
+            kept[model] = found
+        else:
+            left_out.append(
+                f"{split}/{model}/{robustness.ROBUSTNESS}: measured against other answers than "
+                "those there now; evaluate --robustness again"
+            )
+    return kept
+
+
+def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """Predictions and metrics of one model by task, held against each other."""
+    predictions = read_predictions(folder / PREDICTIONS)
+    try:
+        metrics = split_tasks(_read_json(folder / METRICS))
+        told = {
+            task: (entry["split"], entry["n"], entry["unparseable"], entry["accuracy"]["value"])
+            for task, entry in metrics.items()
+        }
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / METRICS}: not what evaluate writes; evaluate again") from None
+    if predictions.keys() != metrics.keys():
+        raise ValueError(f"{folder}: {PREDICTIONS} and {METRICS} hold different tasks")
+    for task, (of_split, n, unparseable, accuracy) in told.items():
+        if of_split != split:
+            raise ValueError(
+                f"{folder / METRICS}: is of split {of_split!r}, not {split!r}; evaluate this split "
+                "again"
+            )
+        given = predictions[task]
+        if len({prediction["case_id"] for prediction in given}) < len(given):
+            twice = len(given) - len({prediction["case_id"] for prediction in given})
+            raise ValueError(
+                f"{folder / PREDICTIONS}: {twice} case ids of task {task} stand more than once; "
+                "evaluate again"
+            )
+        if len(given) != n:
+            raise ValueError(
+                f"{folder}: {PREDICTIONS} holds {len(given)} cases of task {task}, {METRICS} "
+                f"{n}; rows are missing, so evaluate again"
+            )
+        # Scores are shown from the one file and tested from the other: both must be of one model.
+        right = sum(prediction["correct"] for prediction in given) / n
+        unread = sum(prediction["answer"] is None for prediction in given)
+        if unread != unparseable or abs(right - accuracy) > 1e-9:
+            raise ValueError(
+                f"{folder}: {METRICS} is not of the answers in {PREDICTIONS} (task {task}: "
+                f"accuracy {accuracy:.4f} and {right:.4f}, {unparseable} and {unread} "
+                "unparseable); evaluate again"
+            )
+    return predictions, metrics
+
+
+def _read_validation(
+    workdir: Path, split: str, predictions: Mapping[str, Mapping], left_out: list[str]
+) -> dict[str, dict[str, list[dict]]]:
+    """Predictions of the validation split by the models that answered it and `split`."""
+    folder = workdir / "evaluation" / "validation"
+    if split == "validation":  # would be calibrated on itself
+        return {}
+    return {
+        model: _read_evaluation(folder / model, "validation")[0]
+        for model in predictions
+        if (folder / model / PREDICTIONS).is_file()
+        and (folder / model / METRICS).is_file()
+        and _is_of_same_model(workdir, split, folder / model, left_out)
+    }
