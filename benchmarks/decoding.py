@@ -8,9 +8,22 @@ all share, then texts of different lengths), the same stop rule and, with 30m, t
 that tokens are compared as well. transformers gets its prompts sorted by length, which is more than
 its users do. With 7b weights are drawn on the device, each way its own: speed alone is compared.
 What does not work where it is run is told as such. Prints a table and writes JSON.
+
+A floor is the least time that the device could take, its share what that is of the time taken:
+
+* flop        products of tokens with weights (in a prompt's last layer only keys and values, but
+              at its end; the head where a token is chosen), at the rate of one large product
+* bandwidth   in each decode step all weights once, and what each live row's cache holds by then,
+              at the rate of adding one to 1 GiB in place, which is read and written
+* both        prefill by flop, then decode by the slower of products and weights, then the cache
+
+Each way measures both rates itself after its run, the best of twelve. Steps are those that our
+scheduler counts, and those of the longest answer of each batch of `generate`; generate_batch does
+not tell its own, so it has a share by flop only.
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -41,6 +54,8 @@ MEDIAN, SHARED, NEW = 250, 130, 64  # tokens of a prompt, of its instruction, an
 WAYS = ("ours", "ours without shared prefix", "generate 1", "generate 32", "generate 128",
         "generate 32 static cache", "generate_batch", "ours bfloat16")  # fmt: skip
 FEW = {"generate 1": 8, "ours bfloat16": 24}  # cases of what would take minutes
+REPEATS = 12  # of a measured rate
+SHARES = ("share_of_flop_floor", "share_of_bandwidth_floor", "share_of_floor")
 
 
 def main(argv):
@@ -83,16 +98,24 @@ def main(argv):
                 results.setdefault(way, []).append(result)
                 short = {k: v for k, v in result.items() if k not in ("tokens", "gaps")}
                 print(way, json.dumps(short), flush=True)
+    from radonc_jax import tracking
+
     report = summarise(results)
-    report |= {"size": _SIZE.value, "machine": platform.platform(), "cases": cases()}
+    report |= {"size": _SIZE.value, "cases": cases(), "slots": slots()}
     report |= {"prompt_tokens_median": MEDIAN, "shared": SHARED, "longest_answer": NEW}
+    report |= {"machine": platform.platform(), "cores": os.cpu_count()}
+    report |= {"environment": tracking.environment()}
     Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
-    Path(_OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    tracking.write_json(Path(_OUTPUT.value), report)
+    print_table(report["ways"])
 
 
 def cases() -> int:
     return 1581 if _SIZE.value == "7b" else _CASES.value
+
+
+def slots() -> int:
+    return 256 if _SIZE.value == "7b" else _BATCH.value
 
 
 def write_inputs(folder: Path) -> None:
@@ -133,29 +156,62 @@ def run_way(way: str, folder: Path) -> None:
     given = json.loads((folder / "prompts.json").read_text())
     given["prompts"] = given["prompts"][: FEW.get(way)]
     result = (ours if way.startswith("ours") else theirs)(way, folder, **given)
-    tokens = sum(map(len, result.pop("answers_for_count", result["tokens"])))
     seconds = result["seconds"]
     count = len(given["prompts"])
-    run = sum(map(len, given["prompts"])) + tokens
-    shared_out = result.pop("shared_out", 0)
-    flops = 2 * weights() * (run - shared_out)
     result |= {
         "cases": count,
         "cases_per_second": count / seconds,
-        "output_tokens_per_second": tokens / seconds,
-        "share_of_flop_floor": flops / result["gemm_flops"] / seconds,
+        "output_tokens_per_second": sum(map(len, result["tokens"])) / seconds,
     }
+    for name, floor in floors(given["prompts"], result).items():
+        result[f"share_of_{name}"] = floor / seconds
     print(json.dumps(result))
 
 
-def weights() -> int:
-    """Matrix weights that every token goes through (the head counts for output tokens only, and is
-    left out)."""
+def floors(prompts, result) -> dict[str, float]:
+    """The least seconds of a run by what bounds it, as described at the top.
+
+    Args:
+      prompts: token ids.
+      result: of the run: `tokens` of the answers, `decode_steps` (None where they are not known),
+        `spared` prompt tokens (the instruction's, but once), `weight_bytes` of one weight, and the
+        measured `flops_per_second` and `bytes_per_second`.
+    """
     size = SIZES[_SIZE.value]
     hidden, heads = size["hidden_size"], size["num_attention_heads"]
-    kv = size["num_key_value_heads"] * hidden // heads
-    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * size["intermediate_size"]
-    return size["num_hidden_layers"] * layer
+    kv = 2 * size["num_key_value_heads"] * hidden // heads
+    layer = 2 * hidden * hidden + hidden * kv + 3 * hidden * size["intermediate_size"]
+    layers = size["num_hidden_layers"]
+    weights = layers * layer + size["vocab_size"] * hidden
+    before_end = (layers - 1) * layer + hidden * kv
+
+    before = sum(map(len, prompts)) - len(prompts) - result["spared"]
+    prefill = 2 * (before * before_end + len(prompts) * weights) / result["flops_per_second"]
+    steps = [steps_of(answer) for answer in result["tokens"]]
+    decode = 2 * sum(steps) * weights / result["flops_per_second"]
+    found = {"flop_floor": prefill + decode}
+    if result["decode_steps"] is not None:
+        pace = result["weight_bytes"] / result["bytes_per_second"]
+        read = result["decode_steps"] * weights * pace
+        held = sum(n * len(p) + n * (n + 1) // 2 for p, n in zip(prompts, steps, strict=True))
+        cache = held * layers * kv * pace
+        found |= {"bandwidth_floor": read + cache, "floor": prefill + max(decode, read) + cache}
+    return found
+
+
+def steps_of(answer) -> int:
+    """Decode steps of an answer with its stop token: the prefill chooses the first of these."""
+    return min(len(answer), NEW - 1)
+
+
+def least_seconds(run) -> float:
+    """Of several calls; `run` waits for its end."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def ours(way, folder, prompts, shared, stops):
@@ -189,13 +245,12 @@ def ours(way, folder, prompts, shared, stops):
             return structure.unflatten(drawn)
 
         weights = jax.jit(draw, out_shardings=placements)()
-    batch = _BATCH.value if small else 256
 
     def scheduler(batch):
         return loading.make_scheduler(partition, mesh, config, tuple(stops), batch, NEW)
 
     prefix = () if "without shared" in way else shared
-    decode = scheduler(batch)
+    decode = scheduler(slots())
 
     def run(decode):
         return decode(weights, partition.frozen, prompts, prefix=prefix)
@@ -203,19 +258,20 @@ def ours(way, folder, prompts, shared, stops):
     cold = time.perf_counter()
     run(decode)
     cold = time.perf_counter() - cold
+    before = decode.steps
     start = time.perf_counter()
     answers = run(decode)
     seconds = time.perf_counter() - start
-    rate = gemm(jax, jnp, dtype)
     result = {
         "seconds": seconds,
         "first_run_seconds": cold,
         "tokens": [answer.tokens for answer in answers],
-        "gemm_flops": rate,
-        "device": jax.devices()[0].device_kind,
+        "decode_steps": decode.steps - before,
+        "spared": (len(prompts) - 1) * len(prefix),
         "padding": padding(decode, prompts, prefix),
-        "shared_out": (len(prompts) - 1) * len(prefix),
+        "device": jax.devices()[0].device_kind,
     }
+    result |= rates(dtype)
     if "bfloat16" in way:
         other = run(scheduler(8))
         result["other_batch_differs"] = [
@@ -232,18 +288,28 @@ def padding(decode, prompts, prefix) -> float:
     return sum(rows * width for _, _, rows, width in groups) / asked - 1
 
 
-def gemm(jax, jnp, dtype) -> float:
-    """FLOP/s of a large product of the model's shapes: the peak that is to be had here."""
+def rates(dtype) -> dict:
+    """What is to be had here: FLOP/s of a large product of the model's shapes, and bytes/s."""
+    import jax
+    import jax.numpy as jnp
+
     size = SIZES[_SIZE.value]
     x = jnp.ones((2048, size["hidden_size"]), dtype)
     w = jnp.ones((size["hidden_size"], size["intermediate_size"]), dtype)
     multiply = jax.jit(lambda x, w: jnp.dot(x, w, precision="highest"))
-    seconds = []
-    for _ in range(12):
-        start = time.perf_counter()
-        multiply(x, w).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.size * w.shape[1] / min(seconds)
+    product = least_seconds(lambda: multiply(x, w).block_until_ready())
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    stream = jnp.zeros(2**28, jnp.float32)
+
+    def one():
+        nonlocal stream
+        stream = add(stream).block_until_ready()
+
+    return {
+        "flops_per_second": 2 * x.size * w.shape[1] / product,
+        "bytes_per_second": 2 * stream.nbytes / least_seconds(one),
+        "weight_bytes": dtype.dtype.itemsize,
+    }
 
 
 def theirs(way, folder, prompts, shared, stops):
@@ -317,17 +383,36 @@ def theirs(way, folder, prompts, shared, stops):
     run(order)
     synchronise()
     seconds = time.perf_counter() - start
-    x = torch.ones(2048, model.config.hidden_size, device=device, dtype=model.dtype)
-    w = torch.ones(model.config.hidden_size, model.config.intermediate_size, device=device)
-    w = w.to(model.dtype)
-    times = []
-    for _ in range(12):
-        begun = time.perf_counter()
+    if way == "generate_batch":
+        steps = None
+    else:
+        batches = [order[place : place + batch] for place in range(0, len(order), batch)]
+        steps = sum(max(steps_of(answers[i]) for i in rows) for rows in batches)
+    hidden, wide = model.config.hidden_size, model.config.intermediate_size
+    x = torch.ones(2048, hidden, device=device, dtype=model.dtype)
+    w = torch.ones(hidden, wide, device=device, dtype=model.dtype)
+    stream = torch.zeros(2**28, device=device, dtype=torch.float32)
+
+    def multiply():
         torch.matmul(x, w)
         synchronise()
-        times.append(time.perf_counter() - begun)
-    rate = 2 * x.numel() * w.shape[1] / min(times)
-    return {"seconds": seconds, "tokens": answers, "gemm_flops": rate, "device": device}
+
+    def add():
+        stream.add_(1)
+        synchronise()
+
+    return {
+        "seconds": seconds,
+        "tokens": answers,
+        "decode_steps": steps,
+        "spared": 0,
+        "flops_per_second": 2 * x.numel() * wide / least_seconds(multiply),
+        "bytes_per_second": 2 * stream.nbytes / least_seconds(add),
+        "weight_bytes": model.dtype.itemsize,
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def summarise(results: dict[str, list[dict]]) -> dict:
@@ -338,13 +423,16 @@ def summarise(results: dict[str, list[dict]]) -> dict:
         if not good:
             ways[way] = {"failed": turns[0]["failed"]}
             continue
-        names = ("cases_per_second", "output_tokens_per_second", "share_of_flop_floor")
-        ways[way] = {name: statistics.median(turn[name] for turn in good) for name in names}
-        ways[way] |= {"turns": [turn["seconds"] for turn in good], "cases": good[0]["cases"]}
-        ways[way] |= {"device": good[0]["device"]}
-        for name in ("padding", "first_run_seconds"):
-            if name in good[0]:
-                ways[way][name] = good[0][name]
+        names = ("cases_per_second", "output_tokens_per_second", *SHARES)
+        names += ("flops_per_second", "bytes_per_second")
+        ways[way] = {
+            name: statistics.median(turn[name] for turn in good)
+            for name in names
+            if name in good[0]
+        }
+        ways[way] |= {"turns": [turn["seconds"] for turn in good]}
+        kept = ("cases", "device", "decode_steps", "padding", "first_run_seconds", "torch")
+        ways[way] |= {name: good[0][name] for name in kept if name in good[0]}
         if reference is not None and _SIZE.value == "30m":
             pairs = list(zip(good[0]["tokens"], reference, strict=False))
             ways[way]["same_answers_as_generate_32"] = float(np.mean([a == b for a, b in pairs]))
@@ -358,6 +446,32 @@ def summarise(results: dict[str, list[dict]]) -> dict:
             if "cases_per_second" in way:
                 way["times_generate_32"] = way["cases_per_second"] / base
     return {"ways": ways}
+
+
+def print_table(ways: dict[str, dict]) -> None:
+    columns = (
+        ("cases/s", "cases_per_second", ".2f"),
+        ("tokens/s", "output_tokens_per_second", ".1f"),
+        ("generate 32", "times_generate_32", ".2f"),
+        ("flop", SHARES[0], ".0%"),
+        ("bandwidth", SHARES[1], ".0%"),
+        ("both", SHARES[2], ".0%"),
+        ("same tokens", "same_answers_as_generate_32", ".0%"),
+    )
+    widths = [max(9, len(head) + 2) for head, *_ in columns]
+    print("\nCases and output tokens a second, times `generate 32`, shares of the floors, and")
+    print("answers whose tokens are all those of `generate 32`:\n")
+    heads = zip(columns, widths, strict=True)
+    print(f"{'':28}" + "".join(f"{head:>{width}}" for (head, *_), width in heads))
+    for way, row in ways.items():
+        if "failed" in row:
+            print(f"{way:28}  failed: {row['failed']}")
+            continue
+        cells = [f"{row[name]:{form}}" if name in row else "-" for _, name, form in columns]
+        print(
+            f"{way:28}"
+            + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ text), `parsed` (what the task reads in it; empty if nothing), `logprob`, `finis
 off at the longest answer), `trimmed` (True: the diagnosis was cut, for it did not fit the context)
 and `problem` (why a row has no answer). A row that cannot be read does not stop the others.
 
-Rows stream through, so memory does not grow with their number. Killed and started again with the
-same arguments, it goes on where it was; the file is then the same to the byte
-(in float32 on one CPU device; elsewhere near ties may be answered otherwise).
+Rows stream through, so memory does not grow with their number (but all texts of a workbook are
+held: its format keeps them in one table). Killed and started again with the same arguments, it goes
+on where it was; the file is then the same to the byte (in float32 on one CPU device; elsewhere near
+ties may be answered otherwise).
 """
 
 import json
@@ -128,13 +129,14 @@ def main():
     output.parent.mkdir(parents=True, exist_ok=True)
     problems = answer_rows(rows, _COLUMN.value, task, decoder, output, source)
     if parallel.is_main_process():
-        unanswered = sum(len(numbers) for numbers in problems.values())
+        unanswered = sum(entry["rows"] for entry in problems.values())
         print(f"{rows.count - unanswered} of {rows.count} rows answered: {output}")
         for note in rows.layout.notes:
             print(note, file=sys.stderr)
-        for problem, numbers in problems.items():
-            shown = ", ".join(map(str, numbers[:20])) + ", ..." * (len(numbers) > 20)
-            print(f"{len(numbers)} not answered, {problem}: row {shown}", file=sys.stderr)
+        for problem, entry in problems.items():
+            shown = ", ".join(map(str, entry["first"]))
+            shown += ", ..." * (entry["rows"] > len(entry["first"]))
+            print(f"{entry['rows']} not answered, {problem}: row {shown}", file=sys.stderr)
 
 
 def run_settings(workdir: Path) -> settings.Settings:

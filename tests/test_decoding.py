@@ -269,6 +269,7 @@ def test_more_prompts_than_slots_take_the_slots_that_fall_free(mistral, monkeypa
     ideal = sum(lengths) / 128
     static = sum(max(lengths[start : start + 128]) for start in range(0, 400, 128))
     assert ideal <= len(calls) + 3 < 0.9 * static
+    assert scheduler.steps == len(calls)
 
 
 def test_filler_rows_emit_nothing(mistral):

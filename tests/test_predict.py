@@ -12,17 +12,20 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 import pandas as pd
+import pyarrow
 import pytest
 from test_notebook import write_model, write_peft
 
 import radonc_jax
 from configs import common
+from radonc_jax.data import rows as tables
 from radonc_jax.data.rows import open_rows
 from radonc_jax.decoding.greedy import Generation
 from radonc_jax.decoding.table import answer_rows
@@ -158,12 +161,13 @@ def test_model_with_adapter_and_another_column(place, tmp_path):
 def test_killed_at_any_moment_it_goes_on_and_the_file_is_the_same(place, tmp_path):
     rng = random.Random(0)
     words = "left right breast prostate lung T1 T2 N0 node".split()
-    cases = [{"diagnosis": " ".join(rng.choices(words, k=1 + i % 7))} for i in range(100)]
+    cases = [{"diagnosis": " ".join(rng.choices(words, k=1 + i % 7))} for i in range(200)]
     write_csv(tmp_path / "cases.csv", cases)
 
     def start(output, adapter=("--adapter={place}/run",)):
         # Small chunks, so that there are moments to be killed at.
-        code = "from radonc_jax import command, predict; predict.CHUNK = 40;"
+        code = "from radonc_jax import command, predict\nfrom radonc_jax.decoding import table\n"
+        code += "table.CHUNK = 40\n"
         options = [f"--model={place}/base", "--dtype=float32"]
         options += [option.format(place=place) for option in adapter]
         options += ["--task=icd", f"--input={tmp_path}/cases.csv", f"--output={output}"]
@@ -229,37 +233,94 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Answers at once; those of `broken` have a log-probability that is no number."""
+
+    progress: object = None
+    journal: object = None
+    broken: frozenset = frozenset()
+
+    def fits(self, task, diagnosis):
+        return True
+
+    def __call__(self, task, diagnoses):
+        for text in diagnoses:
+            self.journal.add(self.journal.key((), text), {"tokens": [1]})
+        values = [math.nan if text in self.broken else -1.0 for text in diagnoses]
+        return [Generation("C61", [1], value, True, 0.5) for value in values]
+
+
 @pytest.mark.parametrize(("broken", "left"), [({"2"}, {"1", "3"}), ({"1", "2", "3"}, set())])
 def test_an_answer_whose_probability_is_not_finite_is_none(tmp_path, broken, left):
     write_csv(tmp_path / "cases.csv", [{"diagnosis": name} for name in "123"])
 
-    @dataclasses.dataclass(frozen=True)
-    class Decoder:
-        progress: object = None
-        journal: object = None
-
-        def fits(self, task, diagnosis):
-            return True
-
-        def __call__(self, task, diagnoses):
-            values = [math.nan if text in broken else -1.0 for text in diagnoses]
-            return [Generation("C61", [1], value, True, 0.5) for value in values]
-
     output = tmp_path / "answers.csv"
     rows = open_rows(tmp_path / "cases.csv", ragged=True)
-    given = rows, "diagnosis", TASKS["icd"], Decoder(), output, {}
+    given = rows, "diagnosis", TASKS["icd"], Decoder(broken=frozenset(broken)), output, {}
     if not left:
         with pytest.raises(ValueError, match="rows 2 to 4: no answer has a log-probability"):
             answer_rows(*given)
         assert not output.exists()
         return
     problems = answer_rows(*given)
-    assert problems == {"log-probability not finite": [3]}
+    assert problems == {"log-probability not finite": {"rows": 1, "first": [3]}}
     for row in read(output):
         if row["diagnosis"] in left:
             assert (row["answer"], row["problem"]) == ("C61", "")
         else:
             assert set(row.values()) == {row["diagnosis"], "", "log-probability not finite"}
+
+
+def write_many(path, count):
+    """A table of `count` rows with 600 characters each, of which every third has no diagnosis."""
+    texts = [os.urandom(300).hex() if number % 3 else "" for number in range(count)]
+    if path.suffix == ".parquet":  # in one row group, as up to a million rows are
+        pd.DataFrame({"diagnosis": texts}).to_parquet(path)
+        return
+    csv_, json_ = ("diagnosis\n", '"{}"\n'), ("", '{{"diagnosis": "{}"}}\n')
+    head, line = csv_ if path.suffix == ".csv" else json_
+    with path.open("w") as file:
+        file.write(head)
+        file.writelines(line.format(text) for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_memory_does_not_grow_with_the_rows(kind, tmp_path, monkeypatch):
+    """Neither Python's nor pyarrow's; nor what is told of rows without an answer."""
+    arrow = []  # bytes that pyarrow holds while a chunk is answered
+    answer = Decoder.__call__
+
+    def watched(self, task, diagnoses):
+        arrow.append(pyarrow.total_allocated_bytes())
+        return answer(self, task, diagnoses)
+
+    monkeypatch.setattr(Decoder, "__call__", watched)
+    monkeypatch.setattr(tables, "_BLOCK", 1 << 18)
+
+    def peak(count):
+        path, output = tmp_path / f"{count}.{kind}", tmp_path / "answers.csv"
+        write_many(path, count)
+        before = pyarrow.total_allocated_bytes()
+        arrow.clear()
+        tracemalloc.start()
+        try:
+            rows = open_rows(path, ragged=True)
+            told = answer_rows(rows, "diagnosis", TASKS["modality"], Decoder(), output, {})
+            python = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        ((problem, entry),) = told.items()
+        assert (problem, entry["rows"]) == ("empty diagnosis", len(range(0, count, 3)))
+        assert len(entry["first"]) == 20
+        with output.open(newline="") as file:
+            problems = [row["problem"] for row in csv.DictReader(file)]
+        assert len(problems) == count and problems.count(problem) == entry["rows"]
+        return python + max(arrow) - before
+
+    few, many = peak(5000), peak(25_000)
+    # 20,000 rows more are 8 MB of text; the reader holds a block of them and the writer a chunk.
+    assert many < few + 2e6, (few, many)
 
 
 ERRORS = [

@@ -408,7 +408,8 @@ def _parquet(path: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        # Otherwise all that is compressed of a row group, or of the file, would be held at once.
+        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             yield 1, file.schema_arrow.names
             yield from _batches(file.iter_batches(batch_size=1024))
     except Exception as error:  # OSError, several of Arrow's, and Python's own for single cells

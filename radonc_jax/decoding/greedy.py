@@ -263,6 +263,16 @@ def advance(
     return State(cache, choose(rows, model.logits(hidden[:, 0]), stops, trie))
 
 
-def decode(step: Callable[[State], State], state: State, free: jax.Array) -> State:
-    """Steps until at least `free` slots have nothing more to do."""
-    return jax.lax.while_loop(lambda state: jnp.sum(state.rows.done) < free, step, state)
+def decode(
+    step: Callable[[State], State], state: State, free: jax.Array
+) -> tuple[State, jax.Array]:
+    """Steps until at least `free` slots have nothing more to do; (state, how many, int32 [])."""
+
+    def going_on(carry):
+        return jnp.sum(carry[0].rows.done) < free
+
+    def one(carry):
+        state, steps = carry
+        return step(state), steps + 1
+
+    return jax.lax.while_loop(going_on, one, (state, jnp.int32(0)))

@@ -68,6 +68,12 @@ class Scheduler:
       stops: token ids that end an answer.
       context: positions that the model has (`max_position_embeddings`).
 
+    Attributes:
+      mesh, max_new_tokens, stops, context: as given.
+      batch: slots there are.
+      steps: decode steps that `stream` has run so far, each of which reads all weights once; the
+        device counts them, and the count comes with the rows that are read anyway.
+
     Raises:
       ValueError: `batch` or `max_new_tokens` is below 1, or no prompt would fit the context.
     """
@@ -108,6 +114,7 @@ class Scheduler:
         self.max_new_tokens = max_new_tokens
         self.context = context
         self.stops = tuple(int(stop) for stop in stops)
+        self.steps = 0
         self._partition = partition
         self._prefill_tokens = PREFILL_TOKENS.get(device.platform, PREFILL_TOKENS["gpu"])
         self._compile()
@@ -148,10 +155,10 @@ class Scheduler:
             # Each layer's weights make a model of that one layer; what is no layer they share.
             models = [partition.merge(*pair) for pair in weights]
             blocks = [model.layers for model in models] if by_layer else None
-            state = greedy.decode(
+            state, steps = greedy.decode(
                 lambda state: greedy.advance(models[0], blocks, state, stops, trie), state, free
             )
-            return state, state.rows
+            return state, (state.rows, steps)
 
         def score(trainable, frozen, prefix, prefix_length, tokens, lengths, labels, label_lengths):
             model = partition.merge(trainable, frozen)
@@ -271,8 +278,9 @@ class Scheduler:
                     )
                 # Until the next group fits, or to the end.
                 wanted = len(groups[0][0]) if groups else self.batch
-                state, rows = self._decode(weights, state, np.int32(wanted), trie)
-                rows = jax.device_get(rows)
+                state, told = self._decode(weights, state, np.int32(wanted), trie)
+                rows, steps = jax.device_get(told)
+            self.steps += int(steps)
             for slot in [slot for slot in held if rows.done[slot]]:
                 free.append(slot)
                 gap = float(rows.gap[slot])

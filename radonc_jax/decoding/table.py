@@ -25,6 +25,7 @@ ADDED = ("answer", "parsed", "logprob", "finished", "trimmed", "problem")
 NOT_FINITE = "log-probability not finite"
 CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
 REPORT_SECONDS = 30  # between lines of progress where there is no terminal
+TOLD = 20  # numbers of rows without an answer that are told for each reason
 
 
 class Part:
@@ -36,7 +37,8 @@ class Part:
 
     Attributes:
       rows: that are written already.
-      problems: row numbers by reason, of those.
+      problems: by reason of having no answer, of those: {"rows": how many, "first": the first of
+        their numbers}; not all of them, so that a million cost no memory.
     """
 
     def __init__(self, output: Path, source: Mapping):
@@ -58,6 +60,13 @@ class Part:
         if parallel.several_processes():
             self.rows = int(multihost_utils.broadcast_one_to_all(np.int64(self.rows)))
 
+    def unanswered(self, number: int, problem: str) -> None:
+        """Counts a row without an answer."""
+        entry = self.problems.setdefault(problem, {"rows": 0, "first": []})
+        entry["rows"] += 1
+        if len(entry["first"]) < TOLD:
+            entry["first"].append(number)
+
     def write(self, lines, read: int) -> None:
         """Appends lines; from here on the first `read` rows survive the process."""
         self.rows = read
@@ -77,8 +86,8 @@ class Part:
 
 def answer_rows(
     rows: Rows, column: str, task: Task, decoder: TextDecoder, output: Path, source: Mapping
-) -> dict[str, list[int]]:
-    """Writes each row with its answer; returns the numbers of the rows without one, by reason.
+) -> dict[str, dict]:
+    """Writes each row with its answer; returns `Part.problems`, the rows without one.
 
     Every process of a run decodes, one of them writes. The output is whole or absent; killed and
     called again with the same `source`, it goes on where it was.
@@ -118,7 +127,7 @@ def answer_rows(
                 elif not decode.fits(task, values[place]):
                     problem = f"prompt longer than {decode.scheduler.room} tokens"
                 if problem:
-                    part.problems.setdefault(problem, []).append(number)
+                    part.unanswered(number, problem)
                     added[number] = [""] * (len(ADDED) - 1) + [problem]
                     bar.update()
             asked = [(number, values) for number, values in chunk if number not in added]
@@ -131,7 +140,7 @@ def answer_rows(
                 )
             for (number, _), answer, bad in zip(asked, answers, broken, strict=True):
                 if bad:
-                    part.problems.setdefault(NOT_FINITE, []).append(number)
+                    part.unanswered(number, NOT_FINITE)
                     added[number] = [""] * (len(ADDED) - 1) + [NOT_FINITE]
                     continue
                 parsed = task.parse(answer.text)
