@@ -401,12 +401,19 @@ def test_the_compiled_step_copies_no_cache_and_no_weights(mistral, by_layer):
         assert all(count < size for count in copied), copied
         # Donated: the cache that comes out lies where the one that went in lay.
         assert text.count("may-alias") + text.count("must-alias") >= len(layers)
-    if by_layer:  # each layer's weights are read where the loader put them
-        q = mistral.frozen["layers"]["self_attn"]["q_proj"]["base"]["kernel"].get_value()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_a_cpu_each_layer_s_weights_are_read_where_the_loader_put_them(mistral, dtype):
+    """No second copy of the base, in the training loop least of all."""
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype), mistral.frozen)
+    weights = mistral.scheduler()._weights(mistral.trainable, base)
+    for name, module in (("up_proj", "mlp"), ("q_proj", "self_attn")):
+        stack = jax.tree.leaves(base["layers"][module][name])[0]
         for number, (_, frozen) in enumerate(weights):
-            view = frozen["layers"]["self_attn"]["q_proj"]["base"]["kernel"].get_value()
-            offset = view.unsafe_buffer_pointer() - q.unsafe_buffer_pointer()
-            assert offset == number * q[0].nbytes
+            view = jax.tree.leaves(frozen["layers"][module][name])[0]
+            offset = view.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer()
+            assert view.dtype == dtype and offset == number * stack[0].nbytes
 
 
 @pytest.mark.parametrize(
