@@ -27,6 +27,7 @@ from radonc_jax.decoding.text import TextDecoder, shared_prefix
 from radonc_jax.models import huggingface, lora, weight_files
 from radonc_jax.parallel import MeshConfig, make_mesh, shardings
 from radonc_jax.tasks import Task
+from radonc_jax.training import preflight
 
 # Threads that wait for each other cost more than such tiny products.
 torch.set_num_threads(1)
@@ -384,11 +385,13 @@ def test_the_compiled_step_copies_no_cache_and_no_weights(mistral, by_layer):
     with jax.set_mesh(scheduler.mesh):
         weights = scheduler._weights(mistral.trainable, mistral.frozen)
         state = scheduler._empty(*scheduler._architecture, 192)
-        compiled = scheduler._decode.lower(weights, state, np.int32(128), None).compile()
+        compiled = scheduler._decode.lower(
+            weights, state, np.int32(128), np.int32(128), None
+        ).compile()
         given = parallel.put((np.zeros((16, 32), np.int32), np.ones(16, np.int32)), scheduler.mesh)
         admitted = scheduler._admit.lower(
             mistral.trainable, mistral.frozen, state, None, np.int32(0), *given,
-            np.arange(16, dtype=np.int32), None,
+            np.arange(16, dtype=np.int32)[None], None,
         ).compile()  # fmt: skip
     layers = jax.tree.leaves(state.cache)
     size = layers[0].size
@@ -401,24 +404,31 @@ def test_the_compiled_step_copies_no_cache_and_no_weights(mistral, by_layer):
         assert all(count < size for count in copied), copied
         # Donated: the cache that comes out lies where the one that went in lay.
         assert text.count("may-alias") + text.count("must-alias") >= len(layers)
-    if by_layer:  # each layer's weights are read where the loader put them
-        q = mistral.frozen["layers"]["self_attn"]["q_proj"]["base"]["kernel"].get_value()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_a_cpu_each_layer_s_weights_are_read_where_the_loader_put_them(mistral, dtype):
+    """No second copy of the base, in the training loop least of all."""
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype), mistral.frozen)
+    weights = mistral.scheduler()._weights(mistral.trainable, base)
+    for name, module in (("up_proj", "mlp"), ("q_proj", "self_attn")):
+        stack = jax.tree.leaves(base["layers"][module][name])[0]
         for number, (_, frozen) in enumerate(weights):
-            view = frozen["layers"]["self_attn"]["q_proj"]["base"]["kernel"].get_value()
-            offset = view.unsafe_buffer_pointer() - q.unsafe_buffer_pointer()
-            assert offset == number * q[0].nbytes
+            view = jax.tree.leaves(frozen["layers"][module][name])[0]
+            offset = view.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer()
+            assert view.dtype == dtype and offset == number * stack[0].nbytes
 
 
 @pytest.mark.parametrize(
     "mesh_config", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)], ids=["data", "all three"]
 )
 def test_eight_devices_give_the_same_answers(mistral, mesh_config):
-    prompts = ragged_prompts(11, seed=10)
+    prompts = ragged_prompts(43, seed=10)
     expected = mistral.decode(prompts)
     mesh = make_mesh(mesh_config, devices=jax.devices()[:8])
     scheduler = mistral.scheduler(mesh=mesh, batch=3)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    assert scheduler.batch == max(-(-3 // shards), 2) * shards
+    assert scheduler.batch == max(-(-3 // shards), 2) * shards < len(prompts)
     beginning = ragged_prompts(2, seed=15, longest=21)[1]
     placed = mistral.placed(mesh)
     results = scheduler(*placed, prompts)
@@ -429,6 +439,30 @@ def test_eight_devices_give_the_same_answers(mistral, mesh_config):
     expected = mistral.decode(longer)
     assert answers(results) == answers(expected)
     assert_close_logprobs(results, expected)
+
+
+def test_between_devices_that_share_a_batch_no_keys_and_values_move(mistral):
+    """A step asks how many rows are done, and at the end every device is told all rows' answers."""
+    mesh = make_mesh(MeshConfig(8, 1, 1), devices=jax.devices()[:8])
+    scheduler = mistral.scheduler(mesh=mesh, batch=32)
+    placed = mistral.placed(mesh)
+    with jax.set_mesh(mesh):
+        state = scheduler._empty(*scheduler._architecture, 192)
+        beginning = scheduler._prefix(*placed, [5] * 9)
+        given = (np.zeros((16, 32), np.int32), np.ones(16, np.int32), np.zeros((8, 2), np.int32))
+        given = parallel.put(given, mesh, parallel.BATCH_AXES)
+        for begun in ((None, np.int32(0)), beginning):
+            admitted = scheduler._admit.lower(*placed, state, *begun, *given, None).compile()
+            assert preflight.collectives(admitted.as_text()) == []
+        weights = scheduler._weights(*placed)
+        decoded = scheduler._decode.lower(weights, state, np.int32(32), np.int32(4), None).compile()
+    moved = preflight.collectives(decoded.as_text())
+    assert ("all-reduce", 4) in moved
+    moved.remove(("all-reduce", 4))
+    rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.rows))
+    assert {kind for kind, _ in moved} == {"all-gather"} and sum(size for _, size in moved) <= rows
+    inside = [line for line in decoded.as_text().splitlines() if "while/body" in line]
+    assert inside and preflight.collectives("\n".join(inside)) == []
 
 
 def test_the_adapter_is_used(mistral):

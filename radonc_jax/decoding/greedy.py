@@ -158,13 +158,12 @@ def choose(rows: Rows, logits: jax.Array, stops: tuple[int, ...], trie: Trie | N
     live = ~rows.done
     stopped = live & jnp.isin(token, jnp.asarray(stops, jnp.int32))
     emitted = live & ~stopped
-    # Rows that emit nothing write beyond the end, which is dropped.
-    column = jnp.where(emitted, rows.counts, size)
+    here = emitted[:, None] & (jnp.arange(size) == rows.counts[:, None])
     counts = rows.counts + emitted
     return replace(
         rows,
         last=jnp.where(live, token, rows.last),
-        tokens=rows.tokens.at[jnp.arange(token.shape[0]), column].set(token, mode="drop"),
+        tokens=jnp.where(here, token[:, None], rows.tokens),
         counts=counts,
         logprob=jnp.where(live, rows.logprob + logprob, rows.logprob),
         gap=jnp.where(live, jnp.minimum(rows.gap, gap), rows.gap),
@@ -188,8 +187,8 @@ def run_prompts(
 
     Args:
       model: with dropout off.
-      prefix: keys and values [L, rows, K, P, H] of the beginning that all prompts share, any rows
-        of which are alike; None when there is none.
+      prefix: keys and values [L, D, K, P, H] of the beginning that all prompts share, D rows that
+        are alike and divide R: one for each part of a batch; None when there is none.
       prefix_length: int32 [], tokens of it; what its cache holds beyond them is never seen.
       tokens: int [R, T], what follows the beginning, padded on the right with any id.
       lengths: int [R], tokens that are no padding; 0 marks a filler row.
@@ -205,7 +204,7 @@ def run_prompts(
     if prefix is not None:
 
         def begin(array, shared):
-            copies = jnp.broadcast_to(shared[:, :1], (*array.shape[:3], begun, array.shape[-1]))
+            copies = jnp.repeat(shared, rows // shared.shape[1], axis=1)
             return array.at[:, :, :, :begun].set(copies)
 
         cache = Cache(begin(cache.key, prefix.key), begin(cache.value, prefix.value))
@@ -229,8 +228,18 @@ def admit(
     stops: tuple[int, ...],
     trie: Trie | None,
 ) -> State:
-    """Runs R prompts, chooses their first tokens and puts them into slots; `run_prompts` has the
-    arguments. `slots` is int [R], each another one; beyond the slots for filler rows."""
+    """Runs R prompts, chooses their first tokens and puts them into slots.
+
+    Prompts and slots are each D parts, one after the other, of which a device has its own: a
+    prompt goes into a slot of its own part, so that no keys and values move between devices.
+
+    Args:
+      model, prefix, prefix_length, tokens, lengths: as of `run_prompts`.
+      state: B slots.
+      slots: int [D, R / D], counted within the part, each another one; beyond its B / D slots for
+        filler rows.
+      stops, trie: as of `choose`.
+    """
     logits, cache = run_prompts(model, prefix, prefix_length, tokens, lengths)
     rows = new_rows(prefix_length + lengths, lengths == 0, state.rows.tokens.shape[1])
     rows = choose(rows, logits, stops, trie)
@@ -238,17 +247,41 @@ def admit(
     length = min(cache.length, state.cache.length)  # what is cut off is rounding
 
     def place(all_slots, new):
+        new = new[:, :, :, :length]
         if isinstance(all_slots, tuple):  # of single layers
             return tuple(
-                layer.at[slots, :, :length].set(new[number, :, :, :length], mode="drop")
-                for number, layer in enumerate(all_slots)
+                put(layer, part, slots, 0) for layer, part in zip(all_slots, new, strict=True)
             )
-        return all_slots.at[:, slots, :, :length].set(new[:, :, :, :length], mode="drop")
+        return put(all_slots, new, slots, 1)
 
     return State(
         Cache(place(state.cache.key, cache.key), place(state.cache.value, cache.value)),
-        jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state.rows, rows),
+        jax.tree.map(lambda old, new: put(old, new, slots, 0), state.rows, rows),
     )
+
+
+def put(array: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
+    """Writes rows into slots; `slots` as of `admit`.
+
+    Args:
+      array: [..., B, ...], B being its dimension `axis`.
+      new: [..., R, ...], no longer than `array` in the others.
+    """
+    parts = len(slots)
+
+    def split(x):
+        return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(*range(axis), *range(axis + 2, array.ndim + 1)),
+        inserted_window_dims=(axis + 1,),
+        scatter_dims_to_operand_dims=(axis + 1,),
+        operand_batching_dims=(axis,),
+        scatter_indices_batching_dims=(0,),
+    )
+    mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+    written = jax.lax.scatter(split(array), slots[..., None], split(new), numbers, mode=mode)
+    return written.reshape(array.shape)
 
 
 def advance(
@@ -264,12 +297,14 @@ def advance(
 
 
 def decode(
-    step: Callable[[State], State], state: State, free: jax.Array
+    step: Callable[[State], State], state: State, parts: int, wanted: jax.Array, each: jax.Array
 ) -> tuple[State, jax.Array]:
-    """Steps until at least `free` slots have nothing more to do; (state, how many, int32 [])."""
+    """Steps until `wanted` slots have nothing more to do, of which at most `each` count in each of
+    the `parts` of `admit`; (state, number of steps, int32 [])."""
 
     def going_on(carry):
-        return jnp.sum(carry[0].rows.done) < free
+        free = jnp.sum(carry[0].rows.done.reshape(parts, -1), axis=1)
+        return jnp.sum(jnp.minimum(free, each)) < wanted
 
     def one(carry):
         state, steps = carry

@@ -124,6 +124,7 @@ class Scheduler:
 
     def _compile(self) -> None:
         partition, stops, by_layer = self._partition, self.stops, self._by_layer
+        parts = self._shards
         whole = parallel.replicated(self.mesh)
 
         def sharded(axes):
@@ -151,13 +152,15 @@ class Scheduler:
                 model, state, prefix, prefix_length, tokens, lengths, slots, stops, trie
             )
 
-        def decode(weights, state, free, trie):
+        def decode(weights, state, wanted, each, trie):
             # Each layer's weights make a model of that one layer; what is no layer they share.
             models = [partition.merge(*pair) for pair in weights]
             blocks = [model.layers for model in models] if by_layer else None
-            state, steps = greedy.decode(
-                lambda state: greedy.advance(models[0], blocks, state, stops, trie), state, free
-            )
+
+            def step(state):
+                return greedy.advance(models[0], blocks, state, stops, trie)
+
+            state, steps = greedy.decode(step, state, parts, wanted, each)
             return state, (state.rows, steps)
 
         def score(trainable, frozen, prefix, prefix_length, tokens, lengths, labels, label_lengths):
@@ -258,31 +261,34 @@ class Scheduler:
             started = self._prefix(trainable, frozen, prefix if begun else ())
             weights = self._weights(trainable, frozen)
             state = self._empty(*self._architecture, padded_length(max(needed)))
-        free, held = list(range(self.batch)), {}
+        size = self.batch // self._shards
+        free, held = [list(range(size)) for _ in range(self._shards)], {}
         while groups or held:
             with jax.set_mesh(self.mesh):
-                while groups and len(groups[0][0]) <= len(free):
+                while groups and (seats := self._seats(free, groups[0])):
                     group, shared, rows, width = groups.popleft()
-                    slots = [free.pop() for _ in group]
-                    held |= dict(zip(slots, group, strict=True))
-                    given = self._rows(prompts, group, len(prefix) * shared, rows, width)
-                    slots += [self.batch] * (rows - len(slots))
+                    seated, slots = [None] * rows, np.full(rows, size, np.int32)
+                    for number, (row, part, slot) in zip(group, seats, strict=True):
+                        seated[row], slots[row] = number, slot
+                        held[part * size + slot] = number
+                    slots = slots.reshape(self._shards, -1)
                     state = self._admit(
                         trainable,
                         frozen,
                         state,
                         *(started if shared else (None, np.int32(0))),
-                        *given,
-                        np.asarray(slots, np.int32),
+                        *self._rows(prompts, seated, len(prefix) * shared, width),
+                        parallel.put(slots, self.mesh, parallel.BATCH_AXES),
                         trie,
                     )
                 # Until the next group fits, or to the end.
-                wanted = len(groups[0][0]) if groups else self.batch
-                state, told = self._decode(weights, state, np.int32(wanted), trie)
+                wanted, rows = (len(groups[0][0]), groups[0][2]) if groups else (self.batch,) * 2
+                limits = np.int32(wanted), np.int32(rows // self._shards)
+                state, told = self._decode(weights, state, *limits, trie)
                 rows, steps = jax.device_get(told)
             self.steps += int(steps)
             for slot in [slot for slot in held if rows.done[slot]]:
-                free.append(slot)
+                free[slot // size].append(slot % size)
                 gap = float(rows.gap[slot])
                 yield (
                     held.pop(slot),
@@ -336,7 +342,12 @@ class Scheduler:
                     trainable,
                     frozen,
                     *(started if shared else (None, np.int32(0))),
-                    *self._rows(prompts, group, len(prefix) * shared, rows, width),
+                    *self._rows(
+                        prompts,
+                        group + [None] * (rows - len(group)),
+                        len(prefix) * shared,
+                        width,
+                    ),
                     padded,
                     lengths,
                 )
@@ -375,10 +386,31 @@ class Scheduler:
             groups.append((group, shared[first], rows, width))
         return groups, padded_length(len(prefix)) if any(shared) else 0
 
-    def _rows(self, prompts, group, begun: int, rows: int, width: int):
-        """Tokens [rows, width] and lengths [rows] of a group on the mesh, filler rows last."""
+    def _seats(self, free: list[list[int]], group) -> list[tuple[int, int, int]] | None:
+        """(row of the prefill, part, slot within the part) of each prompt of a group, in the part
+        of the batch that one device has: the row and the slot lie on the same one.
+
+        Taken from `free`, slots by part, evenly; None, and nothing is taken, when too few are.
+        """
+        each = group[2] // self._shards
+        if sum(min(len(slots), each) for slots in free) < len(group[0]):
+            return None
+        seats, taken = [], [0] * self._shards
+        for _ in group[0]:
+            open_parts = (part for part, count in enumerate(taken) if count < each)
+            part = max(open_parts, key=lambda part: len(free[part]))
+            seats.append((part * each + taken[part], part, free[part].pop()))
+            taken[part] += 1
+        return seats
+
+    def _rows(self, prompts, seated, begun: int, width: int):
+        """Tokens [rows, width] and lengths [rows] on the mesh; `seated` has each row's prompt, None
+        for a filler row."""
+        rows = len(seated)
         tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-        for row, number in enumerate(group):
+        for row, number in enumerate(seated):
+            if number is None:
+                continue
             rest = prompts[number][begun:]
             tokens[row, : len(rest)] = rest
             lengths[row] = len(rest)
@@ -406,9 +438,7 @@ class Scheduler:
         def views(path, array):
             if not parallel.path_name(path).startswith("layers/"):
                 return (array,) * count
-            if array.dtype == jnp.bfloat16:  # numpy has no views of foreign memory of this kind
-                return tuple(array)
-            stack = np.from_dlpack(array)
+            stack = np.asarray(array)  # on the host itself a view, whatever the type
             return tuple(jax.device_put(stack[layer], may_alias=True) for layer in range(count))
 
         layers = []

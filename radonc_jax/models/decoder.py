@@ -118,13 +118,27 @@ class Cache:
 
         `layer` is an index into stacked layers, None within one layer.
         """
-        rows = jnp.arange(positions.shape[0])[:, None]
-        at = (rows, slice(None), positions)
-        at = at if layer is None else (layer, *at)
-        return Cache(
-            self.key.at[at].set(key.astype(self.key.dtype)),
-            self.value.at[at].set(value.astype(self.value.dtype)),
+        index = positions[..., None]
+        rows, slots = 0, 2
+        if layer is not None:
+            index = jnp.concatenate([jnp.full_like(index, layer), index], axis=-1)
+            rows, slots = 1, 3
+        indexed = (slots,) if layer is None else (0, slots)
+        # Rows are a batch of the scatter and no index into it: rows that are spread over devices
+        # are then written where they lie, and no device is sent another's.
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3),
+            inserted_window_dims=indexed,
+            scatter_dims_to_operand_dims=indexed,
+            operand_batching_dims=(rows,),
+            scatter_indices_batching_dims=(0,),
         )
+
+        def put(array, new):
+            new, mode = new.astype(array.dtype), jax.lax.GatherScatterMode.FILL_OR_DROP
+            return jax.lax.scatter(array, index, new, numbers, mode=mode)
+
+        return Cache(put(self.key, key), put(self.value, value))
 
     def read(self, layer, dtype) -> tuple[jax.Array, jax.Array]:
         """(keys, values) of a layer, each [B, S, K, H]."""
