@@ -19,7 +19,6 @@ original model answers, and its scores are printed; --output names a folder for 
 """
 
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,16 +208,16 @@ def answer(
         constrained=closed,
     )
     if with_robustness:
-        main_process = parallel.is_main_process()
         # Only the main one has written them, and on its own disk perhaps.
-        given = evaluation.read_predictions(output / evaluation.PREDICTIONS) if main_process else {}
-        given = json.loads(parallel.from_main(json.dumps(given).encode()))
+        given = parallel.on_main(
+            lambda: evaluation.read_predictions(output / evaluation.PREDICTIONS)
+        )
         rates = robustness.probe_tasks(
             decoder,
             records,
             tasks,
             given,
-            output if main_process else None,
+            output if parallel.is_main_process() else None,
             fits=functools.partial(decoder.fits, uncut=True),
             seed=config.seed,
         )

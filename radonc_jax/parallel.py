@@ -5,6 +5,8 @@ which names its logical axes; `MESH_AXES` maps logical axes to mesh axes. The sa
 the base, the adapter and, by the path's ending, the optimiser state.
 """
 
+import builtins
+import json
 import logging
 import os
 import re
@@ -266,3 +268,30 @@ def from_main(content: bytes) -> bytes:
     if is_main_process():
         shared[:] = np.frombuffer(content, np.uint8)
     return multihost_utils.broadcast_one_to_all(shared).tobytes()
+
+
+def on_main(action):
+    """What `action` returns on the main process, for JSON, in every process; likewise its error, so
+    that no process is left waiting for another. All of them must call.
+
+    Args:
+      action: called without arguments, on the main process alone.
+
+    Raises:
+      Exception: that of `action`; elsewhere one of the same built-in kind, else a RuntimeError.
+    """
+    if not several_processes():
+        return action()
+    told, error = {}, None
+    if is_main_process():
+        try:
+            told = {"result": action()}
+        except Exception as raised:
+            error, told = raised, {"kind": type(raised).__name__, "message": str(raised)}
+    told = json.loads(from_main(json.dumps(told).encode()))
+    if error is not None:
+        raise error
+    if "kind" in told:
+        kind = getattr(builtins, told["kind"], RuntimeError)
+        raise kind(told["message"])
+    return told["result"]

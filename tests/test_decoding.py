@@ -375,6 +375,17 @@ def test_prefills_are_padded_by_twelve_percent_at_most(mistral, tokens, batch):
     assert len({(rows, width) for _, _, rows, width in groups}) <= 28
 
 
+def test_a_few_prompts_of_one_kind_are_no_full_prefill(mistral):
+    """Those of the other kind that come after them fill no rows of theirs."""
+    scheduler = copy.copy(mistral.scheduler(batch=64))
+    scheduler._fewest, scheduler.batch, scheduler._prefill_tokens = 2, 256, 8192
+    prefix = [1] * 50
+    prompts = [prefix + [0] * 12] * 5 + [[0] * 500] * 40
+    groups, _ = scheduler._groups(prompts, prefix)
+    group, shared, rows, width = groups[0]
+    assert (len(group), shared, rows, width) == (4, True, 4, 16)
+
+
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_the_compiled_step_copies_no_cache_and_no_weights(mistral, by_layer):
     scheduler = Scheduler(

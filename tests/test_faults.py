@@ -250,7 +250,11 @@ checkpoints.close()
 def test_damage_that_only_one_of_two_processes_would_meet_is_told_to_both(tmp_path):
     def run(what):
         processes = two_processes("-c", ON_TWO_PROCESSES, what, str(tmp_path))
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        try:
+            outputs = [process.communicate(timeout=120)[0] for process in processes]
+        finally:
+            for process in processes:  # one may wait for the other for ever
+                process.kill()
         assert [process.returncode for process in processes] == [0, 0], outputs
         return outputs
 

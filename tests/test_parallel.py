@@ -150,12 +150,21 @@ def test_what_the_main_process_has_every_process_gets():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = (
-        "import jax, sys; from radonc_jax import parallel;"
-        f"jax.distributed.initialize('127.0.0.1:{port}', 2, int(sys.argv[1]));"
-        "own = b'{\"answers\": 3}' if parallel.is_main_process() else b'';"
-        "print(parallel.from_main(own), parallel.from_main(b''))"
-    )
+    code = f"""
+import jax, sys
+from radonc_jax import parallel
+jax.distributed.initialize('127.0.0.1:{port}', 2, int(sys.argv[1]))
+main = parallel.is_main_process()
+def refuse():
+    assert main
+    raise PermissionError('not for you')
+try:
+    parallel.on_main(refuse)
+except PermissionError as error:
+    print(error, end=' ')
+own = b'3 answers' if main else b''
+print(parallel.from_main(own), parallel.from_main(b''), parallel.on_main(lambda: [main]))
+"""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(index)],
@@ -167,4 +176,4 @@ def test_what_the_main_process_has_every_process_gets():
         for index in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    assert outputs == ["b'{\"answers\": 3}' b''"] * 2
+    assert outputs == ["not for you b'3 answers' b'' [True]"] * 2

@@ -27,6 +27,7 @@ import radonc_jax
 from configs import common
 from radonc_jax.data import rows as tables
 from radonc_jax.data.rows import open_rows
+from radonc_jax.decoding import table
 from radonc_jax.decoding.greedy import Generation
 from radonc_jax.decoding.table import answer_rows
 from radonc_jax.models import huggingface, lora
@@ -249,6 +250,39 @@ class Decoder:
             self.journal.add(self.journal.key((), text), {"tokens": [1]})
         values = [math.nan if text in self.broken else -1.0 for text in diagnoses]
         return [Generation("C61", [1], value, True, 0.5) for value in values]
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_interrupted_before_any_row_is_written_it_begins_with_one_header(
+    tmp_path, monkeypatch, chunk
+):
+    """Twice in the first chunk, once (where there is one) in the second."""
+    monkeypatch.setattr(table, "CHUNK", chunk)
+    write_csv(tmp_path / "cases.csv", [{"diagnosis": name} for name in "123"])
+    rows = open_rows(tmp_path / "cases.csv", ragged=True)
+    output = tmp_path / "answers.csv"
+    calls = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Decoder:
+        progress: object = None
+        journal: object = None
+
+        def fits(self, task, diagnosis):
+            return True
+
+        def __call__(self, task, diagnoses):
+            calls.append(len(diagnoses))
+            if len(calls) in (1, 2, 4):
+                raise KeyboardInterrupt
+            return [Generation("C61", [1], -1.0, True, 0.5) for _ in diagnoses]
+
+    given = rows, "diagnosis", TASKS["icd"], Decoder(), output, {"of": "this"}
+    for _ in range(3 if chunk == 1 else 2):
+        with pytest.raises(KeyboardInterrupt):
+            answer_rows(*given)
+    answer_rows(*given)
+    assert [row["diagnosis"] for row in read(output)] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(("broken", "left"), [({"2"}, {"1", "3"}), ({"1", "2", "3"}, set())])

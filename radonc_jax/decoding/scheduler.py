@@ -24,7 +24,8 @@ from radonc_jax.models.decoder import Cache
 from radonc_jax.models.lora import Partition
 
 LENGTH_STEP = 16
-MOST_PADDING = 0.2  # of a prefill, where fewer rows can help; over many prompts it is far less
+MOST_PADDING = 0.12  # of a prefill's places, beyond each prompt's own rounding up
+)
 # Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
@@ -360,8 +361,8 @@ class Scheduler:
         first, so that it shows at once if memory does not suffice; and the prefix's padded length.
 
         Where the lengths differ much, as among the longest, a group has fewer rows: half of them,
-        a quarter and so on, until no more than `MOST_PADDING` of it is padding or the fewest are
-        reached. So few shapes are compiled.
+        a quarter and so on, until no more than `MOST_PADDING` of it is padding beyond the rounding
+        of `padded_length`, or the fewest are reached. So few shapes are compiled.
         """
         prefix = list(prefix)
         shared = [
@@ -376,7 +377,8 @@ class Scheduler:
             width = padded_length(left[first])
             rows = min(self._spread(self._prefill_tokens // width), self.batch)
             while (half := self._spread(rows // 2)) < rows:
-                tokens = sum(left[i] for i in itertools.islice(order, rows))
+                alike = [i for i in itertools.islice(order, rows) if shared[i] == shared[first]]
+                tokens = sum(padded_length(left[i]) for i in alike)
                 if tokens >= (1 - MOST_PADDING) * rows * width:
                     break
                 rows = half

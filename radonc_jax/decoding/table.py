@@ -25,6 +25,7 @@ ADDED = ("answer", "parsed", "logprob", "finished", "trimmed", "problem")
 NOT_FINITE = "log-probability not finite"
 CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
 REPORT_SECONDS = 30  # between lines of progress where there is no terminal
+FORMAT = 2  # of the files beside an unfinished output; those of another one are not gone on with
 TOLD = 20  # numbers of rows without an answer that are told for each reason
 
 
@@ -45,13 +46,15 @@ class Part:
         self.output = output
         self._path = output.with_name(f".{output.name}.part")
         self._place = output.with_name(f".{output.name}.place.json")
-        self._source, self._main = dict(source), parallel.is_main_process()
+        self._source = {"format": FORMAT} | dict(source)
+        self._main = parallel.is_main_process()
         self.rows, self.problems, size = 0, {}, 0
         self._file = None
         if self._main:
             if self._path.is_file() and self._place.is_file():
                 place = json.loads(self._place.read_text(encoding="utf-8"))
-                if place["source"] == self._source:
+                # Without a row there is nothing to go on with: the header is written anew.
+                if place["rows"] and place["source"] == self._source:
                     self.rows, size = place["rows"], place["bytes"]
                     self.problems = place["problems"]
             self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115

@@ -21,10 +21,8 @@ from jax.sharding import PartitionSpec
 from radonc_jax import parallel
 
 BACKENDS = ("xla", "cudnn", "splash")
-QUERY_BLOCK, MOST_BLOCKS = (
-    128,
-    8,
-)  # of "xla": queries in a block, unless a row has more than so many
+QUERY_BLOCK = 128  # queries of a packed row that "xla" takes at a time,
+MOST_BLOCKS = 8  # unless the row would have more blocks than that
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def _xla(query, key, value, visible: Visible, ordered: bool = False) -> jax.Arra
     """Packed rows in blocks of queries, each with the keys up to its end: what comes later in the
     row is never seen, so nearly half of the scores need not be computed."""
     length = query.shape[1]
-    if visible.segments is None or length != key.shape[1]:
+    if visible.segments is None:
         return _xla_block(query, key, value, visible.mask, ordered)
     block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
     outputs = []

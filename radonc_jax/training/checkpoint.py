@@ -142,20 +142,20 @@ class Checkpoints:
           PermissionError: a file may not be read.
         """
         problems: dict[int, str] = {}
-        alone = not parallel.several_processes()
         for number in reversed(self._manager.all_steps()):
-            try:
-                if alone:
-                    restored = self._restore(shapes, placements, number)
-                else:
-                    self._check(shapes, number)
-            except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # nothing is wrong with the checkpoint
-            except Exception as error:  # whatever a broken file leads to
-                problems[number] = _short(error)
+            restored = None
+            if parallel.several_processes():
+                # All read their parts of a checkpoint together, so one that met a damaged file
+                # there would leave the others waiting: the main one reads all of it first.
+                folder = self._workdir / "checkpoints" / str(number)
+                problem = parallel.on_main(lambda f=folder: _attempt(_read_through, f, shapes)[1])
+            else:
+                restored, problem = _attempt(self._restore, shapes, placements, number)
+            if problem is not None:
+                problems[number] = problem
                 continue
             self._set_aside(problems)
-            if not alone:
+            if restored is None:
                 restored = self._restore(shapes, placements, number)
             state, progress = restored
             self._best.note(progress.best_step)
@@ -169,25 +169,6 @@ class Checkpoints:
                 "--workdir"
             )
         return None
-
-    def _check(self, shapes: TrainState, step: int) -> None:
-        """Raises ValueError on every process where the main one cannot read a checkpoint.
-
-        All read their parts of a checkpoint together, so one that met a damaged file there would
-        leave the others waiting. The main process reads all of it first, by itself, an array at a
-        time.
-        """
-        found = b""
-        if parallel.is_main_process():
-            try:
-                _read_through(self._workdir / "checkpoints" / str(step), shapes)
-            except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
-                raise
-            except Exception as error:
-                found = _short(error).encode()
-        found = parallel.from_main(found)
-        if found:
-            raise ValueError(found.decode())
 
     def _set_aside(self, problems: dict[int, str]) -> None:
         """Moves damaged checkpoints out of the way; what they have cost is told."""
@@ -242,8 +223,18 @@ class Checkpoints:
             self._manager.close()
 
 
+def _attempt(read, *arguments) -> tuple:
+    """(What `read` returns, None), or (None, what is wrong with the checkpoint)."""
+    try:
+        return read(*arguments), None
+    except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # nothing is wrong with the checkpoint
+    except Exception as error:  # whatever a broken file leads to
+        return None, _short(error)
+
+
 def _read_through(folder: Path, shapes: TrainState) -> None:
-    """Reads a checkpoint on this process alone; whatever is raised, it is damaged or another's."""
+    """Reads a checkpoint on this process alone, an array at a time; raises if it is damaged."""
     this = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"check{this}"
