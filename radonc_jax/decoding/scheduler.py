@@ -25,7 +25,6 @@ from radonc_jax.models.lora import Partition
 
 LENGTH_STEP = 16
 MOST_PADDING = 0.12  # of a prefill's places, beyond each prompt's own rounding up
-)
 # Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
