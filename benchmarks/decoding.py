@@ -36,9 +36,9 @@ import numpy as np
 from absl import app, flags
 
 _SIZE = flags.DEFINE_enum("size", "30m", ["30m", "7b"], "Model.")
-_CASES = flags.DEFINE_integer("cases", 96, "Prompts; 1581 with --size=7b.", lower_bound=2)
+_CASES = flags.DEFINE_integer("cases", 192, "Prompts; 1581 with --size=7b.", lower_bound=2)
 _TURNS = flags.DEFINE_integer("turns", 2, "Timed runs of each way.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 64, "Our slots; 256 with --size=7b.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "Our slots; 256 with --size=7b.", lower_bound=1)
 _WAYS = flags.DEFINE_list("ways", None, "Only these; all when left out.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/decoding.json", "JSON to write.")
 _WAY = flags.DEFINE_string("way", None, "Set by the benchmark itself, for a process of its own.")
