@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from reports import run_in_memory
 
 from radonc_jax.data.cohort import (
     keep_copy,
@@ -302,6 +304,44 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
                 assert told(counts, 60 - round(60 * entry[m]["accuracy"]["value"])) == {}
     flip = public["tasks"]["icd"]["robustness"]["tuned"]["side_flip"]
     assert flip == {"n": "<11", "rate": None, "expected": "flips"}
+
+
+def test_a_small_mcnemar_count_cannot_be_read_off_another_test():
+    # 3 that only the original gets right, 20 only the tuned: a patient each, and no shared words.
+    answers = [("C61", "C61", "")] * 3 + [("C61", "", "C61")] * 20 + [("C61", "C61", "C61")] * 17
+    report = findings.build_report([run_in_memory(answers, "icd")], bootstrap=0)
+    before = report["tasks"]["icd"]["tests"]
+    kinds = ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient")
+    assert [before[kind]["n_nonzero"] for kind in kinds] == [23] * 3
+    after = published.publish(report)["tasks"]["icd"]["tests"]
+    assert after["mcnemar"]["only_original"] is after["mcnemar"]["only_tuned"] is None
+    for kind in kinds:
+        assert after[kind]["n_nonzero"] is after[kind]["statistic"] is None, kind
+        assert after[kind]["p_value"] == before[kind]["p_value"]
+    told = {name for name, value in after["effect"].items() if value is not None}
+    assert told == {"cohen_h"}  # of the two accuracies
+
+
+def test_a_small_bin_of_the_reliability_curve_cannot_be_worked_out():
+    sizes = {0.95: 40, 0.55: 20, 0.15: 4}
+    answers = [("C61", "", "C61" if i % 3 else "C20") for i in range(sum(sizes.values()))]
+    logprobs = [math.log(share) for share, n in sizes.items() for _ in range(n)]
+    report = findings.build_report([run_in_memory(answers, "icd", logprobs=logprobs)], bootstrap=0)
+    bins = report["tasks"]["icd"]["confidence"]["tuned"]["reliability"]
+    assert [row["n"] for row in bins] == [4, 20, 40]
+    shown = published.publish(report)["tasks"]["icd"]["confidence"]["tuned"]["reliability"]
+    # n and the accuracy less the two large bins would be the small one.
+    hidden = {"confidence": None, "accuracy": None}
+    assert shown == [hidden | {"n": "<11"}, hidden | {"n": "hidden"}, bins[2]]
+
+
+def test_few_unreadable_references_are_hidden():
+    regimen = "Left breast, 50 Gy in 25 fractions"
+    answers = [("as discussed", regimen, regimen)] * 3 + [(regimen, "", regimen)] * 20
+    report = findings.build_report([run_in_memory(answers)], bootstrap=0)
+    assert report["tasks"]["regimen"]["details"]["unreadable_references"] == 3
+    public = published.publish(report)
+    assert public["tasks"]["regimen"]["details"]["unreadable_references"] is None
 
 
 def test_a_published_cohort_tells_no_small_count():

@@ -582,11 +582,13 @@ def _definitions() -> str:
 
 
 def _source(report: Mapping, run: Run, name: str, include_text: bool) -> Source:
+    provenance = report["provenance"][name]  # in the published form without folders
+    named = {"model": provenance.get("model")} if "model" in run.config else {}
     return Source(
         entries={task: entry for task, entry in entries(report) if entry["run"] == name},
         split=run.split,
-        config=run.config,
-        manifest=run.provenance.get("manifest") or {},
+        config=run.config | named,
+        manifest=provenance.get("manifest") or {},
         cohort=run.cohort if include_text else publish_cohort(run.cohort),
     )
 
