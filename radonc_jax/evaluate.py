@@ -232,12 +232,7 @@ def answer(
             f"n {scores['n']}"
         )
     for task, found in rates.items() if with_robustness else ():
-        shown = (
-            f"{name.replace('_', ' ')} {entry['rate']:.3f} of {entry['n']}"
-            for name, entry in found.items()
-            if entry["n"]
-        )
-        print(f"{task}, as expected after: {', '.join(shown)}")
+        print(robustness.describe(task, found))
     if output is not None:
         print(f"answers and scores: {output}")
 

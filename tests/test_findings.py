@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from reports import run_in_memory
 
 from radonc_jax.data.cohort import (
     keep_copy,
@@ -20,7 +22,15 @@ from radonc_jax.data.cohort import (
     write_cohort,
 )
 from radonc_jax.data.splits import SPLITS
-from radonc_jax.evaluation import findings, published, robustness, run, run_folder, subgroups
+from radonc_jax.evaluation import (
+    findings,
+    metrics,
+    published,
+    robustness,
+    run,
+    run_folder,
+    subgroups,
+)
 from radonc_jax.evaluation.report import write_report
 from radonc_jax.evaluation.verdict import judge_tuning
 from radonc_jax.tasks import select
@@ -244,12 +254,12 @@ def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
         }
         for i, label in enumerate(labels)
     }
-    metrics = {
+    found = {
         "per_class": classes,
         "confusion": {"labels": [*labels, "unparseable"], "matrix": matrix},
     }
-    published._publish_classes(metrics)
-    shown, classes = metrics["confusion"]["matrix"], metrics["per_class"]
+    published._publish_classes(found)
+    shown, classes = found["confusion"]["matrix"], found["per_class"]
     rows = [c["support"] if isinstance(c["support"], int) else None for c in classes.values()]
     for i, c in enumerate(classes.values()):
         if c["recall"] is not None:
@@ -302,6 +312,44 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
                 assert told(counts, 60 - round(60 * entry[m]["accuracy"]["value"])) == {}
     flip = public["tasks"]["icd"]["robustness"]["tuned"]["side_flip"]
     assert flip == {"n": "<11", "rate": None, "expected": "flips"}
+
+
+def test_a_small_mcnemar_count_cannot_be_read_off_another_test():
+    # 3 that only the original gets right, 20 only the tuned: a patient each, and no shared words.
+    answers = [("C61", "C61", "")] * 3 + [("C61", "", "C61")] * 20 + [("C61", "C61", "C61")] * 17
+    report = findings.build_report([run_in_memory(answers, "icd")], bootstrap=0)
+    before = report["tasks"]["icd"]["tests"]
+    kinds = ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient")
+    assert [before[kind]["n_nonzero"] for kind in kinds] == [23] * 3
+    after = published.publish(report)["tasks"]["icd"]["tests"]
+    assert after["mcnemar"]["only_original"] is after["mcnemar"]["only_tuned"] is None
+    for kind in kinds:
+        assert after[kind]["n_nonzero"] is after[kind]["statistic"] is None, kind
+        assert after[kind]["p_value"] == before[kind]["p_value"]
+    told = {name for name, value in after["effect"].items() if value is not None}
+    assert told == {"cohen_h"}  # of the two accuracies
+
+
+def test_a_small_bin_of_the_reliability_curve_cannot_be_worked_out():
+    sizes = {0.95: 40, 0.55: 20, 0.15: 4}
+    answers = [("C61", "", "C61" if i % 3 else "C20") for i in range(sum(sizes.values()))]
+    logprobs = [math.log(share) for share, n in sizes.items() for _ in range(n)]
+    report = findings.build_report([run_in_memory(answers, "icd", logprobs=logprobs)], bootstrap=0)
+    bins = report["tasks"]["icd"]["confidence"]["tuned"]["reliability"]
+    assert [row["n"] for row in bins] == [4, 20, 40]
+    shown = published.publish(report)["tasks"]["icd"]["confidence"]["tuned"]["reliability"]
+    # n and the accuracy less the two large bins would be the small one.
+    hidden = {"confidence": None, "accuracy": None}
+    assert shown == [hidden | {"n": "<11"}, hidden | {"n": "hidden"}, bins[2]]
+
+
+def test_few_unreadable_references_are_hidden():
+    regimen = "Left breast, 50 Gy in 25 fractions"
+    answers = [("as discussed", regimen, regimen)] * 3 + [(regimen, "", regimen)] * 20
+    report = findings.build_report([run_in_memory(answers)], bootstrap=0)
+    assert report["tasks"]["regimen"]["details"]["unreadable_references"] == 3
+    public = published.publish(report)
+    assert public["tasks"]["regimen"]["details"]["unreadable_references"] is None
 
 
 def test_a_published_cohort_tells_no_small_count():
@@ -383,17 +431,40 @@ def test_the_verdict_says_plainly_who_wins():
         assert judged["best_untuned"] == "original_examples"
         assert judged["tuned_beats_untuned"] is beats
         assert said in judged["sentences"][2] and len(judged["sentences"]) == 4
+    # Of other cases: the most accurate baseline is beaten, a less accurate one is not told apart.
+    several = entry_with(0.8, 0.6, 0.2, 0.1, 0.3)
+    unclear = {"difference": {"value": 0.3, "low": -0.1, "high": 0.7}, "mcnemar": {"p_value": 0.3}}
+    several["baselines"]["tfidf"] = {"accuracy": {"value": 0.5}}
+    several["baseline_tests"]["tfidf"] = unclear
+    several["variants"], several["variant_tests"] = (
+        dict(zip(("original_examples", "original_constrained"), found.values(), strict=True))
+        for found in (several["baselines"], several["baseline_tests"])
+    )
+    judged = judge_tuning("icd", several)
+    assert judged["best_baseline"] == "tfidf" and judged["tuned_beats_baseline"] is False
+    assert "TF-IDF with logistic regression reaches 50.0 %" in judged["sentences"][1]
+    assert judged["best_untuned"] == "original_constrained"
+    assert judged["tuned_beats_untuned"] is False
     few = entry_with(0.8, 0.5, 0.3, 0.2, 0.4)
     for tests in (few["tests"], few["baseline_tests"]["lookup"]):
         tests["mcnemar"] = {"p_value": 0.125}
     judged = judge_tuning("icd", few)
     assert judged["tuned_beats_baseline"] is False
     assert "as far as these cases tell" in judged["sentences"][1]
-    assert "which chance alone could explain" in judged["sentences"][0]
+    # The main test finds a gain all the same, and both are said.
+    said = judged["sentences"][0]
+    assert said.endswith(
+        "one-sided Wilcoxon p = 0.0100). The Wilcoxon test finds a gain, but McNemar's exact "
+        "two-sided test does not (p = 0.1250)."
+    )
+    few["tests"]["wilcoxon"]["p_holm"] = 0.06
+    said = judge_tuning("icd", few)["sentences"][0]
+    assert said.endswith("p = 0.0100, after Holm p = 0.0600), which chance alone could explain.")
+    assert "chance" not in better["sentences"][0] and "but" not in better["sentences"][0]
     assert better["best_untuned"] is better["tuned_beats_untuned"] is None
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
-    assert "which chance alone could explain" in unsure["sentences"][0]
+    assert "a gain, but the interval of the difference holds 0." in unsure["sentences"][0]
 
 
 # -- two tuned models, and a folder that has travelled ---------------------------------------
@@ -576,6 +647,20 @@ def test_predictions_that_do_not_belong_together_are_refused(icd_run, change, me
     assert "\n" not in str(error.value) and "Cancer" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["null", "NaN", "true", '"0.5"'])
+@pytest.mark.parametrize("field", ["accuracy", "unparseable"])
+def test_figures_that_are_no_numbers_are_refused_in_one_line(icd_run, field, value):
+    def broken(text):
+        scores = json.loads(text)
+        scores |= {field: {"value": "X"} if field == "accuracy" else "X"}
+        return json.dumps(scores).replace('"X"', value)
+
+    edit(icd_run, broken, name="metrics.json")
+    with pytest.raises(ValueError, match="metrics.json: not what evaluate writes") as error:
+        run_folder.read_run(icd_run)
+    assert "\n" not in str(error.value)
+
+
 def test_predictions_of_another_split_are_refused(icd_run):
     edit(icd_run, lambda text: text.replace('"split": "test"', '"split": "train"'), "tuned",
          "metrics.json")  # fmt: skip
@@ -610,7 +695,21 @@ def test_cases_that_both_models_lack_are_told(icd_run, change, message):
     assert run_folder.read_run(icd_run).cases is None
 
 
-@pytest.mark.parametrize("content", ["{}", '{"task": "icd"}', '{"task": "icd", "accuracy": 1}'])
+def test_a_validation_split_with_missing_cases_calibrates_nothing(icd_run, cohort):
+    answer(icd_run, cohort, "tuned", 0.8, split="validation")
+    path = icd_run / "evaluation" / "validation" / "tuned"
+    lines = (path / run.PREDICTIONS).read_text().splitlines(keepends=True)[:-3]
+    (path / run.PREDICTIONS).write_text("".join(lines))
+    given = [json.loads(line) for line in lines]
+    scores = metrics.score(given, select("icd")[0], split="validation", model="tuned", bootstrap=0)
+    (path / run.METRICS).write_text(json.dumps(scores))
+    with pytest.raises(ValueError, match="no answer to 3 of the 40 cases of split 'validation'"):
+        run_folder.read_run(icd_run)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"task": "icd"}', '{"task": "icd", "accuracy": 1}', '{"tasks": [1]}']
+)
 def test_scores_that_evaluate_did_not_write_are_refused_in_one_line(icd_run, content):
     edit(icd_run, lambda text: content, name="metrics.json")
     with pytest.raises(ValueError, match="metrics.json: not what evaluate writes"):
@@ -664,5 +763,21 @@ def test_an_older_evaluation_is_scored_anew(icd_run, cohort):
         path = icd_run / "evaluation" / "test" / model / "metrics.json"
         scores = json.loads(path.read_text())
         path.write_text(json.dumps({k: v for k, v in scores.items() if "micro" not in k}))
+    after = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    assert after["tuned"] == before["tuned"]
+
+
+@pytest.mark.parametrize("method", [None, 0])
+def test_intervals_of_another_definition_are_made_anew(icd_run, method):
+    before = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    path = icd_run / "evaluation" / "test" / "tuned" / "metrics.json"
+    scores = json.loads(path.read_text())
+    scores["accuracy"] |= {"low": 0.0, "high": 1.0}
+    # Of this very definition they stand as they were written.
+    path.write_text(json.dumps(scores))
+    kept = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
+    assert kept["tuned"]["accuracy"] == scores["accuracy"]
+    other = {name: value for name, value in scores.items() if name != "interval_method"}
+    path.write_text(json.dumps(other if method is None else other | {"interval_method": method}))
     after = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
     assert after["tuned"] == before["tuned"]

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from reports import NASTY, make_cohort, make_run
 
+from radonc_jax.data.cohort import sha256
 from radonc_jax.evaluation import findings, report, run, run_folder
 from radonc_jax.tasks import TASKS
 
@@ -101,12 +102,43 @@ def test_a_published_report_holds_no_clinical_text(workdir, tmp_path):
     report.write_runs(runs, tmp_path, include_text=False, figures=True, bootstrap=20)
     assert len(list(tmp_path.iterdir())) == 4
     for path in tmp_path.iterdir():
-        # The run's folder is named in the report, and pytest counts its own: "pytest-10".
-        text = path.read_bytes().replace(str(workdir).encode(), b"").decode("utf-8", "ignore")
+        text = path.read_text("utf-8", "ignore")
         for clinical in ("L breast", "alert", "variant 1", "test-1", "50 Gy in 25"):
             assert clinical not in text, (path.name, clinical)
     page = Page((tmp_path / "report.html").read_text())
     assert "script" not in page.tags
+
+
+def test_a_published_report_tells_no_folder_and_no_command_line(tmp_path, cohort):
+    private = "/home/j.doe/weights/base-7b"
+    folder = make_run(tmp_path / "one", cohort, name=private)
+    manifest = {
+        "base": {"model": private, "folder": private, "sha256": {"model.safetensors": "a7ca"}},
+        "init_from": {"folder": "../j.doe/adapter", "step": 3},
+        "cohort": {"folder": str(cohort), "manifest_sha256": sha256(cohort / "manifest.json")},
+        "environment": {
+            "versions": {"jax": "0.10.2"},
+            "command": ["--config=/home/j.doe/a.py"],
+            "xla_flags": "--xla_dump_to=/home/j.doe",
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    runs = [run_folder.read_run(folder)]
+    private_report = report.write_runs(runs, tmp_path / "own", bootstrap=20)
+    assert private_report["provenance"]["one"]["manifest"] == manifest
+    assert private in (tmp_path / "own" / "report.html").read_text()
+    public = report.write_runs(runs, tmp_path / "public", include_text=False, bootstrap=20)
+    kept = public["provenance"]["one"]
+    assert kept["model"] == public["tasks"]["icd"]["model"] == "base-7b"
+    assert kept["manifest"] == {
+        "base": {"model": "base-7b", "sha256": {"model.safetensors": "a7ca"}},
+        "init_from": {"step": 3},
+        "cohort": {"manifest_sha256": manifest["cohort"]["manifest_sha256"]},
+        "environment": {"versions": {"jax": "0.10.2"}},
+    }
+    for name in ("report.html", "report.json"):
+        text = (tmp_path / "public" / name).read_text()
+        assert "base-7b" in text and "j.doe" not in text and str(tmp_path) not in text, name
 
 
 def test_same_input_same_bytes(workdir, tmp_path):

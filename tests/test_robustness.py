@@ -201,3 +201,11 @@ def test_files_hold_no_text(tmp_path):
     assert written == summary and written["icd"]["side_flip"]["rate"] == 1.0
     text = (tmp_path / "robustness.jsonl").read_text()
     assert "breast" not in text and text.count("\n") == sum(e["n"] for e in summary["icd"].values())
+
+
+def test_a_task_in_which_nothing_could_be_changed_is_told_in_words():
+    one = {"synonyms": {"n": 4, "rate": 0.75}, "side_flip": {"n": 0, "rate": None}}
+    assert robustness.describe("icd", one) == "icd, as expected after: synonyms 0.750 of 4"
+    none = {name: {"n": 0, "rate": None} for name in robustness.PERTURBATIONS}
+    said = "modality: no text could be changed and asked again, so robustness is not known"
+    assert robustness.describe("modality", none) == said

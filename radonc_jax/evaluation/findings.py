@@ -12,7 +12,7 @@ from radonc_jax.evaluation.baselines import judge_baselines
 from radonc_jax.evaluation.comparison import compare_models, pair_predictions
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
-from radonc_jax.evaluation.statistics import holm
+from radonc_jax.evaluation.statistics import INTERVAL_METHOD, holm
 from radonc_jax.evaluation.verdict import UNTUNED, judge_tuning
 from radonc_jax.tasks import TASKS
 
@@ -161,10 +161,12 @@ def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
 
 
 def _scored(run: Run, model: str, task: str, options: dict) -> dict:
-    """The model's metrics.json, scored anew where it was written before a score was thought of."""
+    """The model's metrics.json, scored anew where it was written before a score was thought of, or
+    its intervals were of another definition than those beside them."""
     written = run.metrics[model][task]
     needed = (*scores.ROUGE_SCORES, *scores.CLASS_SCORES, "unparseable_share", "patients")
-    if all(name in written for name in needed):
+    same_intervals = written.get("interval_method") == INTERVAL_METHOD
+    if same_intervals and all(name in written for name in needed):
         return written
     anew = scores.score(
         run.predictions[model][task], TASKS[task], split=run.split, model=model, **options

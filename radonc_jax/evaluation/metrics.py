@@ -28,7 +28,7 @@ from rouge_score import rouge_scorer, tokenizers
 from scipy import sparse
 from sklearn.metrics import precision_recall_fscore_support
 
-from radonc_jax.evaluation.statistics import PatientBootstrap, bootstrap_means
+from radonc_jax.evaluation.statistics import INTERVAL_METHOD, PatientBootstrap, bootstrap_means
 from radonc_jax.tasks import Record, Task
 
 UNPARSEABLE = "unparseable"
@@ -131,6 +131,7 @@ def score(
         "model": model,
         "n": len(predictions),
         "patients": len(set(patients)),
+        "interval_method": INTERVAL_METHOD,
         "unparseable": sum(prediction["answer"] is None for prediction in predictions),
         "unfinished": sum(not prediction["finished"] for prediction in predictions),
     }

@@ -34,7 +34,7 @@ from radonc_jax.evaluation.published import publish_cohort
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
-from radonc_jax.evaluation.verdict import UNTUNED, standing
+from radonc_jax.evaluation.verdict import UNTUNED, adjusted_p, doubts, standing
 
 
 def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = True) -> str:
@@ -159,14 +159,9 @@ def _best_baseline(entry: Mapping) -> tuple[str, Mapping] | None:
 
 
 def _standing(entry: Mapping) -> str | None:
-    """How the tuned model stands to the best baseline (see `standing`); None without baselines."""
+    """How the tuned model stands to the baselines (see `standing`), at the worst; None without."""
     best = _best_baseline(entry)
     return None if best is None else standing(entry["baseline_tests"][best[0]])
-
-
-def _holm(entry: Mapping) -> float:
-    test = entry["tests"]["wilcoxon"]
-    return test.get("p_holm", test["p_value"])
 
 
 _STANDINGS = {
@@ -199,7 +194,7 @@ def _found(report: Mapping, drawer: Drawer) -> str:
                 plain_cell(entry["tuned"]["n"]),
                 score_cell(entry["original"]["accuracy"]),
                 score_cell(entry["tuned"]["accuracy"]),
-                format_p(_holm(entry)),
+                format_p(adjusted_p(entry["tests"])),
                 shown,
                 _STANDINGS[_standing(entry)],
                 score_cell(entry["ceiling"]),
@@ -211,8 +206,8 @@ def _found(report: Mapping, drawer: Drawer) -> str:
         "Original",
         "Tuned",
         "p (Wilcoxon)",
-        "Best simple baseline",
-        "Tuned beats it",
+        "Simple baseline, the hardest to beat",
+        "Tuned beats all of them",
         "Best reachable",
     )
     caption = "Accuracy with 95 % intervals; p is one-sided (Wilcoxon), after Holm over all rows."
@@ -294,32 +289,41 @@ def _rivals(report: Mapping) -> str:
 
 
 def _untuned_rivals(report: Mapping) -> str:
-    """A clause on the tasks in which tuning does not beat what the original can do without it."""
-    named = []
+    """Clauses on the tasks in which tuning does not beat what the original can do without it."""
+    named: dict[str, list[str]] = {"worse": [], "unclear": []}
     for task, entry in entries(report):
         name = entry["verdict"].get("best_untuned")
         if name is not None and not entry["verdict"]["tuned_beats_untuned"]:
             reached, tuned = (
                 _share(_accuracy(m)) for m in (entry["variants"][name], entry["tuned"])
             )
-            named.append(
+            named[standing(entry["variant_tests"][name])].append(
                 f"{_called(report, task, entry)} ({UNTUNED[name]} {reached}, tuned {tuned})"
             )
-    if not named:
-        return ""
-    return f"; the original model does as well or better without tuning on {_sentence(named)}"
+    says = {
+        "worse": "the original model does better without tuning on",
+        "unclear": "the original model without tuning is not told apart from the tuned one, as far "
+        "as these cases tell, on",
+    }
+    return "".join(f"; {says[kind]} {_sentence(names)}" for kind, names in named.items() if names)
 
 
 def _certainty(report: Mapping) -> str:
     listed = entries(report)
-    sure = sum(_holm(entry) <= 0.05 for _, entry in listed)
+    sure = [entry for _, entry in listed if adjusted_p(entry["tests"]) <= 0.05]
+    doubted = sum(bool(doubts(entry["tests"])) for entry in sure)
     unread = sum(entry["tuned"]["unparseable"] for _, entry in listed)
     total = sum(entry["tuned"]["n"] for _, entry in listed)
     text = (
         "<strong>How sure</strong>: the gain is significant (one-sided Wilcoxon at 5 %, after "
-        f"Holm) in {sure} of {len(listed)} comparison{'s' if len(listed) > 1 else ''}; {unread:,} "
-        f"of {total:,} tuned answers cannot be read"
+        f"Holm) in {len(sure)} of {len(listed)} comparison{'s' if len(listed) > 1 else ''}"
     )
+    if doubted:
+        text += (
+            f", but in {doubted} of these McNemar's exact two-sided test at 5 % or the interval of "
+            "the difference does not bear it out"
+        )
+    text += f"; {unread:,} of {total:,} tuned answers cannot be read"
     ceilings = [
         f"{_called(report, task, entry)} {_share(entry['ceiling'])}"
         for task, entry in listed
@@ -516,7 +520,8 @@ DEFINITIONS = {
     "text. Unfinished: the text was cut at the limit of new tokens. Shares are of all cases.",
     "Models": "Original: the base as it was given. With examples: training cases and their "
     "answers stand in its prompt. Constrained: only answers of a closed set can be given, the "
-    "four modalities or the codes of a table.",
+    "four modalities or ICD codes: those of the whole code table or, where asked so, those of the "
+    "cohort's training and validation cases.",
     "ROUGE-1": "Words shared by the raw answer and the reference, without stemming: precision is "
     "their share of the answer, recall their share of the reference, F1 = 2PR / (P + R). The "
     "customary tokenizer splits 40.05 in two, and a wrong dose costs it little: read it beside "
@@ -529,19 +534,23 @@ DEFINITIONS = {
     "few patients. Where all patients score alike: what the score would be if the largest share of "
     "all patients that may differ (exact binomial) were wholly wrong or wholly right.",
     "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; "
-    "cases on which the models tie are left out. Holm adjusts for all comparisons of this report. "
-    "By patient: of each patient's mean, since the cases of a patient are not independent.",
+    "cases on which the models tie are left out. Holm adjusts over the tests of the same kind in "
+    "this report: all of tuned against original, all against simple baselines, all against the "
+    "original model with examples or constrained, all between the tuned models of two runs. By "
+    "patient: of each patient's mean, since the cases of a patient are not independent.",
     "Difference": "Tuned less the other model on the same cases, with its paired interval.",
     "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right.",
     "Effect sizes": "Rank-biserial r: (ranks for tuned - ranks for original) / all ranks, from -1 "
     "to 1. Cohen's h: 2 asin(sqrt(p tuned)) - 2 asin(sqrt(p original)). Odds ratio: cases only "
-    "tuned gets right over cases only original gets right.",
+    "tuned gets right over cases only original gets right; where one of them is 0, 0.5 is added to "
+    "both.",
     "Simple baselines": "Answers that need no language model, made from the training cases. "
     "Majority class: the most frequent answer. Dictionary lookup: the most frequent answer to the "
     "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
-    "regression: a classifier on the words. A model that does not beat them is of no use. Better "
-    "or worse is said where the interval of the difference lies on one side of 0 and McNemar's p "
-    "is at most 0.05, and of all else that it is unclear.",
+    "regression: a classifier on the words. A model that does not beat them is of no use. The "
+    "simple baseline that is the hardest to beat is the one that the tuned model stands worst to, "
+    "of several the most accurate. Better or worse is said where the interval of the difference lies on one "
+    "side of 0 and McNemar's p is at most 0.05, and of all else that it is unclear.",
     "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
     "synthetic cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "
@@ -554,10 +563,12 @@ DEFINITIONS = {
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice.",
-    "Robustness": "The text is changed a little: where the side in it is flipped the side of the "
-    "answer must follow; synonyms, shuffled fields or an irrelevant sentence must not change the "
-    "answer. Each answer is held against the model's own to the text as it was, right or wrong; "
-    "cases in which that could not be read are left out.",
+    "Robustness": "The text is changed a little: where the side in it is flipped the side of a "
+    "regimen or a code must follow and a modality must stay the same; synonyms, shuffled fields or "
+    "an irrelevant sentence must not change the answer. Each answer is held against the model's "
+    "own to the text as it was, right or wrong. Left out are cases whose own answer could "
+    "not be read or, of a regimen or a code, has no side to flip, and texts to which the change "
+    "does not apply or that it makes too long for the model.",
     "Codes": "A code that can be billed is one of the table without codes below it. By depth: the "
     "chapter, block or category of the answer is the reference's; full: the code itself. Errors: "
     "too general is a code above the reference, too specific one below it; side only differs in "
@@ -565,7 +576,8 @@ DEFINITIONS = {
     "rarity: how many training cases have the reference's code.",
     "Hierarchical scores": "Over a code together with all codes above it: precision is the share "
     "of the answer's that are the reference's too, recall the reverse.",
-    "Calibration": "Confidence is the probability that the model gives its own answer. ECE: mean "
+    "Calibration": "Confidence is the probability that the model gives its own answer; where "
+    "all labels were scored, over these labels, so that theirs sum to 1. ECE: mean "
     "distance between confidence and share right over the bins, weighted by their cases. Brier "
     "score: mean squared distance between confidence and right (1) or wrong (0). Coverage at 5 % "
     "error: the largest share of cases, most confident first, of which at most 5 % are wrong. "
@@ -582,11 +594,13 @@ def _definitions() -> str:
 
 
 def _source(report: Mapping, run: Run, name: str, include_text: bool) -> Source:
+    provenance = report["provenance"][name]  # in the published form without folders
+    named = {"model": provenance.get("model")} if "model" in run.config else {}
     return Source(
         entries={task: entry for task, entry in entries(report) if entry["run"] == name},
         split=run.split,
-        config=run.config,
-        manifest=run.provenance.get("manifest") or {},
+        config=run.config | named,
+        manifest=provenance.get("manifest") or {},
         cohort=run.cohort if include_text else publish_cohort(run.cohort),
     )
 

@@ -1,6 +1,7 @@
 """The form of report.json that is to be shared: no case ids, no small group, no clinical text."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from radonc_jax.evaluation import metrics as scores
@@ -18,19 +19,27 @@ def publish(report: Mapping) -> dict:
     "hidden" too. In `confusion` the rows of these classes and counts of 1 to 10 are null; no row,
     column or diagonal that can be summed from other figures has one null alone, and a class whose
     right answers are null has no scores. `details.errors` likewise. Where McNemar counts are small
-    both are null, with what gives them away (their ratio, the number of cases that differ). Fields
-    of regimens, customary doses, robustness and bins of the reliability curve that are small have
-    n "<11" and no scores; the steps of the risk-coverage curve are of 11 cases or more.
+    both are null, with what gives them away (their ratio; of each Wilcoxon test the number of what
+    differs and the statistic; rank-biserial correlations). Fields of regimens, customary doses and
+    robustness that are small have n "<11" and no scores; so have bins of the reliability curve,
+    where one alone hides the next smallest; the steps of the risk-coverage curve are of 11 cases
+    or more. `provenance` keeps hashes, versions and settings, but no folder and no command line;
+    of models the last part of the name stays.
 
-    Sums that stand elsewhere (`n`, `unparseable`, accuracy) and p-values are of the whole split
-    and stay. Who enumerates all tables that fit every average and every p-value together may still
-    narrow a hidden count down.
+    Sums that stand elsewhere (`n`, `unparseable`, `unfinished` and their shares, accuracy) and
+    p-values are of the whole split and stay. Who enumerates all tables that fit every average and
+    every p-value together may still narrow a hidden count down.
     """
     result = json.loads(json.dumps(report))
+    result["provenance"] = _without_places(result["provenance"])
     for task, entry in entries(result):
         entry["subgroups"] = subgroups.hide_small(entry["subgroups"], "by")
         n = entry["tuned"]["n"]
         found = entry["details"]
+        for named in filter(None, (entry, entry["against"])):
+            named["model"] = _last_part(named["model"])
+        if "unreadable_references" in found:
+            found["unreadable_references"] = _large(found["unreadable_references"])
         if "high_rouge_wrong" in found:
             found["high_rouge_wrong"] = []
             found["high_rouge_wrong_n"] = _large(found["high_rouge_wrong_n"])
@@ -40,7 +49,7 @@ def publish(report: Mapping) -> dict:
         if found.get("allowed"):
             found["allowed"] = _without_small(found["allowed"])
         for model in filter(None, entry["confidence"].values()):
-            model["reliability"] = [_without_small(row) for row in model["reliability"]]
+            model["reliability"] = subgroups.hide_small(model["reliability"], "")
             model["risk_coverage"] = _large_steps(model["risk_coverage"], n)
             if _large(round(n * model["coverage_at_5_percent_error"])) is None:
                 model["coverage_at_5_percent_error"] = None
@@ -84,6 +93,25 @@ def publish_cohort(facts: Mapping) -> dict:
         if _large(count) is None:
             result[name] = result[name] | {key: _SMALL}
     return result
+
+
+_PLACES = ("workdir", "folder", "command", "xla_flags")  # of this machine and its people
+
+
+def _without_places(value: object) -> object:
+    """Provenance without the keys of _PLACES, however deep, and with models by their last part."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _last_part(inner) if key == "model" else _without_places(inner)
+        for key, inner in value.items()
+        if key not in _PLACES
+    }
+
+
+def _last_part(model: str | None) -> str | None:
+    """Of a folder, whose path is nobody's business, or of a hub id."""
+    return None if model is None else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
 
 
 _SMALL = f"<{subgroups.SMALLEST_CELL}"
@@ -130,15 +158,17 @@ def _large_steps(points: Sequence[dict], n: int) -> list[dict]:
 
 
 def _publish_tests(tests: dict) -> None:
-    for kind in ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient"):
-        if _large(tests[kind]["n_nonzero"]) is None:
-            tests[kind] |= {"n_nonzero": None, "statistic": None}
     pair = [tests["mcnemar"][f"only_{model}"] for model in MODELS]
-    # Their difference is that of the accuracies, so one tells the other.
-    if None in map(_large, pair):
+    # Their difference is that of the accuracies, so one tells the other, and so does their sum: it
+    # is what differs by patient too where each has one case, and by ROUGE-1 where answers are
+    # either right or of other words.
+    small = None in map(_large, pair)
+    if small:
         tests["mcnemar"] |= {f"only_{model}": None for model in MODELS}
-        tests["effect"] |= {"odds_ratio": None, "rank_biserial": None}
-        tests["wilcoxon"] |= {"n_nonzero": None, "statistic": None}
+        tests["effect"] |= dict.fromkeys(("odds_ratio", "rank_biserial", "rank_biserial_rouge1"))
+    for kind in ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient"):
+        if small or _large(tests[kind]["n_nonzero"]) is None:
+            tests[kind] |= {"n_nonzero": None, "statistic": None}
 
 
 def _publish_classes(metrics: dict) -> None:

@@ -253,6 +253,18 @@ def probe(
     return summary, cases
 
 
+def describe(task: str, summary: Mapping[str, Mapping]) -> str:
+    """One line for the terminal on a `probe` summary."""
+    shown = [
+        f"{name.replace('_', ' ')} {entry['rate']:.3f} of {entry['n']}"
+        for name, entry in summary.items()
+        if entry["n"]
+    ]
+    if not shown:
+        return f"{task}: no text could be changed and asked again, so robustness is not known"
+    return f"{task}, as expected after: {', '.join(shown)}"
+
+
 def _same(task: Task, answer: str | None, wanted: str) -> bool:
     # A regimen in other words or another order of words is the same regimen.
     return bool(task.correct(answer, wanted))

@@ -187,19 +187,20 @@ def _fault(prediction: object) -> str | None:
         return "answer is neither a text nor null"
     if prediction["correct"] and prediction["answer"] is None:
         return "an answer that could not be read is called correct"
-    if not _is_number(prediction["rouge1"]) or not 0 <= prediction["rouge1"] <= 1:
+    if not is_number(prediction["rouge1"]) or not 0 <= prediction["rouge1"] <= 1:
         return "rouge1 is no number from 0 to 1"
     logprob, labels = prediction.get("logprob"), prediction.get("label_logprobs")
-    if logprob is not None and not _is_number(logprob):
+    if logprob is not None and not is_number(logprob):
         return "logprob is neither a finite number nor null"
     if labels is not None and not (
-        isinstance(labels, dict) and labels and all(map(_is_number, labels.values()))
+        isinstance(labels, dict) and labels and all(map(is_number, labels.values()))
     ):
         return "label_logprobs are no finite numbers"
     return None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

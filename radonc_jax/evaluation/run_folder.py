@@ -27,6 +27,7 @@ from radonc_jax.evaluation.run import (
     PREDICTIONS,
     SOURCE,
     VARIANTS,
+    is_number,
     read_predictions,
     split_tasks,
 )
@@ -83,8 +84,8 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     Raises:
       FileNotFoundError: the folder, or the predictions or metrics of a model, are missing.
       ValueError: a file cannot be read, holds predictions of another split, task or case than it
-        should or not of all cases, the two models answered different tasks, or `cohort` is not the
-        run's.
+        should or not of all cases (the validation split's too), the two models answered different
+        tasks, or `cohort` is not the run's.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -135,6 +136,9 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         _check_cases(workdir, split, predictions["original"], cases["case_id"].astype(str))
         training, held_out = as_records(splits["train"]), as_records(cases)
         facts = load_manifest(folder)
+    validation = _read_validation(workdir, split, predictions, left_out)
+    for given in validation.values() if sizes is not None else ():
+        _check_cases(workdir, "validation", given, splits["validation"]["case_id"].astype(str))
     return Run(
         name=workdir.resolve().name,
         split=split,
@@ -148,7 +152,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         config=config,
         cohort=facts,
         cases=cases,
-        validation=_read_validation(workdir, split, predictions, left_out),
+        validation=validation,
         robustness=_read_robustness(workdir, split, provenance, left_out),
         left_out=tuple(left_out),
     )
@@ -158,14 +162,14 @@ def _check_cases(
     workdir: Path, split: str, predictions: Mapping[str, Sequence[dict]], cases: Sequence[str]
 ) -> None:
     """ValueError unless every case of the split was answered, and no other: what both models lack
-    no comparison of them would show."""
+    no comparison of them would show, nor would conformal sets what their calibration lacks."""
     for task, given in predictions.items():
         answered, asked = {prediction["case_id"] for prediction in given}, set(cases)
         if answered != asked:
             raise ValueError(
                 f"{workdir}: task {task} has no answer to {len(asked - answered)} of the "
                 f"{len(asked)} cases of split {split!r} of its cohort, and {len(answered - asked)} "
-                "answers to other cases; evaluate both models again"
+                "answers to other cases; evaluate this split again, every model that answered it"
             )
 
 
@@ -213,13 +217,16 @@ def _read_robustness(
 def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """Predictions and metrics of one model by task, held against each other."""
     predictions = read_predictions(folder / PREDICTIONS)
+    content = _read_json(folder / METRICS)
     try:
-        metrics = split_tasks(_read_json(folder / METRICS))
+        metrics = split_tasks(content)
         told = {
             task: (entry["split"], entry["n"], entry["unparseable"], entry["accuracy"]["value"])
             for task, entry in metrics.items()
         }
-    except (KeyError, TypeError):
+        if not all(is_number(figure) for figures in told.values() for figure in figures[1:]):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{folder / METRICS}: not what evaluate writes; evaluate again") from None
     if predictions.keys() != metrics.keys():
         raise ValueError(f"{folder}: {PREDICTIONS} and {METRICS} hold different tasks")

@@ -12,6 +12,8 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+# Counted up whenever an interval is defined anew: scores written before are then scored again.
+INTERVAL_METHOD = 1
 _CHUNK_ENTRIES = 4_000_000  # weights held at once: 32 MB
 _KEPT_ENTRIES = 200_000_000  # draws kept from one use to the next, at most: 400 MB
 

@@ -43,11 +43,29 @@ def standing(tests: Mapping) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
+def adjusted_p(tests: Mapping) -> float:
+    """p of the main test of tuned against original, the one-sided Wilcoxon of right or wrong; after
+    Holm where `build_report` has adjusted it."""
+    return tests["wilcoxon"].get("p_holm", tests["wilcoxon"]["p_value"])
+
+
+def doubts(tests: Mapping) -> list[str]:
+    """What keeps `standing` from "better" where the main test finds a gain, in words."""
+    found, p = [], tests["mcnemar"]["p_value"]
+    if p > 0.05:
+        found.append(f"McNemar's exact two-sided test does not ({_p(p)})")
+    low = tests["difference"]["low"]
+    if low is not None and low <= 0:
+        found.append("the interval of the difference holds 0")
+    return found
+
+
 def judge_tuning(task: str, entry: Mapping) -> dict:
     """The `verdict` of one entry of report.json.
 
-    best_baseline: the baseline of the highest accuracy, or null without baselines.
-    tuned_beats_baseline: whether the tuned model is better than it (see `standing`); null without
+    best_baseline: the baseline that the tuned model stands worst to (see `standing`), of several
+      the most accurate; null without baselines.
+    tuned_beats_baseline: whether the tuned model is better than every baseline; null without
       baselines. False covers "worse" and "unclear", and the second sentence says which.
     best_untuned, tuned_beats_untuned: the same of the ways in which the original model answered
       beside the plain one (see UNTUNED); null where it did not.
@@ -72,31 +90,35 @@ def judge_tuning(task: str, entry: Mapping) -> dict:
 def _best_rival(
     scores: Mapping[str, Mapping] | None, tests: Mapping[str, Mapping] | None
 ) -> tuple[str | None, bool | None]:
-    """Of those that `tests` hold against the tuned model: who is the most accurate, and is it
-    beaten."""
+    """Of those that `tests` hold against the tuned model: whom it stands worst to, of several the
+    most accurate, and are all beaten. The most accurate alone would not do: one that is right on
+    other cases can be less accurate and yet not told apart."""
     if not scores or not tests:
         return None, None
-    best = max(tests, key=lambda name: scores[name]["accuracy"]["value"])
-    return best, standing(tests[best]) == "better"
+    worst = ("better", "unclear", "worse").index
+    stands = {name: standing(found) for name, found in tests.items()}
+    best = max(tests, key=lambda n: (worst(stands[n]), scores[n]["accuracy"]["value"]))
+    return best, stands[best] == "better"
 
 
 def _tuning(entry: Mapping) -> str:
     original, tuned = (entry[model]["accuracy"]["value"] for model in ("original", "tuned"))
-    difference, test = entry["tests"]["difference"], entry["tests"]["wilcoxon"]
+    difference, p = entry["tests"]["difference"], entry["tests"]["wilcoxon"]["p_value"]
+    adjusted = adjusted_p(entry["tests"])
     if original == tuned:
         change = f"left accuracy at {_percent(tuned)}"
     else:
         verb = "raised" if tuned > original else "lowered"
         change = f"{verb} accuracy from {_percent(original)} to {_percent(tuned)}"
-    said = (
-        ""
-        if standing(entry["tests"]) == "better" or tuned <= original
-        else ", which chance alone could explain"
-    )
+    said = ""
+    if tuned > original and adjusted > 0.05:
+        said = ", which chance alone could explain"
+    elif tuned > original and (against := doubts(entry["tests"])):
+        said = f". The Wilcoxon test finds a gain, but {' and '.join(against)}"
     return (
         f"On {entry['tuned']['n']} held-out cases tuning {change} (difference "
         f"{100 * difference['value']:+.1f} points{_range(difference)}; one-sided Wilcoxon "
-        f"{_p(test['p_value'])}){said}."
+        f"{_p(p)}{f', after Holm {_p(adjusted)}' if adjusted != p else ''}){said}."
     )
 
 
