@@ -544,6 +544,38 @@ def test_answers_of_another_checkpoint_are_left_out_and_told(tmp_path, workdir, 
     assert capsys.readouterr().err.count("left out of the report") == 3
 
 
+def test_variants_belong_to_their_model_however_it_was_loaded(tmp_path, workdir, cohort):
+    """`train` runs the original with an idle adapter, `evaluate` without; sets must be the same."""
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    for model in ("original_constrained", "tuned_constrained"):
+        answer(folder, cohort, model, 0.9)
+
+    def came_from(model, trained, base, closed=None):
+        source = {"trained_fingerprint": trained, "base_fingerprint": base}
+        source |= {"constraints": {"icd": closed}} if closed else {}
+        place = folder / "evaluation" / "test" / model / run.SOURCE
+        place.write_text(json.dumps(source))
+
+    came_from("original", "idle adapter", "weights")
+    came_from("original_examples", "weights", "")
+    came_from("tuned", "adapter", "weights")
+    came_from("original_constrained", "weights", "", "table 1")
+    came_from("tuned_constrained", "adapter", "weights", "table 1")
+    whole = run_folder.read_run(folder)
+    assert set(whole.predictions) == set(run.VARIANTS)
+    assert [line for line in whole.left_out if line.startswith("test/")] == []
+    came_from("original_examples", "other weights", "")
+    came_from("tuned_constrained", "adapter", "weights", "cohort 2")
+    mixed = run_folder.read_run(folder)
+    assert set(mixed.predictions) == {*run.MODELS, "original_constrained"}
+    told = [line for line in mixed.left_out if line.startswith("test/")]
+    assert ["test/tuned_constrained", "test/original_examples"] == [
+        x.split(":")[0] for x in told[:2]
+    ]
+    assert "from another closed set than test/original_constrained" in told[0]
+
+
 def other_cohort(cohort, folder):
     """The same patients with other codes, as another site's data under the same path."""
     tables = [load_split(cohort, split).assign(split=split) for split in SPLITS]

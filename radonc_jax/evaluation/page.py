@@ -549,8 +549,8 @@ DEFINITIONS = {
     "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
     "regression: a classifier on the words. A model that does not beat them is of no use. The "
     "simple baseline that is the hardest to beat is the one that the tuned model stands worst to, "
-    "of several the most accurate. Better or worse is said where the interval of the difference lies on one "
-    "side of 0 and McNemar's p is at most 0.05, and of all else that it is unclear.",
+    "of several the most accurate. Better or worse is said where the interval of the difference "
+    "lies on one side of 0 and McNemar's p is at most 0.05, and of all else that it is unclear.",
     "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
     "synthetic cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "

@@ -22,6 +22,7 @@ from radonc_jax.data.cohort import (
 from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation import robustness
 from radonc_jax.evaluation.run import (
+    CONSTRAINED,
     METRICS,
     MODELS,
     PREDICTIONS,
@@ -90,7 +91,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is no run folder")
-    predictions, metrics, provenance = {}, {}, {}
+    predictions, metrics, provenance, sets = {}, {}, {}, {}
     left_out: list[str] = []
     for model in VARIANTS:
         folder = workdir / "evaluation" / split / model
@@ -102,6 +103,14 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
                 f"python -m radonc_jax.evaluate --workdir={workdir} --split={split} --model={model}"
             )
         if not _is_of_same_model(workdir, split, folder, left_out):
+            continue
+        sets[model] = _read_json(folder / SOURCE).get("constraints")
+        closed = sets[model] is not None
+        if closed and sets.get("original" + CONSTRAINED) not in (None, sets[model]):
+            left_out.append(
+                f"{split}/{model}: from another closed set than {split}/original{CONSTRAINED}; "
+                "evaluate both with the same --constrained"
+            )
             continue
         predictions[model], metrics[model] = _read_evaluation(folder, split)
         content = (folder / PREDICTIONS).read_bytes()
@@ -184,7 +193,12 @@ def _is_of_same_model(workdir: Path, split: str, folder: Path, left_out: list[st
     def origin(path: Path) -> tuple:
         source = _read_json(path / SOURCE)
         cohort = (source.get("cohort") or {}).get("manifest_sha256")
-        return source.get("trained_fingerprint"), source.get("base_fingerprint"), cohort
+        trained, base = source.get("trained_fingerprint"), source.get("base_fingerprint")
+        if model == "original":
+            # `train` runs it with an adapter that does nothing, `evaluate` without any: then all of
+            # its weights are what could be trained.
+            return base or trained, cohort
+        return trained, base, cohort
 
     if origin(folder) == origin(workdir / "evaluation" / split / model):
         return True
