@@ -7,6 +7,7 @@ sizes, each of which is compiled once.
 """
 
 import contextlib
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -172,14 +173,19 @@ class Scheduler:
                 model, logits, cache, prefix_length + lengths, labels, label_lengths
             )
 
+        options = None
+        if self.mesh.devices.flat[0].platform == "cpu" and jax.__version_info__ >= (0, 11):
+            # Its library of fused products adds up in an order that depends on the rows.
+            options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+        jit = functools.partial(jax.jit, compiler_options=options)
         # Weights are arguments: as constants they would be copied into every compiled shape. The
         # slots are donated, so that the cache stays where it is. What the host reads comes whole to
         # every process, which then all know the same.
-        self._empty = jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
-        self._begin = jax.jit(begin)
-        self._admit = jax.jit(admit, donate_argnums=2, out_shardings=placed)
-        self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(placed, whole))
-        self._score = jax.jit(score, out_shardings=whole)
+        self._empty = jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
+        self._begin = jit(begin)
+        self._admit = jit(admit, donate_argnums=2, out_shardings=placed)
+        self._decode = jit(decode, donate_argnums=1, out_shardings=(placed, whole))
+        self._score = jit(score, out_shardings=whole)
 
     @property
     def room(self) -> int:
