@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ torch.set_num_threads(1)
 VOCAB, PAD, BOS, EOS = 96, 0, 1, 2
 SHAPE = dict(
     vocab_size=VOCAB,
-    hidden_size=32,
+    hidden_size=64,
     intermediate_size=48,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -301,12 +302,15 @@ def test_each_of_several_stop_tokens_ends_a_row(mistral):
 
 def test_a_stop_token_counts_among_the_new_tokens(mistral):
     longer = {tuple(p): mistral.slow_greedy(p, NEW + 1, ())[0] for p in ragged_prompts(30, seed=8)}
-    # A prompt whose token number `place` stands nowhere before it: there it will stop.
-    in_time = next(p for p, t in longer.items() if t.index(t[NEW - 1]) == NEW - 1)
-    too_late = next(p for p, t in longer.items() if t.index(t[NEW]) == NEW)
-    stops = (longer[in_time][NEW - 1], longer[too_late][NEW])
+    # Two prompts of which one's last token and the other's first beyond the end stand nowhere
+    # before: there they will stop.
+    in_time, too_late, stops = next(
+        (one, other, stops)
+        for one, other in itertools.permutations(longer, 2)
+        if not {*(stops := (longer[one][NEW - 1], longer[other][NEW]))}
+        & {*longer[other][:NEW], *longer[one][: NEW - 1]}
+    )
     late, early = longer[too_late], longer[in_time]
-    assert not set(stops) & {*late[:NEW], *early[: NEW - 1]}
     results = mistral.decode([list(in_time), list(too_late)], stops=stops)
     assert answers(results) == [(early[: NEW - 1], True), (late[:NEW], False)]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from radonc_jax.models.attention import ordered_sum
+from radonc_jax.models.products import ordered_sum
 
 CODES = ("table", "cohort")  # where the ICD-10-CM codes come from that may be answered
 

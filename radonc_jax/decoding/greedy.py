@@ -214,7 +214,7 @@ def run_prompts(
     # The head is the widest matrix of the model: only the last position of a row needs it.
     last = jnp.maximum(lengths - 1, 0)
     hidden, cache = model(tokens, positions, cache=cache, asking=last[:, None])
-    return model.logits(hidden[:, 0]), cache
+    return model.logits(hidden)[:, 0], cache
 
 
 def admit(
@@ -293,7 +293,7 @@ def advance(
         rows.last[:, None], rows.position[:, None], cache=state.cache, blocks=blocks
     )
     rows = replace(rows, position=jnp.where(rows.done, rows.position, rows.position + 1))
-    return State(cache, choose(rows, model.logits(hidden[:, 0]), stops, trie))
+    return State(cache, choose(rows, model.logits(hidden)[:, 0], stops, trie))
 
 
 def decode(

@@ -30,9 +30,10 @@ MOST_PADDING = 0.12  # of a prefill's places, beyond each prompt's own rounding 
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 # A row's float32 numbers are the same to the last bit, whatever rows are beside it and however
-# many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment, which the
-# tests repeat) that is so with at least two rows, of at least 4096 numbers together wherever a
-# row's own are reduced, and with keys in multiples of 64.
+# many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment on one with
+# AVX2 and one with AVX-512, which the tests repeat) that is so with at least two rows, of at least
+# 4096 numbers together wherever a row's own are reduced, with keys in multiples of 64, and with
+# heads and `products.COLUMNS` in multiples of 16.
 FEWEST_ROWS, FEWEST_NUMBERS = 2, 4096
 
 

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from radonc_jax import parallel
+from radonc_jax.models.products import few_rows, matmul_precision, ordered_sum
 
 BACKENDS = ("xla", "cudnn", "splash")
 QUERY_BLOCK = 128  # queries of a packed row that "xla" takes at a time,
@@ -200,9 +201,12 @@ def _xla_block(query, key, value, mask, ordered: bool) -> jax.Array:
     query = query.reshape(batch, length, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     query = query.reshape(batch, num_kv_heads, groups * length, head_dim)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    scores = jnp.einsum(
-        "BKTH,BKSH->BKTS", query, key, precision=precision, preferred_element_type=jnp.float32
-    )
+    if length == 1:
+        scores = few_rows(query, key, preferred_element_type=jnp.float32)
+    else:
+        scores = jnp.einsum(
+            "BKTH,BKSH->BKTS", query, key, precision=precision, preferred_element_type=jnp.float32
+        )
     scores = scores.reshape(batch, num_kv_heads, groups, length, -1) * head_dim**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     if ordered:
@@ -312,19 +316,6 @@ def _splash(query, key, value, visible: Visible) -> jax.Array:
     return _on_each_device(on_device, query, key, value, visible.segments)
 
 
-def ordered_sum(x: jax.Array) -> jax.Array:
-    """Sum over the last axis, which stays with size one; zeros at its end do not change a bit.
-
-    As a matrix product, because XLA's CPU reductions add in an order that depends on how many rows
-    there are, and its products do not: in float32 a row's sum is the same beside any others.
-    """
-    if x.dtype != jnp.float32:
-        return jnp.sum(x, axis=-1, keepdims=True)
-    ones = jnp.ones((x.shape[-1], 8), x.dtype)  # one column would be a product of another kind
-    sums = jnp.einsum("...S,SO->...O", x, ones, precision=jax.lax.Precision.HIGHEST)
-    return sums[..., :1]
-
-
 def is_flash_forward(primitive, *_, **__) -> bool:
     """A policy of `jax.checkpoint`: keeps what cuDNN's forward pass leaves for its backward pass.
 
@@ -332,11 +323,6 @@ def is_flash_forward(primitive, *_, **__) -> bool:
     twice. (Splash names its own; "xla" computes scores and softmax again from query and key.)
     """
     return primitive.name.startswith("dot_product_attention_fwd")
-
-
-def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """float32 means float32: without this, GPUs and TPUs multiply float32 in fewer bits."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def choose_backend(

@@ -24,10 +24,9 @@ from radonc_jax.models.attention import (
     AttentionConfig,
     attend,
     is_flash_forward,
-    matmul_precision,
-    ordered_sum,
     see,
 )
+from radonc_jax.models.products import few_rows, matmul_precision, ordered_sum
 
 # What the backward pass keeps per layer, by how much it may compute again. "nothing": no matrix
 # product with the weights runs twice. "mlp": gate and up do, which are two thirds of what is kept.
@@ -182,6 +181,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.weight(x.dtype)
+        if x.ndim == 3 and x.shape[1] == 1:  # a decode step's
+            return few_rows(x[:, 0], kernel)[:, None]
         return jnp.einsum("...I,OI->...O", x, kernel, precision=matmul_precision(x.dtype))
 
 

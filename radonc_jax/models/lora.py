@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from radonc_jax.models import quantize
-from radonc_jax.models.attention import matmul_precision
 from radonc_jax.models.decoder import PROJECTIONS, Decoder, Execution, Linear, ModelConfig
+from radonc_jax.models.products import matmul_precision
 from radonc_jax.parallel import path_name
 
 
