@@ -25,7 +25,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from radonc_jax import command, loading, parallel, settings, tracking
+from radonc_jax import command, loading, parallel, settings
 from radonc_jax.answering import answer_split, constraints, variant
 from radonc_jax.data import cohort
 from radonc_jax.decoding.constrain import CODES
@@ -102,19 +102,11 @@ def evaluate_run(
         raise ValueError("--constrained goes without --examples and --robustness")
     parallel.initialize()
     parallel.quiet_third_parties()
-    config = loading.read_settings(workdir)
-    config = replace(
-        config,
-        cohort=str(cohort.of_run(config.cohort, workdir)),
-        model=config.model if _BASE.value is None else _BASE.value,
-    )
+    config = loading.read_settings(workdir, _BASE.value)
     check_answers(config)
-    loading.check_origin(workdir, {"cohort": tracking.cohort_sha256(config.cohort)})
+    config = replace(config, cohort=str(loading.find_cohort(config, workdir)))
     records = cohort.load_records(config.cohort, split)
-    try:
-        mesh = parallel.make_mesh(config.mesh)
-    except ValueError:  # the run was trained on other hardware
-        mesh = loading.default_mesh()
+    mesh = loading.run_mesh(config)
     if model == "original":
         loaded = loading.load_original(config, mesh, workdir)
     else:

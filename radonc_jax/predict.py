@@ -14,7 +14,6 @@ on where it was; the file is then the same to the byte (in float32 on one CPU de
 ties may be answered otherwise).
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -28,6 +27,9 @@ from radonc_jax.tasks import TASKS, icd
 from radonc_jax.training import step as training_step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the tuned model; or give --model.")
+_BASE = flags.DEFINE_string(
+    "base", None, "With --workdir: the base's folder here, where it is not the config's."
+)
 _STEP = flags.DEFINE_string("step", "best", "With --workdir: best, latest or a checkpoint's step.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or hub id, instead of --workdir.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "With --model: PEFT folder or run folder.")
@@ -57,11 +59,13 @@ def main():
         raise ValueError("give either --workdir (a run) or --model (a Hugging Face folder)")
     if _ADAPTER.value is not None and _MODEL.value is None:
         raise ValueError("--adapter goes with --model; a --workdir has its own adapter")
+    if _BASE.value is not None and _WORKDIR.value is None:
+        raise ValueError("--base goes with --workdir; without a run, --model is the base")
     decode_config = settings.DecodeConfig(batch=32, max_new_tokens=128)
     over_length = "fail"
     task_name = _TASK.value
     if _WORKDIR.value is not None:
-        run = run_settings(Path(_WORKDIR.value))
+        run = loading.read_settings(_WORKDIR.value, _BASE.value)
         decode_config = run.decode
         over_length = run.batch.over_length
         task_name = task_name or run.task
@@ -91,7 +95,7 @@ def main():
     parallel.initialize()
     parallel.quiet_third_parties()
     if _WORKDIR.value is not None:
-        model = loading.load_run(_WORKDIR.value, _STEP.value)
+        model = loading.load_run(_WORKDIR.value, _STEP.value, model=run.model)
     else:
         model = loading.load_model(_MODEL.value, _ADAPTER.value, _DTYPE.value)
     constraints = {}
@@ -137,14 +141,6 @@ def main():
             shown = ", ".join(map(str, entry["first"]))
             shown += ", ..." * (entry["rows"] > len(entry["first"]))
             print(f"{entry['rows']} not answered, {problem}: row {shown}", file=sys.stderr)
-
-
-def run_settings(workdir: Path) -> settings.Settings:
-    """Of a run folder; FileNotFoundError when it is none."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{workdir} is not a run folder: it has no config.json")
-    return settings.from_mapping(json.loads(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

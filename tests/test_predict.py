@@ -133,6 +133,20 @@ def test_run_folder_answers_each_row_in_order(place, tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["answers.csv"]
 
 
+def test_a_run_folder_whose_base_lies_elsewhere(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"model": "/nowhere/model"}))
+    output = tmp_path / "answers.csv"
+    flags = [f"--workdir={tmp_path}/run", f"--input={place}/cases.csv", f"--output={output}"]
+    code, _, err = predict(*flags)
+    assert code == 1 and "'/nowhere/model' is not a folder here" in err and "(--base=/path" in err
+    assert not output.exists()
+    code, out, err = predict(*flags, f"--base={place}/base")
+    assert code == 0, err
+    assert "3 of 5 rows answered" in out
+
+
 def test_model_with_adapter_and_another_column(place, tmp_path):
     records = [{"Dx": case["diagnosis"]} for case in (CASES[0], CASES[4])]
     pd.DataFrame(records).to_parquet(tmp_path / "cases.parquet")
@@ -361,6 +375,7 @@ ERRORS = [
     (["--output={new}"], "give either --workdir"),
     (["--workdir={run}", "--model={base}", "--output={new}"], "give either --workdir"),
     (["--workdir={run}", "--adapter={peft}", "--output={new}"], "--adapter goes with --model"),
+    (["--model={base}", "--base={base}", "--output={new}"], "--base goes with --workdir"),
     (["--workdir={place}", "--output={new}"], "is not a run folder: it has no config.json"),
     (["--workdir={run}", "--step=7", "--output={new}"], r"no checkpoint 7; it has \[3\]"),
     (["--model={base}", "--output={new}"], "--task must be one of regimen, modality, icd"),
