@@ -26,6 +26,7 @@ from test_notebook import write_model, write_peft
 import radonc_jax
 from configs import common
 from radonc_jax.data import rows as tables
+from radonc_jax.data.cohort import load_records
 from radonc_jax.data.rows import open_rows
 from radonc_jax.decoding import table
 from radonc_jax.decoding.greedy import Generation
@@ -35,6 +36,7 @@ from radonc_jax.tasks import TASKS
 from radonc_jax.tasks.icd import is_leaf
 from radonc_jax.training.checkpoint import Checkpoints, Progress
 from radonc_jax.training.step import TrainState
+from tests import reports
 
 ROOT = Path(__file__).parents[1]
 SECRET = "Zebra sarcoma of Jane Roe"
@@ -233,8 +235,8 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     path = tmp_path / "cases.csv"
     path.write_bytes("id,diagnosis\n1,Prostata, groß\n2,Brustkrebs, €\n3,übel\n".encode("cp1252"))
     output = tmp_path / "answers.csv"
-    options = [f"--workdir={place}/run", f"--input={path}", f"--output={output}", "--constrained"]
-    code, out, err = predict(*options, "--max_new_tokens=12")
+    options = [f"--workdir={place}/run", f"--input={path}", f"--output={output}"]
+    code, out, err = predict(*options, "--constrained=table", "--max_new_tokens=12")
     assert code == 0, err
     rows = read(output)
     assert [row["id"] for row in rows] == ["1", "2", "3"]
@@ -246,6 +248,19 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     bad.write_text('{"diagnosis": "lung"}\n["no"]\n{"diagnosis": "skin"\n')
     rows = list(open_rows(bad, ragged=True))
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
+
+
+def test_codes_of_the_run_s_cohort_alone(place, tmp_path):
+    """Of its training and validation cases, from the copy in the run's own folder."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    reports.make_cohort(tmp_path / "run" / "cohort")
+    output = tmp_path / "answers.csv"
+    flags = [f"--workdir={tmp_path}/run", f"--input={place}/cases.csv", f"--output={output}"]
+    code, _, err = predict(*flags, "--constrained=cohort", "--max_new_tokens=12")
+    assert code == 0, err
+    answers = [row["answer"] for row in read(output) if not row["problem"]]
+    codes = {record.icd10 for record in load_records(tmp_path / "run" / "cohort", "train")}
+    assert len(answers) == 3 and set(answers) <= codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,7 +403,9 @@ ERRORS = [
     (["--workdir={run}", "--output={new}", "--input={place}/x.csv"], "x.csv: no such file"),
     (["--workdir={run}", "--output={new}", "--max_new_tokens=512"], "leaves no room"),
     (["--workdir={run}", "--output={new}", "--batch=0"], "must be at least 1"),
-    (["--workdir={run}", "--output={new}", "--constrained"], "allowed has 9 tokens: raise"),
+    (["--workdir={run}", "--output={new}", "--constrained=table"], "allowed has 9 tokens: raise"),
+    (["--workdir={run}", "--output={new}", "--constrained=cohort"], "cohort that the run was made"),
+    (["--model={base}", "--task=icd", "--output={new}", "--constrained=cohort"], "needs --workdir"),
     (["--workdir={run}", "--output={new}", "stray"], "unexpected argument 'stray'"),
 ]
 # The command's own `main` again and again, because starting Python anew takes seconds.
