@@ -36,7 +36,7 @@ def allowed_codes(task: Task, codes: str, folder: str | Path | None) -> list[str
     return [
         task.reference(record)
         for split in ("train", "validation")
-        for record in cohort.load_records(folder, split)
+        for record in cohort.load_records(folder, split, for_run=True)
     ]
 
 

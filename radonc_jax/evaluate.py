@@ -105,7 +105,7 @@ def evaluate_run(
     config = loading.read_settings(workdir, _BASE.value)
     check_answers(config)
     config = replace(config, cohort=str(loading.find_cohort(config, workdir)))
-    records = cohort.load_records(config.cohort, split)
+    records = cohort.load_records(config.cohort, split, for_run=True)
     mesh = loading.run_mesh(config)
     if model == "original":
         loaded = loading.load_original(config, mesh, workdir)
@@ -161,7 +161,7 @@ def answer(
     """Decodes, scores and prints; writes too where `output` names a folder."""
     tasks, origin = select(config.task), {}
     if examples:
-        training = cohort.load_records(config.cohort, "train")
+        training = cohort.load_records(config.cohort, "train", for_run=True)
         tasks = tuple(
             WithExamples(task, choose_examples(task, training, examples, config.seed))
             for task in tasks

@@ -180,7 +180,7 @@ def _merge(
 def _check_records(run: Settings, workdir: Path, count: int) -> list:
     try:
         folder = loading.find_cohort(run, workdir)
-        return cohort.load_records(folder, "validation")[:count]
+        return cohort.load_records(folder, "validation", for_run=True)[:count]
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"the merged model is compared on validation cases, but {error}; "
