@@ -14,7 +14,7 @@ from absl import flags, logging
 
 from radonc_jax import command
 from radonc_jax.evaluation.findings import require_same_cases
-from radonc_jax.evaluation.report import write_runs
+from radonc_jax.evaluation.report import describe, write_runs
 from radonc_jax.evaluation.run_folder import read_run
 
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
@@ -50,21 +50,7 @@ def main() -> None:
         figures=True,
         seed=_SEED.value,
     )
-    for task, entry in report["tasks"].items():
-        original, tuned = entry["original"]["accuracy"], entry["tuned"]["accuracy"]
-        print(
-            f"{task}: accuracy {original['value']:.3f} original, {tuned['value']:.3f} tuned, "
-            f"one-sided Wilcoxon p = {entry['tests']['wilcoxon']['p_value']:.2g}"
-        )
-        for other in (entry, *entry["further_runs"]):
-            if other["against"] is not None:
-                difference = other["against"]["tests"]["difference"]["value"]
-                p = other["against"]["tests"]["wilcoxon"]["p_value"]
-                print(
-                    f"{task}: {other['run']} tuned against {other['against']['run']} tuned: "
-                    f"{100 * difference:+.1f} points, one-sided Wilcoxon p = {p:.2g}"
-                )
-    print(f"wrote {Path(_OUTPUT.value) / 'report.html'}")
+    print(describe(report, Path(_OUTPUT.value)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from radonc_jax.decoding.constrain import CODES
 from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.evaluation import robustness
 from radonc_jax.evaluation import run as evaluation
-from radonc_jax.evaluation.report import write_report
+from radonc_jax.evaluation.report import describe, write_report
 from radonc_jax.tasks import WithExamples, choose_examples, select
 from radonc_jax.training import step as training_step
 
@@ -128,7 +128,8 @@ def evaluate_run(
     both = [workdir / "evaluation" / split / name / "metrics.json" for name in evaluation.MODELS]
     if parallel.is_main_process() and all(path.is_file() for path in both):
         # The run's own report is of the test split; others lie beside their answers.
-        write_report(workdir, split, None if split == "test" else workdir / "evaluation" / split)
+        folder = workdir if split == "test" else workdir / "evaluation" / split
+        print(describe(write_report(workdir, split, folder), folder))
 
 
 def evaluate_original(config: settings.Settings, split: str, output: Path | None) -> None:
