@@ -4,8 +4,10 @@
     python -m radonc_jax.compare --runs=runs/rank8,runs/rank16 --against=runs/rank8 --output=report
 
 Each run's tuned model is compared with its original one and, where several runs answered the same
-task, with another run's tuned model: the first of the task, or the run that --against names. What a
-run folder holds is enough; its cohort, where it is at hand, adds baselines and subgroups.
+cases of a task, with another run's tuned model: the first of the task, or the run that --against
+names (which is added to --runs; other cases are an error then). These tests, tuned against tuned,
+stand in a table of their own under "Tests", and Holm adjusts over them as a family of their own.
+What a run folder holds is enough; its cohort, where it is at hand, adds baselines and subgroups.
 """
 
 from pathlib import Path
@@ -21,7 +23,9 @@ _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' eva
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose evaluations are compared.")
 _AGAINST = flags.DEFINE_string(
-    "against", None, "One of --runs: whose tuned model the others' are compared with."
+    "against",
+    None,
+    "Run whose tuned model the others' are tested against, on the same cases; added to --runs.",
 )
 _TEXT = flags.DEFINE_bool(
     "include_text", True, "Show the cases; without, no text, case id or small group is in any file."
