@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from configs import tiny_icd
-from radonc_jax import exporting, settings, tracking
+from radonc_jax import exporting, loading, settings, tracking
 from radonc_jax.models import hub, lora
 from radonc_jax.parallel import path_name
 from radonc_jax.training.checkpoint import Checkpoints, Progress
@@ -136,6 +136,8 @@ def test_a_run_folder_that_has_travelled(tmp_path):
     for kind in ("peft", "merged"):
         with pytest.raises(FileNotFoundError, match=r"\(--base=/path/to/folder with"):
             exporting.export(run, kind, tmp_path / kind)
+    with pytest.raises(FileNotFoundError, match=r"\(--base=/path/to/folder with"):
+        loading.load_original(loading.read_settings(run), loading.default_mesh(), run)
     exporting.export(run, "peft", tmp_path / "peft", base=str(base))
     adapter = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(base)

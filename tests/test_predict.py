@@ -260,7 +260,8 @@ def test_codes_of_the_run_s_cohort_alone(place, tmp_path):
     code, _, err = predict(*flags, "--constrained=cohort", "--max_new_tokens=12")
     assert code == 0, err
     answers = [row["answer"] for row in read(output) if not row["problem"]]
-    codes = {record.icd10 for record in load_records(tmp_path / "run" / "cohort", "train")}
+    records = load_records(tmp_path / "run" / "cohort", "train", for_run=True)
+    codes = {record.icd10 for record in records}
     assert len(answers) == 3 and set(answers) <= codes
 
 
@@ -391,6 +392,7 @@ ERRORS = [
     (["--output={new}"], "give either --workdir"),
     (["--workdir={run}", "--model={base}", "--output={new}"], "give either --workdir"),
     (["--workdir={run}", "--adapter={peft}", "--output={new}"], "--adapter goes with --model"),
+    (["--model=/nowhere/model", "--task=icd", "--output={new}"], r"\(model=/path/to/folder"),
     (["--model={base}", "--base={base}", "--output={new}"], "--base goes with --workdir"),
     (["--workdir={place}", "--output={new}"], "is not a run folder: it has no config.json"),
     (["--workdir={run}", "--step=7", "--output={new}"], r"no checkpoint 7; it has \[3\]"),
