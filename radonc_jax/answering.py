@@ -15,9 +15,29 @@ from radonc_jax.decoding.journal import Journal
 from radonc_jax.decoding.text import Constraint, TextDecoder, constrain_task
 from radonc_jax.evaluation import run as evaluation
 from radonc_jax.settings import Settings
-from radonc_jax.tasks import icd, select
+from radonc_jax.tasks import Task, icd, select
 
 JOURNAL = ".answers.jsonl"  # while answers are being given; token ids, as private as predictions
+
+
+def allowed_codes(task: Task, codes: str, folder: str | Path | None) -> list[str]:
+    """The ICD-10-CM codes that a task's answers are held to; empty for a task without codes.
+
+    Args:
+      task: that is asked.
+      codes: "table" or "cohort", see `constraints`.
+      folder: the cohort, which "cohort" needs.
+    """
+    if task.name != "icd":
+        return []
+    if codes == "table":
+        return icd.leaves()
+    # Not those of the test cases, which would tell answers.
+    return [
+        task.reference(record)
+        for split in ("train", "validation")
+        for record in cohort.load_records(folder, split, for_run=True)
+    ]
 
 
 def constraints(config: Settings, tokenizer, codes: str = "") -> dict[str, Constraint]:
@@ -34,18 +54,7 @@ def constraints(config: Settings, tokenizer, codes: str = "") -> dict[str, Const
     """
     found = {}
     for task in select(config.task):
-        allowed: list[str] = []
-        if task.name == "icd":
-            if (codes or config.decode.constrained) == "table":
-                allowed = icd.leaves()
-            else:
-                # Not those of the test cases, which would tell answers.
-                records = [
-                    record
-                    for split in ("train", "validation")
-                    for record in cohort.load_records(config.cohort, split)
-                ]
-                allowed = [task.reference(record) for record in records]
+        allowed = allowed_codes(task, codes or config.decode.constrained, config.cohort)
         constraint = constrain_task(tokenizer, task, allowed)
         if constraint is None:
             continue

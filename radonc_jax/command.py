@@ -1,9 +1,10 @@
 """How a command starts and ends: what a user can get wrong is told in one line."""
 
+import itertools
 import sys
 from collections.abc import Callable
 
-from absl import app
+from absl import app, flags
 
 PREEMPTED = 75  # the exit code of a run that was told to end and has saved: "try again"
 
@@ -48,6 +49,7 @@ def guard(main: Callable[[], None], *, stopped: str = "stopped") -> Callable[[li
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    _check_choices(argv)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # ml_collections, of a key it does not know
@@ -59,6 +61,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: --config{joined}{text}")
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {_message(error)}")
+
+
+def _check_choices(argv: list[str]) -> None:
+    """Ends the process where a flag that takes one of several values has none: the flag that comes
+    next would be taken for it."""
+    for argument, following in itertools.pairwise([*argv[1:], "--"]):
+        name = argument.removeprefix("--")
+        if name == argument or name not in flags.FLAGS or not following.startswith("--"):
+            continue
+        parser = flags.FLAGS[name].parser
+        if isinstance(parser, flags.EnumParser):
+            values = " or ".join(f"{argument}={value}" for value in parser.enum_values if value)
+            sys.exit(f"error: {argument} needs a value: {values}")
 
 
 def _message(error: Exception) -> str:

@@ -4,8 +4,10 @@
     python -m radonc_jax.compare --runs=runs/rank8,runs/rank16 --against=runs/rank8 --output=report
 
 Each run's tuned model is compared with its original one and, where several runs answered the same
-task, with another run's tuned model: the first of the task, or the run that --against names. What a
-run folder holds is enough; its cohort, where it is at hand, adds baselines and subgroups.
+cases of a task, with another run's tuned model: the first of the task, or the run that --against
+names (which is added to --runs; other cases are an error then). These tests, tuned against tuned,
+stand in a table of their own under "Tests", and Holm adjusts over them as a family of their own.
+What a run folder holds is enough; its cohort, where it is at hand, adds baselines and subgroups.
 """
 
 from pathlib import Path
@@ -14,14 +16,16 @@ from absl import flags, logging
 
 from radonc_jax import command
 from radonc_jax.evaluation.findings import require_same_cases
-from radonc_jax.evaluation.report import write_runs
+from radonc_jax.evaluation.report import describe, write_runs
 from radonc_jax.evaluation.run_folder import read_run
 
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split whose evaluations are compared.")
 _AGAINST = flags.DEFINE_string(
-    "against", None, "One of --runs: whose tuned model the others' are compared with."
+    "against",
+    None,
+    "Run whose tuned model the others' are tested against, on the same cases; added to --runs.",
 )
 _TEXT = flags.DEFINE_bool(
     "include_text", True, "Show the cases; without, no text, case id or small group is in any file."
@@ -50,21 +54,7 @@ def main() -> None:
         figures=True,
         seed=_SEED.value,
     )
-    for task, entry in report["tasks"].items():
-        original, tuned = entry["original"]["accuracy"], entry["tuned"]["accuracy"]
-        print(
-            f"{task}: accuracy {original['value']:.3f} original, {tuned['value']:.3f} tuned, "
-            f"one-sided Wilcoxon p = {entry['tests']['wilcoxon']['p_value']:.2g}"
-        )
-        for other in (entry, *entry["further_runs"]):
-            if other["against"] is not None:
-                difference = other["against"]["tests"]["difference"]["value"]
-                p = other["against"]["tests"]["wilcoxon"]["p_value"]
-                print(
-                    f"{task}: {other['run']} tuned against {other['against']['run']} tuned: "
-                    f"{100 * difference:+.1f} points, one-sided Wilcoxon p = {p:.2g}"
-                )
-    print(f"wrote {Path(_OUTPUT.value) / 'report.html'}")
+    print(describe(report, Path(_OUTPUT.value)))
 
 
 if __name__ == "__main__":

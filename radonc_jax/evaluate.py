@@ -25,14 +25,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from radonc_jax import command, loading, parallel, settings, tracking
+from radonc_jax import command, loading, parallel, settings
 from radonc_jax.answering import answer_split, constraints, variant
 from radonc_jax.data import cohort
 from radonc_jax.decoding.constrain import CODES
 from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.evaluation import robustness
 from radonc_jax.evaluation import run as evaluation
-from radonc_jax.evaluation.report import write_report
+from radonc_jax.evaluation.report import describe, write_report
 from radonc_jax.tasks import WithExamples, choose_examples, select
 from radonc_jax.training import step as training_step
 
@@ -102,19 +102,11 @@ def evaluate_run(
         raise ValueError("--constrained goes without --examples and --robustness")
     parallel.initialize()
     parallel.quiet_third_parties()
-    config = loading.read_settings(workdir)
-    config = replace(
-        config,
-        cohort=str(cohort.of_run(config.cohort, workdir)),
-        model=config.model if _BASE.value is None else _BASE.value,
-    )
+    config = loading.read_settings(workdir, _BASE.value)
     check_answers(config)
-    loading.check_origin(workdir, {"cohort": tracking.cohort_sha256(config.cohort)})
-    records = cohort.load_records(config.cohort, split)
-    try:
-        mesh = parallel.make_mesh(config.mesh)
-    except ValueError:  # the run was trained on other hardware
-        mesh = loading.default_mesh()
+    config = replace(config, cohort=str(loading.find_cohort(config, workdir)))
+    records = cohort.load_records(config.cohort, split, for_run=True)
+    mesh = loading.run_mesh(config)
     if model == "original":
         loaded = loading.load_original(config, mesh, workdir)
     else:
@@ -136,7 +128,8 @@ def evaluate_run(
     both = [workdir / "evaluation" / split / name / "metrics.json" for name in evaluation.MODELS]
     if parallel.is_main_process() and all(path.is_file() for path in both):
         # The run's own report is of the test split; others lie beside their answers.
-        write_report(workdir, split, None if split == "test" else workdir / "evaluation" / split)
+        folder = workdir if split == "test" else workdir / "evaluation" / split
+        print(describe(write_report(workdir, split, folder), folder))
 
 
 def evaluate_original(config: settings.Settings, split: str, output: Path | None) -> None:
@@ -169,7 +162,7 @@ def answer(
     """Decodes, scores and prints; writes too where `output` names a folder."""
     tasks, origin = select(config.task), {}
     if examples:
-        training = cohort.load_records(config.cohort, "train")
+        training = cohort.load_records(config.cohort, "train", for_run=True)
         tasks = tuple(
             WithExamples(task, choose_examples(task, training, examples, config.seed))
             for task in tasks

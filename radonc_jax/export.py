@@ -8,7 +8,8 @@ adapted kernel is base + update, added in float32 and rounded once to the dtype 
 stored in; every other tensor is copied bit for bit. What the rounding costs is measured: some
 validation cases are answered by base and adapter and by the merged model, and `export.json` in the
 folder says how often they agree. A run that trained the whole model has no adapter and can only be
-written merged.
+written merged. A run's folder that has travelled is enough, with the base: --base says where that
+lies here.
 """
 
 from pathlib import Path
@@ -27,6 +28,9 @@ _CHECK_CASES = flags.DEFINE_integer(
     "Validation cases that base and adapter, and the merged model, answer for comparison; 0: none.",
     lower_bound=0,
 )
+_BASE = flags.DEFINE_string(
+    "base", None, "The base's folder here, where it is not the config's; an adapter names it."
+)
 flags.mark_flags_as_required(["workdir", "format", "output"])
 
 
@@ -37,6 +41,7 @@ def main() -> None:
         Path(_OUTPUT.value),
         _STEP.value,
         _CHECK_CASES.value,
+        _BASE.value,
     )
 
 

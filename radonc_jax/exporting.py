@@ -23,7 +23,12 @@ LOGITS = 2**28  # held of each model at most: 1 GiB
 
 
 def export(
-    workdir: Path, kind: str, output: Path, step: str | int = "best", check_cases: int = 50
+    workdir: Path,
+    kind: str,
+    output: Path,
+    step: str | int = "best",
+    check_cases: int = 50,
+    base: str | None = None,
 ) -> None:
     """Writes a PEFT adapter folder (`kind` "peft") or a merged Hugging Face folder ("merged").
 
@@ -33,27 +38,29 @@ def export(
       output: folder to be made; whole or absent.
       step: checkpoint, "best", "latest" or a number.
       check_cases: validation cases that the merged model is compared on; 0 for none.
+      base: the base's folder or hub id, which an adapter then names; None for that of the run's
+        settings.
 
     Raises:
       ValueError, FileNotFoundError, FileExistsError: what is missing or does not fit, named.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists: choose another output folder or remove it")
-    run = loading.read_settings(workdir)
+    run = loading.read_settings(workdir, base)
     if kind == "peft" and run.adapter is None:
         raise ValueError(
             f'{workdir} trained the whole model (trainable="full"), so it has no adapter: '
             "use --format=merged"
         )
     number = checkpoint.find_step(workdir, step)
-    folder = huggingface.resolve(run.model, workdir)
-    base = loading.base_origin(run.model, folder, True)
-    loading.check_origin(workdir, {"base": base})
+    folder = huggingface.resolve(run.model, workdir, "--base")
+    origin = loading.base_origin(run.model, folder, True)
+    loading.check_origin(workdir, {"base": origin})
     config = huggingface.read_config(folder)
     records = []
     asks = select(run.task)[0].name != "text"
     if kind == "merged" and run.adapter is not None and check_cases and asks:
-        records = _check_records(run, check_cases)
+        records = _check_records(run, workdir, check_cases)
 
     # Shapes alone: the base is not needed as a model, its tensors are read when they are written.
     parts = lora.partition(config, run.adapter, np.float32)
@@ -64,14 +71,14 @@ def export(
         for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
     }
     if kind == "peft":
-        name = run.model if base["revision"] is None else run.model.partition("@")[0]
-        peft.save_adapter(output, trained, run.adapter, name, base["revision"])
+        name = run.model if origin["revision"] is None else run.model.partition("@")[0]
+        peft.save_adapter(output, trained, run.adapter, name, origin["revision"])
     else:
         # Until it has been checked, the folder has another name.
         aside = output.with_name(output.name + ".unchecked")
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            report = {"run": str(workdir), "step": number, "base": base}
+            report = {"run": str(workdir), "step": number, "base": origin}
             if run.adapter is None:
                 huggingface.save_folder(
                     aside, source=folder, weights=leaves, num_layers=config.num_layers
@@ -170,9 +177,10 @@ def _merge(
     return rounded
 
 
-def _check_records(run: Settings, count: int) -> list:
+def _check_records(run: Settings, workdir: Path, count: int) -> list:
     try:
-        return cohort.load_records(run.cohort, "validation")[:count]
+        folder = loading.find_cohort(run, workdir)
+        return cohort.load_records(folder, "validation", for_run=True)[:count]
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"the merged model is compared on validation cases, but {error}; "
@@ -189,7 +197,7 @@ def compare_answers(
     keeps the weights as they were merged. Both calculate as `precision.compute` says.
 
     Args:
-      run: settings.
+      run: settings, with the base's place here.
       workdir, step: where the adapter is.
       merged: the merged folder.
       records: cases of the validation split, each asked every task of the run.
@@ -201,17 +209,14 @@ def compare_answers(
     Raises:
       ValueError: the devices have no room for one of the two.
     """
-    try:
-        mesh = parallel.make_mesh(run.mesh)
-    except ValueError:  # the run was trained on other hardware
-        mesh = loading.default_mesh()
+    mesh = loading.run_mesh(run)
     precision = run.precision
     float_base = precision.compute if precision.quantized else precision.base
     plain = replace(
         run, model=str(merged), precision=replace(precision, base=float_base), trainable="lora"
     )
     try:
-        loaded = loading.load_run(workdir, step, mesh)
+        loaded = loading.load_run(workdir, step, mesh, model=run.model)
         prompts = [
             encode_prompt(loaded.tokenizer, task.prompt(record.diagnosis))
             for record in records

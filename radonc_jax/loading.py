@@ -1,7 +1,7 @@
 """A model ready to run: from a Hugging Face folder, a run folder, or both."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from radonc_jax import parallel, settings, tracking
+from radonc_jax.data import cohort
 from radonc_jax.decoding.scheduler import Scheduler
 from radonc_jax.models import hub, huggingface, lora, peft, weight_files
 from radonc_jax.models.decoder import ModelConfig
@@ -211,12 +212,43 @@ def starting_adapter(
     return given
 
 
-def read_settings(workdir: str | Path) -> settings.Settings:
-    """The settings of a run folder; FileNotFoundError if it is none."""
+def read_settings(workdir: str | Path, base: str | None = None) -> settings.Settings:
+    """The settings of a run folder; FileNotFoundError if it is none.
+
+    Args:
+      workdir: of `train`.
+      base: the base's folder or hub id here; None for the one that the run was made with.
+    """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} is not a run folder: it has no config.json")
-    return settings.from_mapping(json.loads(path.read_text(encoding="utf-8")))
+    config = settings.from_mapping(json.loads(path.read_text(encoding="utf-8")))
+    return config if base is None else replace(config, model=base)
+
+
+def find_cohort(config: settings.Settings, workdir: str | Path) -> Path:
+    """The cohort that a run was made from: where its settings say, or the copy in its own folder.
+
+    Raises:
+      FileNotFoundError: it is at neither place.
+      ValueError: what is there is another cohort.
+    """
+    folder = cohort.of_run(config.cohort, workdir)
+    if not cohort.is_finished_cohort(folder):
+        raise FileNotFoundError(
+            f"{workdir}: the cohort that the run was made from is neither at {config.cohort} nor "
+            f"at {Path(workdir) / 'cohort'}; copy it, its manifest.json too, to one of them"
+        )
+    check_origin(workdir, {"cohort": tracking.cohort_sha256(folder)})
+    return folder
+
+
+def run_mesh(config: settings.Settings) -> Mesh:
+    """The mesh of a run's settings; all devices along `data` where those were other hardware's."""
+    try:
+        return parallel.make_mesh(config.mesh)
+    except ValueError:
+        return default_mesh()
 
 
 def load_run(
@@ -237,11 +269,10 @@ def load_run(
       FileNotFoundError: no run there, no such checkpoint, or its base is gone.
       ValueError: the base is another one than that of the run.
     """
-    config = read_settings(workdir)
-    model = config.model if model is None else model
+    config = read_settings(workdir, model)
     mesh = default_mesh() if mesh is None else mesh
     number = checkpoint.find_step(workdir, step)  # before the base is read: that takes long
-    folder = huggingface.resolve(model, workdir)
+    folder = huggingface.resolve(config.model, workdir, "--base")
     architecture = huggingface.read_config(folder)
     compute = huggingface.as_dtype(config.precision.compute)
     partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
@@ -253,7 +284,7 @@ def load_run(
             workdir,
             {"base_fingerprint_before": step_module.fingerprint(frozen)}
             if config.precision.quantized is None
-            else {"base": base_origin(model, folder, parallel.is_main_process())},
+            else {"base": base_origin(config.model, folder, parallel.is_main_process())},
         )
     _, trainable = checkpoint.restore_trainable(
         workdir, partition.trainable, parallel.shardings(partition.trainable, mesh), number
@@ -267,7 +298,8 @@ def load_original(
     config: settings.Settings, mesh: Mesh, workdir: str | Path | None = None
 ) -> LoadedModel:
     """The untuned model of a config, or of the run in `workdir`: its base, without an adapter."""
-    folder = huggingface.resolve(config.model, workdir)
+    option = "--config.model" if workdir is None else "--base"
+    folder = huggingface.resolve(config.model, workdir, option)
     if workdir is not None:
         main = parallel.is_main_process()
         check_origin(workdir, {"base": base_origin(config.model, folder, main)})
@@ -366,7 +398,7 @@ def load_model(
     """
     mesh = default_mesh() if mesh is None else mesh
     workdir = Path(adapter) if adapter and (Path(adapter) / "config.json").is_file() else None
-    folder = huggingface.resolve(model, workdir)
+    folder = huggingface.resolve(model, workdir, "model")
     if workdir is not None:
         check_origin(workdir, {"base": base_origin(model, folder, parallel.is_main_process())})
     architecture = huggingface.read_config(folder)

@@ -7,6 +7,8 @@ The output holds every row of the input in its order, with further columns: `ans
 text), `parsed` (what the task reads in it; empty if nothing), `logprob`, `finished` (False: cut
 off at the longest answer), `trimmed` (True: the diagnosis was cut, for it did not fit the context)
 and `problem` (why a row has no answer). A row that cannot be read does not stop the others.
+With --constrained=table|cohort the answers come from closed sets (modality: its four labels; icd:
+the codes of the code table, or of the training and validation cases of the run's cohort).
 
 Rows stream through, so memory does not grow with their number (but all texts of a workbook are
 held: its format keeps them in one table). Killed and started again with the same arguments, it goes
@@ -14,20 +16,24 @@ on where it was; the file is then the same to the byte (in float32 on one CPU de
 ties may be answered otherwise).
 """
 
-import json
 import sys
 from pathlib import Path
 
 from absl import flags
 
 from radonc_jax import command, loading, parallel, settings, tracking
+from radonc_jax.answering import allowed_codes
 from radonc_jax.data.rows import open_rows
+from radonc_jax.decoding.constrain import CODES
 from radonc_jax.decoding.table import ADDED, answer_rows
 from radonc_jax.decoding.text import TextDecoder, constrain_task
-from radonc_jax.tasks import TASKS, icd
+from radonc_jax.tasks import TASKS
 from radonc_jax.training import step as training_step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the tuned model; or give --model.")
+_BASE = flags.DEFINE_string(
+    "base", None, "With --workdir: the base's folder here, where it is not the config's."
+)
 _STEP = flags.DEFINE_string("step", "best", "With --workdir: best, latest or a checkpoint's step.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or hub id, instead of --workdir.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "With --model: PEFT folder or run folder.")
@@ -45,8 +51,8 @@ _OVER_LENGTH = flags.DEFINE_enum(
     ["fail", "trim_diagnosis"],
     "A prompt too long for the context: no answer, or its diagnosis is cut; as the run, or fail.",
 )
-_CONSTRAINED = flags.DEFINE_bool(
-    "constrained", False, "Only a modality of the four, or a code of the ICD-10-CM table."
+_CONSTRAINED = flags.DEFINE_enum(
+    "constrained", "", ["", *CODES], "Answers from closed sets; where the ICD-10-CM codes are from."
 )
 flags.mark_flags_as_required(["input", "output"])
 
@@ -57,11 +63,13 @@ def main():
         raise ValueError("give either --workdir (a run) or --model (a Hugging Face folder)")
     if _ADAPTER.value is not None and _MODEL.value is None:
         raise ValueError("--adapter goes with --model; a --workdir has its own adapter")
+    if _BASE.value is not None and _WORKDIR.value is None:
+        raise ValueError("--base goes with --workdir; without a run, --model is the base")
     decode_config = settings.DecodeConfig(batch=32, max_new_tokens=128)
     over_length = "fail"
     task_name = _TASK.value
     if _WORKDIR.value is not None:
-        run = run_settings(Path(_WORKDIR.value))
+        run = loading.read_settings(_WORKDIR.value, _BASE.value)
         decode_config = run.decode
         over_length = run.batch.over_length
         task_name = task_name or run.task
@@ -70,6 +78,11 @@ def main():
     task = TASKS[task_name]
     if _CONSTRAINED.value and not task.has_classes:
         raise ValueError(f"--constrained: task {task_name} is answered in free text; leave it out")
+    if _CONSTRAINED.value == "cohort" and _WORKDIR.value is None:
+        raise ValueError(
+            "--constrained=cohort needs --workdir: it takes the codes of the run's cohort. With "
+            "--model pass --constrained=table"
+        )
     output = Path(_OUTPUT.value)
     if output.suffix.lower() != ".csv":
         raise ValueError(f"--output={output} must end in .csv")
@@ -86,17 +99,21 @@ def main():
     taken = [name for name in ADDED if name in rows.columns]
     if taken:
         raise ValueError(f"{rows.path} already has the columns {', '.join(taken)}: rename them")
+    codes: list[str] = []
+    if _CONSTRAINED.value:
+        reads = _CONSTRAINED.value == "cohort" and task.name == "icd"
+        folder = loading.find_cohort(run, _WORKDIR.value) if reads else None
+        codes = allowed_codes(task, _CONSTRAINED.value, folder)
 
     # ---- model ---------------------------------------------------------------------------------
     parallel.initialize()
     parallel.quiet_third_parties()
     if _WORKDIR.value is not None:
-        model = loading.load_run(_WORKDIR.value, _STEP.value)
+        model = loading.load_run(_WORKDIR.value, _STEP.value, model=run.model)
     else:
         model = loading.load_model(_MODEL.value, _ADAPTER.value, _DTYPE.value)
     constraints = {}
     if _CONSTRAINED.value:
-        codes = icd.leaves() if task.name == "icd" else []
         constraints = {task.name: constrain_task(model.tokenizer, task, codes)}
     longest = decode_config.max_new_tokens if _NEW.value is None else _NEW.value
     for constraint in constraints.values():
@@ -137,14 +154,6 @@ def main():
             shown = ", ".join(map(str, entry["first"]))
             shown += ", ..." * (entry["rows"] > len(entry["first"]))
             print(f"{entry['rows']} not answered, {problem}: row {shown}", file=sys.stderr)
-
-
-def run_settings(workdir: Path) -> settings.Settings:
-    """Of a run folder; FileNotFoundError when it is none."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{workdir} is not a run folder: it has no config.json")
-    return settings.from_mapping(json.loads(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

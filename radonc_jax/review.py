@@ -1,6 +1,7 @@
 """Blinded review of original and tuned answers by physicians.
 
 python -m radonc_jax.review --build --workdir=runs/regimen --output=review.html
+python -m radonc_jax.review --build --workdir=runs/icd --task=icd --output=review.html
 python -m radonc_jax.review --score --ratings=a.csv,b.csv --key=key.json --output=DIR
 """
 

@@ -72,7 +72,7 @@ def train(
     from radonc_jax.data import batches, cohort
     from radonc_jax.decoding.text import TextDecoder
     from radonc_jax.evaluation import run as evaluation
-    from radonc_jax.evaluation.report import write_report
+    from radonc_jax.evaluation.report import describe, write_report
     from radonc_jax.models import attention, huggingface, lora
     from radonc_jax.models.decoder import Execution
     from radonc_jax.tasks import select
@@ -441,8 +441,7 @@ def train(
                 constrained=constrained,
             )
     if main_process:
-        write_report(workdir, "test")
-        print(f"report: {workdir / 'report.html'}")
+        print(describe(write_report(workdir, "test"), workdir))
 
 
 def compile_only(config: dict, topology: str) -> None:

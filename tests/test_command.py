@@ -11,6 +11,7 @@ from absl import flags
 from radonc_jax import command
 
 flags.DEFINE_integer("number", 1, "A number.")
+flags.DEFINE_enum("codes", "", ["", "table", "cohort"], "A choice.")
 
 def main():
     {body}
@@ -55,6 +56,14 @@ def test_an_argument_that_is_no_flag_is_refused():
     result = run("print('ran')", "--number=2", "extra")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: unexpected argument 'extra'; every setting is a --flag=value\n"
+
+
+@pytest.mark.parametrize("arguments", [["--codes"], ["--codes", "--number=2"]])
+def test_a_choice_without_a_value_is_told_its_values(arguments):
+    result = run("print('ran')", *arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: --codes needs a value: --codes=table or --codes=cohort\n"
+    assert run("print(flags.FLAGS.codes)", "--codes", "table").stdout == "table\n"
 
 
 def test_an_interruption_is_no_traceback():

@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from configs import tiny_icd
-from radonc_jax import exporting, settings
+from radonc_jax import exporting, loading, settings, tracking
 from radonc_jax.models import hub, lora
 from radonc_jax.parallel import path_name
 from radonc_jax.training.checkpoint import Checkpoints, Progress
 from radonc_jax.training.step import TrainState
-from tests import checkpoints
+from tests import checkpoints, reports
 from tests.test_huggingface import write_sentencepiece
 
 
@@ -122,6 +122,40 @@ def test_a_merged_export_without_its_cohort_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="--check_cases=0 leaves the comparison out"):
         exporting.export(tmp_path / "run", "merged", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_folder_that_has_travelled(tmp_path):
+    """Its base lies elsewhere here, and its cohort only in its own folder."""
+    expected, _ = write_run(tmp_path)
+    run, base = tmp_path / "run", tmp_path / "here"
+    (tmp_path / "base").rename(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    reports.make_cohort(run / "cohort")
+    (run / "cohort" / "excluded.csv").unlink()  # not needed, and older copies lack it
+    for kind in ("peft", "merged"):
+        with pytest.raises(FileNotFoundError, match=r"\(--base=/path/to/folder with"):
+            exporting.export(run, kind, tmp_path / kind)
+    with pytest.raises(FileNotFoundError, match=r"\(--base=/path/to/folder with"):
+        loading.load_original(loading.read_settings(run), loading.default_mesh(), run)
+    exporting.export(run, "peft", tmp_path / "peft", base=str(base))
+    adapter = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(base)
+    exporting.export(run, "merged", tmp_path / "merged", check_cases=2, base=str(base))
+    report = json.loads((tmp_path / "merged" / exporting.REPORT).read_text())
+    assert report["validation"]["cases"] == 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    logits = checkpoints.reference_logits(model.eval(), checkpoints.tokens())
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    # Another base, or another cohort than the run's, is refused.
+    manifest = {"base": {"sha256": {}}, "cohort": {"manifest_sha256": "0" * 64}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"\(base differ"):
+        exporting.export(run, "peft", tmp_path / "other", base=str(base))
+    manifest["base"]["sha256"] = tracking.base_sha256(base, True)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"\(cohort differ.*--check_cases=0 leaves"):
+        exporting.export(run, "merged", tmp_path / "other", base=str(base))
 
 
 def test_a_run_that_trained_everything(tmp_path):

@@ -599,6 +599,26 @@ def test_another_cohort_under_the_config_s_path_is_not_the_run_s(tmp_path, cohor
     assert of_run(cohort, folder) == cohort
 
 
+def test_a_copy_of_the_cohort_that_lacks_what_no_evaluation_reads(tmp_path, cohort):
+    """As older versions kept it: the splits and the manifest alone."""
+    folder = make_run(tmp_path / "run", cohort)
+    keep_copy(cohort, folder)
+    (folder / "config.json").write_text(json.dumps({"cohort": "/nowhere/cohort"}))
+    copy = folder / "cohort"
+    (copy / "excluded.csv").unlink()
+    assert len(run_folder.read_run(folder).cases) == 60
+    with pytest.raises(FileNotFoundError, match=r"excluded\.csv: missing.*run prepare again"):
+        load_records(copy, "test")  # as `train` does
+    (copy / "excluded.csv").write_text("row,reason\n1,changed\n")
+    with pytest.raises(ValueError, match=r"excluded\.csv: changed .*; put back that of the cohort"):
+        run_folder.read_run(folder)
+    (copy / "excluded.csv").unlink()
+    (copy / "validation.parquet").unlink()
+    message = r"cohort/validation\.parquet: missing from the cohort; put back that of the cohort"
+    with pytest.raises(FileNotFoundError, match=message):
+        run_folder.read_run(folder)
+
+
 def compare(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "radonc_jax.compare", *arguments],

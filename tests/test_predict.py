@@ -26,6 +26,7 @@ from test_notebook import write_model, write_peft
 import radonc_jax
 from configs import common
 from radonc_jax.data import rows as tables
+from radonc_jax.data.cohort import load_records
 from radonc_jax.data.rows import open_rows
 from radonc_jax.decoding import table
 from radonc_jax.decoding.greedy import Generation
@@ -35,6 +36,7 @@ from radonc_jax.tasks import TASKS
 from radonc_jax.tasks.icd import is_leaf
 from radonc_jax.training.checkpoint import Checkpoints, Progress
 from radonc_jax.training.step import TrainState
+from tests import reports
 
 ROOT = Path(__file__).parents[1]
 SECRET = "Zebra sarcoma of Jane Roe"
@@ -133,6 +135,20 @@ def test_run_folder_answers_each_row_in_order(place, tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["answers.csv"]
 
 
+def test_a_run_folder_whose_base_lies_elsewhere(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"model": "/nowhere/model"}))
+    output = tmp_path / "answers.csv"
+    flags = [f"--workdir={tmp_path}/run", f"--input={place}/cases.csv", f"--output={output}"]
+    code, _, err = predict(*flags)
+    assert code == 1 and "'/nowhere/model' is not a folder here" in err and "(--base=/path" in err
+    assert not output.exists()
+    code, out, err = predict(*flags, f"--base={place}/base")
+    assert code == 0, err
+    assert "3 of 5 rows answered" in out
+
+
 def test_model_with_adapter_and_another_column(place, tmp_path):
     records = [{"Dx": case["diagnosis"]} for case in (CASES[0], CASES[4])]
     pd.DataFrame(records).to_parquet(tmp_path / "cases.parquet")
@@ -219,8 +235,8 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     path = tmp_path / "cases.csv"
     path.write_bytes("id,diagnosis\n1,Prostata, groß\n2,Brustkrebs, €\n3,übel\n".encode("cp1252"))
     output = tmp_path / "answers.csv"
-    options = [f"--workdir={place}/run", f"--input={path}", f"--output={output}", "--constrained"]
-    code, out, err = predict(*options, "--max_new_tokens=12")
+    options = [f"--workdir={place}/run", f"--input={path}", f"--output={output}"]
+    code, out, err = predict(*options, "--constrained=table", "--max_new_tokens=12")
     assert code == 0, err
     rows = read(output)
     assert [row["id"] for row in rows] == ["1", "2", "3"]
@@ -232,6 +248,21 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     bad.write_text('{"diagnosis": "lung"}\n["no"]\n{"diagnosis": "skin"\n')
     rows = list(open_rows(bad, ragged=True))
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
+
+
+def test_codes_of_the_run_s_cohort_alone(place, tmp_path):
+    """Of its training and validation cases, from the copy in the run's own folder."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    reports.make_cohort(tmp_path / "run" / "cohort")
+    (tmp_path / "run" / "cohort" / "excluded.csv").unlink()  # not needed, and older copies lack it
+    output = tmp_path / "answers.csv"
+    flags = [f"--workdir={tmp_path}/run", f"--input={place}/cases.csv", f"--output={output}"]
+    code, _, err = predict(*flags, "--constrained=cohort", "--max_new_tokens=12")
+    assert code == 0, err
+    answers = [row["answer"] for row in read(output) if not row["problem"]]
+    records = load_records(tmp_path / "run" / "cohort", "train", for_run=True)
+    codes = {record.icd10 for record in records}
+    assert len(answers) == 3 and set(answers) <= codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,6 +392,8 @@ ERRORS = [
     (["--output={new}"], "give either --workdir"),
     (["--workdir={run}", "--model={base}", "--output={new}"], "give either --workdir"),
     (["--workdir={run}", "--adapter={peft}", "--output={new}"], "--adapter goes with --model"),
+    (["--model=/nowhere/model", "--task=icd", "--output={new}"], r"\(model=/path/to/folder"),
+    (["--model={base}", "--base={base}", "--output={new}"], "--base goes with --workdir"),
     (["--workdir={place}", "--output={new}"], "is not a run folder: it has no config.json"),
     (["--workdir={run}", "--step=7", "--output={new}"], r"no checkpoint 7; it has \[3\]"),
     (["--model={base}", "--output={new}"], "--task must be one of regimen, modality, icd"),
@@ -373,7 +406,9 @@ ERRORS = [
     (["--workdir={run}", "--output={new}", "--input={place}/x.csv"], "x.csv: no such file"),
     (["--workdir={run}", "--output={new}", "--max_new_tokens=512"], "leaves no room"),
     (["--workdir={run}", "--output={new}", "--batch=0"], "must be at least 1"),
-    (["--workdir={run}", "--output={new}", "--constrained"], "allowed has 9 tokens: raise"),
+    (["--workdir={run}", "--output={new}", "--constrained=table"], "allowed has 9 tokens: raise"),
+    (["--workdir={run}", "--output={new}", "--constrained=cohort"], "cohort that the run was made"),
+    (["--model={base}", "--task=icd", "--output={new}", "--constrained=cohort"], "needs --workdir"),
     (["--workdir={run}", "--output={new}", "stray"], "unexpected argument 'stray'"),
 ]
 # The command's own `main` again and again, because starting Python anew takes seconds.

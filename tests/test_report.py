@@ -207,7 +207,12 @@ def test_compare_command(tmp_path, cohort):
     assert min(values) * 3 == pytest.approx(
         min(e["tests"]["wilcoxon"]["p_holm"] for e in (icd, icd["further_runs"][0]))
     )
-    assert "icd: accuracy" in done.stdout
+    lines = done.stdout.splitlines()
+    scores = [icd[model]["accuracy"]["value"] for model in ("original", "tuned")]
+    told = "icd: accuracy {:.3f} original, {:.3f} tuned, n 48, one-sided".format(*scores)
+    assert [line.startswith(told) for line in lines] == [False, True, False, False]
+    assert lines[2].startswith("icd: icd (2) tuned against icd tuned: ")
+    assert lines[3] == f"report: {tmp_path / 'report' / 'report.html'}"
     assert (tmp_path / "report" / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
     # A run without one of the two models: one clear line, nothing written.

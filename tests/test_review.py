@@ -36,7 +36,7 @@ def run():
         }
         for model, text in (("original", "vague"), ("tuned", "crisp"))
     }
-    return Run("run", "test", predictions, {}, {}, held_out=records)
+    return Run("run", "test", predictions, {}, {"workdir": "runs/icd/run"}, held_out=records)
 
 
 @pytest.fixture
@@ -75,10 +75,11 @@ def test_the_draw_is_seeded(run, tmp_path):
 
 
 def test_no_diagnoses_or_another_task(run, tmp_path):
-    with pytest.raises(ValueError, match="no answers of task 'icd'; it has regimen"):
+    message = "run folder runs/icd/run has no answers of task 'icd'; it has regimen: .* --task"
+    with pytest.raises(ValueError, match=message):
         review.build_review(run, "icd", tmp_path / "p.html", cases=5, seed=0)
-    bare = Run("run", "test", run.predictions, {}, {})
-    with pytest.raises(ValueError, match="12 of 12 cases have no diagnosis"):
+    bare = Run("run", "test", run.predictions, {}, {"workdir": "runs/bare"})
+    with pytest.raises(ValueError, match="folder runs/bare: 12 of 12 cases have no diagnosis"):
         review.build_review(bare, "regimen", tmp_path / "p.html", cases=5, seed=0)
     assert list(tmp_path.iterdir()) == []
 

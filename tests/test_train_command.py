@@ -89,6 +89,16 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
     assert (workdir / "checkpoints" / str(best["step"])).is_dir()
 
 
+def test_a_run_ends_with_its_scores_and_the_place_of_its_report(quiet):
+    workdir, result = quiet
+    entry = json.loads((workdir / "report.json").read_text())["tasks"]["icd"]
+    original, tuned = (entry[model]["accuracy"]["value"] for model in ("original", "tuned"))
+    scores, place = result.stdout.splitlines()[-2:]
+    told = f"icd: accuracy {original:.3f} original, {tuned:.3f} tuned, n {entry['tuned']['n']}, "
+    assert scores.startswith(told)
+    assert place == f"report: {workdir / 'report.html'}"
+
+
 def mean_loss(lm, examples):
     """Cross-entropy of a notebook's model over the answers of examples, each in its own row."""
     width = max(len(example.prompt) + len(example.answer) for example in examples)
@@ -189,16 +199,24 @@ def test_a_run_folder_and_the_base_are_enough_on_another_machine(quiet, workspac
     shutil.copytree(quiet[0], workdir)
     shutil.copytree(workspace.model, base)
     shutil.rmtree(workdir / "evaluation")
+    for name in ("excluded.csv", "deid_audit.jsonl"):  # not needed, and older copies lack them
+        (workdir / "cohort" / name).unlink()
     config = json.loads((workdir / "config.json").read_text())
     config |= {"cohort": "/nowhere/cohort", "model": "/nowhere/model"}
     (workdir / "config.json").write_text(json.dumps(config))
     for model in ("original", "tuned"):
-        run_command("evaluate", f"--workdir={workdir}", f"--base={base}", f"--model={model}")
+        result = run_command(
+            "evaluate", f"--workdir={workdir}", f"--base={base}", f"--model={model}"
+        )
         ours, theirs = (
             folder / "evaluation" / "test" / model / "predictions.jsonl"
             for folder in (workdir, quiet[0])
         )
         assert ours.read_bytes() == theirs.read_bytes()
+    # With both models' answers there is a report, told as `train` tells it.
+    assert result.stdout.splitlines()[-2:] == [
+        line.replace(str(quiet[0]), str(workdir)) for line in quiet[1].stdout.splitlines()[-2:]
+    ]
     ours, theirs = (json.loads((f / "report.json").read_text()) for f in (workdir, quiet[0]))
     for name in ("tests", "baselines", "tuned"):
         assert ours["tasks"]["icd"][name] == theirs["tasks"]["icd"][name]

@@ -226,8 +226,15 @@ def load_manifest(folder: str | Path) -> dict:
     raise ValueError(f"{folder / 'manifest.json'}: not a cohort's manifest; run prepare again")
 
 
-def load_split(folder: str | Path, split: str) -> pd.DataFrame:
+def load_split(folder: str | Path, split: str, *, for_run: bool = False) -> pd.DataFrame:
     """The rows of one split, checked against the manifest.
+
+    Args:
+      folder: of the cohort.
+      split: one of SPLITS.
+      for_run: whether they are read for a run that was made from the cohort. What `prepare` writes
+        beside the splits may be missing then, as it is in the copies that older versions kept, and
+        a file that is wrong is to be put back: a cohort prepared anew would not be the run's.
 
     Raises:
       FileNotFoundError: folder, manifest or a file of the cohort is missing.
@@ -239,6 +246,9 @@ def load_split(folder: str | Path, split: str) -> pd.DataFrame:
     folder = Path(folder)
     manifest = load_manifest(folder)
     path = folder / f"{split}.parquet"
+    advice = "put back that of the cohort that the run was made from"
+    if not for_run:
+        advice = "run prepare again"
     # The other splits are held to it when they are loaded.
     others = {f"{name}.parquet" for name in SPLITS} - {path.name}
     for name in sorted({path.name, *manifest["sha256"]} - others):
@@ -246,11 +256,13 @@ def load_split(folder: str | Path, split: str) -> pd.DataFrame:
             continue
         file = folder / name
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: missing from the cohort; run prepare again")
+            if for_run and file != path:
+                continue
+            raise FileNotFoundError(f"{file}: missing from the cohort; {advice}")
         if sha256(file) != manifest["sha256"].get(name):
             raise ValueError(
-                f"{file}: changed since prepare wrote it (sha256 differs from manifest.json); run "
-                "prepare again"
+                f"{file}: changed since prepare wrote it (sha256 differs from manifest.json); "
+                f"{advice}"
             )
     try:
         table = pd.read_parquet(path)
@@ -283,9 +295,9 @@ def load_cohort(folder: str | Path) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def load_records(folder: str | Path, split: str) -> list[Record]:
-    """One split as the tasks read it. Raises as `load_split`."""
-    return as_records(load_split(folder, split))
+def load_records(folder: str | Path, split: str, *, for_run: bool = False) -> list[Record]:
+    """One split as the tasks read it; arguments and errors as those of `load_split`."""
+    return as_records(load_split(folder, split, for_run=for_run))
 
 
 def as_records(cases: pd.DataFrame) -> list[Record]:

@@ -5,7 +5,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from radonc_jax.evaluation.figures import figure_bytes
@@ -35,6 +35,28 @@ def write_report(
     return write_runs(
         runs, Path(output or workdir), include_text=include_text, bootstrap=bootstrap, seed=seed
     )
+
+
+def describe(report: Mapping, output: Path) -> str:
+    """What commands print at their end: a line for each task and for each two runs that were
+    compared, and where the page of `report`, in the folder `output`, is."""
+    lines = []
+    for task, entry in report["tasks"].items():
+        original, tuned = entry["original"]["accuracy"], entry["tuned"]["accuracy"]
+        lines.append(
+            f"{task}: accuracy {original['value']:.3f} original, {tuned['value']:.3f} tuned, "
+            f"n {entry['tuned']['n']}, "
+            f"one-sided Wilcoxon p = {entry['tests']['wilcoxon']['p_value']:.2g}"
+        )
+        for other in (entry, *entry["further_runs"]):
+            if other["against"] is not None:
+                difference = other["against"]["tests"]["difference"]["value"]
+                p = other["against"]["tests"]["wilcoxon"]["p_value"]
+                lines.append(
+                    f"{task}: {other['run']} tuned against {other['against']['run']} tuned: "
+                    f"{100 * difference:+.1f} points, one-sided Wilcoxon p = {p:.2g}"
+                )
+    return "\n".join([*lines, f"report: {output / 'report.html'}"])
 
 
 def write_runs(

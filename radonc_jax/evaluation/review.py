@@ -50,17 +50,20 @@ def build_review(run: Run, task: str, output: Path, *, cases: int, seed: int) ->
     Raises:
       ValueError: the task was not evaluated, or the diagnoses of its cases are not at hand.
     """
+    place = f"run folder {run.provenance.get('workdir', run.name)}"
     if task not in run.predictions["tuned"]:
         known = ", ".join(run.predictions["tuned"])
-        raise ValueError(f"run {run.name} has no answers of task {task!r}; it has {known}")
+        raise ValueError(
+            f"{place} has no answers of task {task!r}; it has {known}: choose with --task"
+        )
     answers = {model: {p["case_id"]: p for p in run.predictions[model][task]} for model in MODELS}
     diagnoses = {record.case_id: record.diagnosis for record in run.held_out}
     absent = answers["tuned"].keys() - diagnoses.keys()
     if absent or answers["tuned"].keys() != answers["original"].keys():
         raise ValueError(
-            f"run {run.name}: {len(absent)} of {len(answers['tuned'])} cases have no diagnosis at "
+            f"{place}: {len(absent)} of {len(answers['tuned'])} cases have no diagnosis at "
             "hand, or the models answered different cases; the cohort that the run's config.json "
-            "names must be there"
+            "names must be there, or --cohort say where it is"
         )
     rng = random.Random(seed)
     chosen = sorted(diagnoses.keys() & answers["tuned"].keys())

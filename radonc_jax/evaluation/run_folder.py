@@ -139,7 +139,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
             )
         at_hand = False
     if at_hand or cohort is not None:
-        splits = {name: load_split(folder, name) for name in SPLITS}
+        splits = {name: load_split(folder, name, for_run=True) for name in SPLITS}
         sizes = {name: len(rows) for name, rows in splits.items()}
         cases = splits[split]
         _check_cases(workdir, split, predictions["original"], cases["case_id"].astype(str))

@@ -24,7 +24,7 @@ DOWNLOADED = ("config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER
 REACH_SECONDS = 0.7  # how long a hub may take to accept a connection
 
 
-def resolve(model: str, workdir: Path | None = None) -> Path:
+def resolve(model: str, workdir: Path | None = None, option: str = "--config.model") -> Path:
     """The folder of a model: `model` itself, or the snapshot of a hub id.
 
     A hub id is asked for once: a snapshot in the local cache is used without a look at the network,
@@ -33,6 +33,7 @@ def resolve(model: str, workdir: Path | None = None) -> Path:
     Args:
       model: folder; or hub id, which may be pinned as `owner/name@revision`.
       workdir: run folder whose manifest may name the revision that the run began with.
+      option: by which the caller is given a folder, for the error.
 
     Raises:
       FileNotFoundError: neither a folder nor a hub id that is cached or can be downloaded.
@@ -42,7 +43,7 @@ def resolve(model: str, workdir: Path | None = None) -> Path:
         return folder
     advice = (
         f"model {model!r} is not a folder here. Pass a local Hugging Face folder "
-        "(--config.model=/path/to/folder with config.json, *.safetensors and the tokenizer)"
+        f"({option}=/path/to/folder with config.json, *.safetensors and the tokenizer)"
     )
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise FileNotFoundError(advice)
