@@ -467,6 +467,41 @@ def test_the_verdict_says_plainly_who_wins():
     assert "a gain, but the interval of the difference holds 0." in unsure["sentences"][0]
 
 
+def test_where_no_answer_is_right_nothing_is_weighed():
+    entry = entry_with(0.0, 0.0, 0.0, -0.1, 0.1)
+    entry["tests"]["mcnemar"] = entry["baseline_tests"]["lookup"]["mcnemar"] = {"p_value": 1.0}
+    entry["original"] = {"accuracy": {"value": 0.0}}
+    entry["variants"] = {"original_examples": {"accuracy": {"value": 0.0}}}
+    entry["variant_tests"] = {"original_examples": entry["baseline_tests"]["lookup"]}
+    sentences = judge_tuning("icd", entry)["sentences"]
+    assert sentences[0].startswith("On 100 held-out cases no answer is right, before tuning or")
+    assert sentences[1:] == [
+        "No answer of the tuned model or of any simple baseline is right.",
+        "Nor is any answer of the original model with examples in its prompt right.",
+        "All 100 answers of the tuned model are wrong; the best reachable accuracy is not known.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "unread", "said"),
+    [
+        (0.63, 12, "37 of the tuned model's 100 answers are wrong (37.0 %), 12 of them unreadable"),
+        (
+            0.63,
+            37,
+            "37 of the tuned model's 100 answers are wrong (37.0 %), all of them unreadable",
+        ),
+        (0.99, 1, "1 of the tuned model's 100 answers is wrong (1.0 %), unreadable"),
+        (0.0, 19, "All 100 answers of the tuned model are wrong, 19 of them unreadable"),
+        (1.0, 0, "No answer of the tuned model is wrong"),
+    ],
+)
+def test_what_remains_is_counted(accuracy, unread, said):
+    entry = entry_with(accuracy, 0.5, 0.1, None, None)
+    entry["tuned"]["unparseable"] = unread
+    assert judge_tuning("icd", entry)["sentences"][-1].startswith(f"{said}; the best")
+
+
 # -- two tuned models, and a folder that has travelled ---------------------------------------
 
 
@@ -764,7 +799,9 @@ def test_extreme_models_have_defined_figures(tmp_path, cohort, task, right):
             assert entry["tests"]["difference"]["low"] < 0 < entry["tests"]["difference"]["high"]
             assert entry["tests"]["mcnemar"]["p_value"] == 1
             assert entry["tests"]["effect"]["odds_ratio"] is None
-            assert "left accuracy at" in entry["verdict"]["sentences"][0]
+            none = "no answer is right, before tuning or after it"
+            every = "every answer is right, before tuning and after it"
+            assert (every if right[0] else none) in entry["verdict"]["sentences"][0]
 
 
 def test_one_patient_and_one_class_have_defined_figures(icd_run):

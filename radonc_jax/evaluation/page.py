@@ -34,7 +34,7 @@ from radonc_jax.evaluation.published import publish_cohort
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
-from radonc_jax.evaluation.verdict import UNTUNED, adjusted_p, doubts, standing
+from radonc_jax.evaluation.verdict import UNTUNED, adjusted_p, doubts, none_right, standing
 
 
 def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = True) -> str:
@@ -246,15 +246,23 @@ def _sentence(parts: Sequence[str], most: int = 4) -> str:
 
 def _changes(report: Mapping) -> str:
     groups: dict[str, list[str]] = {"raised": [], "lowered": [], "did not change": []}
+    none = []
     for task, entry in entries(report):
         before, after = (_accuracy(entry[model]) for model in MODELS)
-        name = _called(report, task, entry)
-        if before == after:
+        name = f"the {_called(report, task, entry)}"
+        if none_right(*(entry[model] for model in MODELS)):
+            none.append(name)
+        elif before == after:
             groups["did not change"].append(f"{name} ({_share(after)})")
         else:
             verb = "raised" if after > before else "lowered"
             groups[verb].append(f"{name} from {_share(before)} to {_share(after)}")
     clauses = [f"{verb} the accuracy of {_sentence(g)}" for verb, g in groups.items() if g]
+    if none:
+        clauses.append(
+            f"brought no right answer on {_sentence(none)}, where the original model has none "
+            "either"
+        )
     return f"<strong>Tuning</strong> {'; it '.join(clauses)}."
 
 
@@ -264,77 +272,102 @@ def _rivals(report: Mapping) -> str:
     untuned = _untuned_rivals(report)
     if not known:
         return start + f"none was computed, because the cohort is not at hand{untuned}."
-    by_standing: dict[str, list[str]] = {"worse": [], "unclear": [], "better": []}
-    for task, entry in known:
-        name, metrics = _best_baseline(entry)
-        reached, tuned = _share(_accuracy(metrics)), _share(_accuracy(entry["tuned"]))
-        by_standing[_standing(entry)].append(
-            f"{_called(report, task, entry)} ({escape(name_of(name))} {reached}, tuned {tuned})"
-        )
     says = {
+        "none": "no answer of the tuned model or of any simple baseline is right on",
         "worse": "a simple baseline does better than the tuned model on",
         "unclear": "a simple baseline does no worse, as far as these cases tell, on",
         "better": "the tuned model beats all of them on",
     }
-    return (
-        start
-        + "; ".join(
-            f"{says[standing]} {_sentence(names)}"
-            for standing, names in by_standing.items()
-            if names
+    by_standing: dict[str, list[str]] = {kind: [] for kind in says}
+    for task, entry in known:
+        name, metrics = _best_baseline(entry)
+        called = f"the {_called(report, task, entry)}"
+        if none_right(metrics, entry["tuned"]):
+            by_standing["none"].append(called)
+            continue
+        reached, tuned = _share(_accuracy(metrics)), _share(_accuracy(entry["tuned"]))
+        by_standing[_standing(entry)].append(
+            f"{called} ({escape(name_of(name))} {reached}, tuned {tuned})"
         )
-        + untuned
-        + "."
-    )
+    return start + "; ".join(_clauses(says, by_standing)) + untuned + "."
+
+
+def _clauses(says: Mapping[str, str], named: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"{says[kind]} {_sentence(names)}" for kind, names in named.items() if names]
 
 
 def _untuned_rivals(report: Mapping) -> str:
     """Clauses on the tasks in which tuning does not beat what the original can do without it."""
-    named: dict[str, list[str]] = {"worse": [], "unclear": []}
-    for task, entry in entries(report):
-        name = entry["verdict"].get("best_untuned")
-        if name is not None and not entry["verdict"]["tuned_beats_untuned"]:
-            reached, tuned = (
-                _share(_accuracy(m)) for m in (entry["variants"][name], entry["tuned"])
-            )
-            named[standing(entry["variant_tests"][name])].append(
-                f"{_called(report, task, entry)} ({UNTUNED[name]} {reached}, tuned {tuned})"
-            )
     says = {
+        "none": "no answer of the original model without tuning or of the tuned one is right on",
         "worse": "the original model does better without tuning on",
         "unclear": "the original model without tuning is not told apart from the tuned one, as far "
         "as these cases tell, on",
     }
-    return "".join(f"; {says[kind]} {_sentence(names)}" for kind, names in named.items() if names)
+    named: dict[str, list[str]] = {kind: [] for kind in says}
+    for task, entry in entries(report):
+        name = entry["verdict"].get("best_untuned")
+        if name is None or entry["verdict"]["tuned_beats_untuned"]:
+            continue
+        rival, called = entry["variants"][name], f"the {_called(report, task, entry)}"
+        if none_right(rival, entry["tuned"]):
+            named["none"].append(f"{called} ({UNTUNED[name]})")
+            continue
+        reached, tuned = (_share(_accuracy(m)) for m in (rival, entry["tuned"]))
+        named[standing(entry["variant_tests"][name])].append(
+            f"{called} ({UNTUNED[name]} {reached}, tuned {tuned})"
+        )
+    return "".join(f"; {clause}" for clause in _clauses(says, named))
 
 
 def _certainty(report: Mapping) -> str:
     listed = entries(report)
-    sure = [entry for _, entry in listed if adjusted_p(entry["tests"]) <= 0.05]
-    doubted = sum(bool(doubts(entry["tests"])) for entry in sure)
+    text = f"<strong>How sure</strong>: {_significance([entry for _, entry in listed])}; "
     unread = sum(entry["tuned"]["unparseable"] for _, entry in listed)
     total = sum(entry["tuned"]["n"] for _, entry in listed)
-    text = (
-        "<strong>How sure</strong>: the gain is significant (one-sided Wilcoxon at 5 %, after "
-        f"Holm) in {len(sure)} of {len(listed)} comparison{'s' if len(listed) > 1 else ''}"
-    )
-    if doubted:
-        text += (
-            f", but in {doubted} of these McNemar's exact two-sided test at 5 % or the interval of "
-            "the difference does not bear it out"
-        )
-    text += f"; {unread:,} of {total:,} tuned answers cannot be read"
+    if not unread:
+        text += "every tuned answer can be read"
+    elif unread == total:
+        text += f"none of the {total:,} tuned answers can be read"
+    else:
+        text += f"{unread:,} of {total:,} tuned answers cannot be read"
     ceilings = [
-        f"{_called(report, task, entry)} {_share(entry['ceiling'])}"
+        f"{_share(entry['ceiling'])} ({_called(report, task, entry)})"
         for task, entry in listed
         if entry["ceiling"] is not None
     ]
     if ceilings:
         return (
-            text
-            + f"; no reader of these texts could be right more often than {_sentence(ceilings)}."
+            text + f"; no reader of these texts could be right in more than {_sentence(ceilings)}."
         )
     return text + "; the best reachable accuracy is not known."
+
+
+def _significance(listed: Sequence[Mapping]) -> str:
+    """In how many comparisons the gain is significant, and where another test does not agree."""
+    sure = [entry for entry in listed if adjusted_p(entry["tests"]) <= 0.05]
+    better = any(_accuracy(entry["tuned"]) > _accuracy(entry["original"]) for entry in listed)
+    one, test = len(listed) == 1, "(one-sided Wilcoxon at 5 %, after Holm)"
+    if not better:
+        where = "the one comparison" if one else f"any of the {len(listed)} comparisons"
+        return f"no gain is significant {test}: the tuned model is not more accurate in {where}"
+    if not sure:
+        if one:
+            return f"the gain is not significant {test} in the one comparison"
+        return f"the gain is significant {test} in none of the {len(listed)} comparisons"
+    if len(sure) == len(listed):
+        where = "the one comparison" if one else f"all {len(listed)} comparisons"
+    else:
+        where = f"{len(sure)} of the {len(listed)} comparisons"
+    text = f"the gain is significant {test} in {where}"
+    doubted = sum(bool(doubts(entry["tests"])) for entry in sure)
+    if doubted:
+        there = "there" if len(sure) == 1 else f"in {doubted} of these"
+        text += (
+            f", but {there} McNemar's exact two-sided test at 5 % or the interval of the "
+            "difference does not bear it out"
+        )
+    return text
 
 
 # ---------------------------------------------------------------------------------------------
