@@ -107,6 +107,16 @@ def test_the_first_screen_counts_the_comparisons_in_words():
         assert said in shown(render(*runs))
 
 
+def test_tests_of_one_and_of_two_sides_are_told_apart():
+    text = shown(render(run_in_memory([("C61", "C61", "C20")] * 7, "icd")))
+    tests = text[text.index("Tests The Wilcoxon test asks") :]
+    assert re.search(r"a p near 1 says that it is worse or no better\. .*either direction", tests)
+    # Seven cases that only the original gets right: Wilcoxon's p beside McNemar's.
+    assert "1.0000 1.0000 7 0 0.0156" in tests
+    assert "worse or no better" in DEFINITIONS["Wilcoxon p"]
+    assert "either direction" in DEFINITIONS["McNemar p"]
+
+
 def test_the_best_reachable_accuracy_is_a_share_and_then_its_task():
     run = dataclasses.replace(
         run_in_memory([("C61", "", "C61")] * 12, "icd"), ceiling={"icd": 0.959}

@@ -51,7 +51,7 @@ def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = Tr
         ("found", "What was found", _found(report, drawer)),
         ("paper", "The paper's table", _paper_table(report)),
         ("scores", "All scores", _score_table(report)),
-        ("tests", "Tests", _test_table(report) + _rival_table(report) + _against_table(report)),
+        ("tests", "Tests", _tests(report)),
     ]
     texts = Texts(runs, report["runs"]) if include_text else None
     for task in report["tasks"]:
@@ -444,6 +444,18 @@ def _score_table(report: Mapping) -> str:
     return make_table(caption, heads, rows, texts=2)
 
 
+SIDES = (
+    "The Wilcoxon test asks one thing only, whether the tuned model is better: a p near 1 says "
+    "that it is worse or no better. McNemar's test asks for a difference in either direction, so "
+    "where tuning made things worse its p can be small beside a Wilcoxon p of 1."
+)
+
+
+def _tests(report: Mapping) -> str:
+    tables = _test_table(report) + _rival_table(report) + _against_table(report)
+    return f"<p>{escape(SIDES)}</p>{tables}"
+
+
 def _test_table(report: Mapping) -> str:
     heads = [
         "Task",
@@ -570,9 +582,12 @@ DEFINITIONS = {
     "cases on which the models tie are left out. Holm adjusts over the tests of the same kind in "
     "this report: all of tuned against original, all against simple baselines, all against the "
     "original model with examples or constrained, all between the tuned models of two runs. By "
-    "patient: of each patient's mean, since the cases of a patient are not independent.",
+    "patient: of each patient's mean, since the cases of a patient are not independent. A p near "
+    "1 says that the tuned model is worse or no better.",
     "Difference": "Tuned less the other model on the same cases, with its paired interval.",
-    "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right.",
+    "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right: it "
+    "asks for a difference in either direction, and where tuning made things worse it is small "
+    "beside a one-sided Wilcoxon p near 1.",
     "Effect sizes": "Rank-biserial r: (ranks for tuned - ranks for original) / all ranks, from -1 "
     "to 1. Cohen's h: 2 asin(sqrt(p tuned)) - 2 asin(sqrt(p original)). Odds ratio: cases only "
     "tuned gets right over cases only original gets right; where one of them is 0, 0.5 is added to "
