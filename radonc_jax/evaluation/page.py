@@ -132,6 +132,12 @@ def _named(report: Mapping, task: str, entry: Mapping) -> Html:
     return Html(f"{TITLES[task]}{run}")
 
 
+def _of_model(report: Mapping, task: str, entry: Mapping, name: str) -> Html:
+    """What names a row of a table of models, in one cell: it stays when the table is scrolled."""
+    model = f'<span class="model">{escape(name_of(name))}</span>'
+    return Html(f"{_named(report, task, entry)} {model}")
+
+
 def _called(report: Mapping, task: str, entry: Mapping) -> Html:
     """A task within a sentence."""
     title = TITLES[task] if task == "icd" else TITLES[task].lower()
@@ -211,29 +217,54 @@ def _found(report: Mapping, drawer: Drawer) -> str:
         "Best reachable",
     )
     caption = "Accuracy with 95 % intervals; p is one-sided (Wilcoxon), after Holm over all rows."
-    figure = drawer(
-        accuracy_figure(report),
-        "Accuracy of each model and baseline; lines are 95 % intervals.",
-        "Accuracy of each model and baseline with 95 percent intervals",
-    )
     found = "".join(f"<p>{sentence}</p>" for sentence in sentences)
-    return f'<div class="found">{found}</div>{make_table(caption, heads, rows, stack=True)}{figure}'
+    return (
+        f'<div class="found">{found}</div>{make_table(caption, heads, rows, stack=True)}'
+        f'<div class="figures">{_found_figures(report, drawer)}</div>'
+    )
+
+
+def _found_figures(report: Mapping, drawer: Drawer) -> Html:
+    """Of each task and run its accuracies, and beside them what tuned differs by from the rest."""
+    drawn = []
+    for (_, entry), panel in zip(entries(report), _panels(report), strict=True):
+        rivals = {"original": entry["tests"]}
+        rivals |= dict(entry.get("variant_tests") or {}) | dict(entry["baseline_tests"] or {})
+        differences = {name: tests["difference"] for name, tests in rivals.items()}
+        drawn.append(
+            drawer(
+                figures.draw_panel(*panel),
+                "Accuracy of each model and baseline; lines are 95 % intervals.",
+                f"{panel[0]}: accuracy of each model and baseline with 95 percent intervals",
+            )
+        )
+        drawn.append(
+            drawer(
+                figures.draw_differences(panel[0], differences),
+                "Accuracy of the tuned model less that of each other on the same cases; right of 0 "
+                "it is the better.",
+                f"{panel[0]}: difference in accuracy of the tuned model from each other",
+            )
+        )
+    return join(drawn)
 
 
 def accuracy_figure(report: Mapping) -> Figure:
     """Accuracy of every model and baseline of the report; raises ValueError if it has no task."""
     if not entries(report):
         raise ValueError("the report holds no evaluation, so there is nothing to draw")
-    return figures.draw_accuracy(
-        [
-            (
-                TITLES[task] + (f", {entry['run']}" if _is_shared(report, task) else ""),
-                _models(entry),
-                entry["ceiling"],
-            )
-            for task, entry in entries(report)
-        ]
-    )
+    return figures.draw_accuracy(_panels(report))
+
+
+def _panels(report: Mapping) -> list[tuple[str, Mapping, float | None]]:
+    return [
+        (
+            TITLES[task] + (f", {entry['run']}" if _is_shared(report, task) else ""),
+            _models(entry),
+            entry["ceiling"],
+        )
+        for task, entry in entries(report)
+    ]
 
 
 def _sentence(parts: Sequence[str], most: int = 4) -> str:
@@ -403,21 +434,20 @@ def _paper_table(report: Mapping) -> str:
             tests = entry["tests"] if model == "tuned" else {}
             rows.append(
                 [
-                    _named(report, task, entry),
+                    _of_model(report, task, entry, model),
                     _base_name(entry),
-                    name_of(model),
                     *(score_cell(entry[model].get(score)) for score in PAPER_SCORES),
                     format_p(tests.get("wilcoxon", {}).get("p_value")),
                     format_p(tests.get("wilcoxon_rouge1", {}).get("p_value")),
                 ]
             )
-    heads = ["Task", "Base", "Model", *(SCORES[score] for score in PAPER_SCORES)]
+    heads = ["Task, model", "Base", *(SCORES[score] for score in PAPER_SCORES)]
     heads += ["p, accuracy", "p, ROUGE-1"]
     caption = (
         "Original against tuned model, as the paper compares them; one-sided Wilcoxon "
         "signed-rank tests, not adjusted. Free-text regimens have no classes."
     )
-    return make_table(caption, heads, rows, texts=3)
+    return make_table(caption, heads, rows, texts=2)
 
 
 def _base_name(entry: Mapping) -> str:
@@ -428,8 +458,7 @@ def _base_name(entry: Mapping) -> str:
 def _score_table(report: Mapping) -> str:
     rows = [
         [
-            _named(report, task, entry),
-            name_of(name),
+            _of_model(report, task, entry, name),
             plain_cell(metrics["n"]),
             *(score_cell(metrics.get(score)) for score in SCORES),
             plain_cell(metrics["unparseable"]),
@@ -438,10 +467,10 @@ def _score_table(report: Mapping) -> str:
         for task, entry in entries(report)
         for name, metrics in _models(entry).items()
     ]
-    heads = ["Task", "Model", "Cases", *SCORES.values(), "Unreadable, cases", "Unfinished, cases"]
-    heads, rows = drop_unknown(heads, rows, 3)
+    heads = ["Task, model", "Cases", *SCORES.values(), "Unreadable, cases", "Unfinished, cases"]
+    heads, rows = drop_unknown(heads, rows, 2)
     caption = "Every score of every model and baseline; small print: 95 % interval by patient."
-    return make_table(caption, heads, rows, texts=2)
+    return make_table(caption, heads, rows)
 
 
 SIDES = (
@@ -505,17 +534,15 @@ def _test_table(report: Mapping) -> str:
 def _rival_table(report: Mapping) -> str:
     """Tuned against what needs no tuning, case by case."""
     rows = [
-        [_named(report, task, entry), name_of(name), *_test_cells(tests)]
+        [_of_model(report, task, entry, name), *_test_cells(tests)]
         for task, entry in entries(report)
         for rivals in (entry.get("variant_tests"), entry["baseline_tests"])
         for name, tests in (rivals or {}).items()
     ]
     if not rows:
         return ""
-    heads = ["Task", "Rival", *_TEST_CELLS]
-    return make_table(
-        "Tuned model against what needs no tuning, case by case.", heads, rows, texts=2
-    )
+    heads = ["Task, rival", *_TEST_CELLS]
+    return make_table("Tuned model against what needs no tuning, case by case.", heads, rows)
 
 
 def _against_table(report: Mapping) -> str:
