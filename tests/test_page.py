@@ -336,8 +336,8 @@ def test_the_first_screen_and_the_task_agree_on_how_sure_the_gain_is():
 
 def test_a_published_report_hides_small_groups(tmp_path):
     answers = [("C61", "C61", "C61")] * 20 + [("C34.11", "C34.11", "C34.11")] * 12
-    answers += [("C20", "C61", "C50.911")] * 3 + [("C19", "C61", "C50.911")] * 2
-    runs = [run_in_memory(answers, "icd", name="icd", sites=["a"] * 32 + ["tiny"] * 5)]
+    answers += [("C20", "C61", "C50.911")] * 7 + [("C19", "C61", "C50.911")] * 6
+    runs = [run_in_memory(answers, "icd", name="icd", sites=["a"] * 32 + ["b"] * 8 + ["tiny"] * 5)]
     report.write_runs(runs, tmp_path, include_text=False, bootstrap=20)
     page = (tmp_path / "report.html").read_text()
     public = json.loads((tmp_path / "report.json").read_text())
