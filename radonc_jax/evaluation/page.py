@@ -604,7 +604,10 @@ DEFINITIONS = {
     "classes.",
     "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
     "few patients. Where all patients score alike: what the score would be if the largest share of "
-    "all patients that may differ (exact binomial) were wholly wrong or wholly right.",
+    "all patients that may differ (exact binomial) were wholly wrong or wholly right. Of macro "
+    "scores over many rare classes the interval is too narrow: in simulations it holds the macro "
+    "F1 to be expected in 93 to 97 of 100 test splits with 15 classes in 300 cases, but in about "
+    "90 with 28 classes in 100 cases, 11 of them with a single case.",
     "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; "
     "cases on which the models tie are left out. Holm adjusts over the tests of the same kind in "
     "this report: all of tuned against original, all against simple baselines, all against the "

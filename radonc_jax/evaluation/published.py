@@ -17,22 +17,23 @@ def publish(report: Mapping) -> dict:
 
     Small groups of `subgroups` and `details.by_rarity` and small classes of `per_class` have n
     "<11" (support likewise) and no scores; where one alone would be hidden, or all that are hidden
-    are fewer than 11 cases together, the next smallest is "hidden" too. In `confusion` the rows of these classes and counts of 1 to 10 are null; no row,
-    column or diagonal that can be summed from other figures has one null alone or nulls of fewer than 11 cases together
-    beside a count, and a class whose
-    right answers are null has no scores. `details.errors` likewise. Where one of the four cells of
-    a McNemar table is small (both right and both wrong follow from the accuracies) its counts are
-    null, with what gives them away (their ratio; of each Wilcoxon test the number of what differs
-    and the statistic; rank-biserial correlations). Fields of regimens, customary doses and
-    robustness that are small have n "<11" and no scores; so have bins of the reliability curve,
-    where one alone hides the next smallest; the steps of the risk-coverage curve are of 11 cases
-    or more. A part that is shown beside its whole is large, and so is what it leaves of it: else
-    its n is "hidden" and it has no scores, or it is null. `provenance` keeps hashes, versions and settings, but no folder and no command line;
-    of models the last part of the name stays.
+    are fewer than 11 cases together, the next smallest is "hidden" too. In `confusion` the rows of
+    these classes and counts of 1 to 10 are null; no row, column or diagonal that can be summed from
+    other figures has one null alone or nulls of fewer than 11 cases together beside a count, and a
+    class whose right answers are null has no scores. `details.errors` likewise. Where one of the
+    four cells of a McNemar table is small (both right and both wrong follow from the accuracies)
+    its counts are null, with what gives them away (their ratio; of each Wilcoxon test the number of
+    what differs and the statistic; rank-biserial correlations). Fields of regimens, customary doses
+    and robustness that are small have n "<11" and no scores; so have bins of the reliability curve,
+    where one alone hides the next smallest; the steps of the risk-coverage curve are of 11 cases or
+    more. A part that is shown beside its whole is large, and so is what it leaves of it: else its n
+    is "hidden" and it has no scores, or it is null. `provenance` keeps hashes, versions and
+    settings, but no folder and no command line; of models the last part of the name stays.
 
     Sums that stand elsewhere (`n`, `unparseable`, `unfinished` and their shares, accuracy) and
-    p-values are of the whole split and stay. Who enumerates all tables that fit every average and
-    every p-value together may still narrow a hidden count down.
+    p-values are of the whole split and stay, and so do further scores of all its answers. Who
+    enumerates all tables that fit every average and every p-value together may still narrow a
+    hidden count down.
     """
     result = json.loads(json.dumps(report))
     result["provenance"] = _without_places(result["provenance"])

@@ -104,7 +104,8 @@ def hide_small(rows: Sequence[Mapping], key: str) -> list[dict]:
     """Rows with their cells below SMALLEST_CELL hidden: n is "<11", every score None.
 
     Where one cell alone would be hidden within its `key`, or all that are hidden together are still
-    below SMALLEST_CELL, the total would give them away; then the next smallest is hidden too. Rows are told from others by row[key] ("by" of subgroups).
+    below SMALLEST_CELL, the total would give them away; then the next smallest is hidden too. Rows
+    are told from others by row[key] ("by" of subgroups).
     """
     hidden: dict[object, set[int]] = defaultdict(set)
     members: dict[object, list[int]] = defaultdict(list)
