@@ -448,6 +448,18 @@ def test_no_part_that_is_shown_leaves_a_small_count_of_its_whole(nearly_whole):
     json.dumps(public, allow_nan=False)
 
 
+def test_a_few_that_both_models_have_right_or_whose_group_is_not_known_are_hidden():
+    answers = [("C61", "", "C61")] * 20 + [("C61", "C61", "")] * 15
+    answers += [("C61", "C61", "C61")] * 4 + [("C61", "", "")] * 15
+    report = findings.build_report(
+        [run_in_memory(answers, "icd", sites=["a"] * 49 + [None] * 5)], bootstrap=0
+    )
+    entry = published.publish(report)["tasks"]["icd"]
+    assert entry["tests"]["mcnemar"]["only_original"] is None
+    assert entry["tests"]["mcnemar"]["only_tuned"] is None
+    assert [row["n"] for row in entry["subgroups"] if row["by"] == "site"] == ["hidden"]
+
+
 def test_few_answers_that_are_no_code_cannot_be_told_from_the_unreadable():
     answers = [("C61", "", "C20")] * 20 + [("C61", "", "")] * 12 + [("C61", "", "C99.9")] * 3
     report = findings.build_report([run_in_memory(answers, "icd")], bootstrap=0)
