@@ -211,11 +211,75 @@ def test_a_narrow_screen_never_scrolls_sideways(browser, pages, name):
         return [document.documentElement.scrollWidth, wide.map(e => e.outerHTML.slice(0, 80))];"""
     )
     assert wide == [360, []]
-    # The first table is read without scrolling at all.
-    first = (
-        "const t = document.querySelector('#found .scroll'); return t.scrollWidth - t.clientWidth"
+    # Tables that become blocks, the first one among them, are read without scrolling at all.
+    stacked = browser.execute_script(
+        """return [...document.querySelectorAll(".stack")].map(
+          t => t.parentElement.scrollWidth - t.parentElement.clientWidth);"""
     )
-    assert browser.execute_script(first) == 0
+    assert stacked and set(stacked) == {0}
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("name", ["report", "public"])
+def test_a_wide_table_says_that_it_scrolls_and_keeps_its_first_column(browser, pages, name, width):
+    show(browser, pages / f"{name}.html", width=width)
+    for element in browser.find_elements(By.TAG_NAME, "summary"):
+        browser.execute_script("arguments[0].click()", element)
+    tables = browser.execute_async_script(
+        """const done = arguments[0], all = [...document.querySelectorAll("table")];
+        const boxes = all.map(table => table.closest(".scroll"));
+        for (const box of boxes) box.scrollLeft = 1e6;
+        requestAnimationFrame(() => requestAnimationFrame(() => done(boxes.map((box, i) => {
+          const hint = getComputedStyle(box, "::before");
+          const cell = all[i].tBodies[0].rows[0].cells[0].getBoundingClientRect();
+          return [box.scrollWidth > box.clientWidth, parseFloat(hint.height) > 12,
+            hint.visibility === "visible", hint.content.includes("Scrolls sideways"),
+            cell.left - box.getBoundingClientRect().left, cell.width / box.clientWidth];
+        }))));"""
+    )
+    assert any(scrolls for scrolls, *_ in tables)
+    for scrolls, high, visible, told, moved, share in tables:
+        assert told and high is visible is scrolls
+        if scrolls:
+            assert abs(moved) < 1 and share < 0.5
+
+
+@pytest.mark.parametrize(("width", "least", "most"), [(360, 10.5, 16), (1200, 12, 18)])
+def test_words_of_figures_are_neither_tiny_nor_huge(browser, pages, width, least, most):
+    show(browser, pages / "report.html", width=width)
+    sizes = browser.execute_script(
+        """return [...document.querySelectorAll("figure svg text")].map(text => {
+          const at = text.getScreenCTM(), style = getComputedStyle(text);
+          return [parseFloat(style.fontSize) * Math.hypot(at.a, at.b), text.textContent];
+        });"""
+    )
+    assert len(sizes) > 50
+    assert [text for size, text in sizes if not least <= size <= most] == []
+    # Words stay inside their figure.
+    cut = browser.execute_script(
+        """return [...document.querySelectorAll("figure svg")].flatMap(svg => {
+          const box = svg.getBoundingClientRect();
+          return [...svg.querySelectorAll("text")].filter(text => {
+            const own = text.getBoundingClientRect();
+            return own.left < box.left - 1 || own.right > box.right + 1;
+          }).map(text => text.textContent);
+        });"""
+    )
+    assert cut == []
+
+
+def test_figures_fill_a_wide_screen_and_stand_below_each_other_on_a_narrow_one(browser, pages):
+    place = """const main = document.querySelector("main").getBoundingClientRect();
+      return [...document.querySelectorAll("#found figure")].slice(0, 2).map(figure => {
+        const box = figure.getBoundingClientRect();
+        return [box.top, (box.right - main.left) / main.width];
+      });"""
+    show(browser, pages / "report.html", width=1200)
+    (top, half), (beside, whole) = browser.execute_script(place)
+    assert top == beside and 0.4 < half < 0.5 and whole > 0.85
+    show(browser, pages / "report.html", width=360)
+    (top, whole), (below, same) = browser.execute_script(place)
+    assert top < below and whole == same == 1
 
 
 def test_reading_order_and_names(browser, pages):

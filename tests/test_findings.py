@@ -1,5 +1,6 @@
 """report.json: what a reviewer asks of it, and what is refused."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -219,17 +220,25 @@ def test_small_classes_are_hidden_and_the_next_smallest_with_a_single_one():
     two = subgroups.hide_small([*rows, {"label": "d", "n": 10, "f1": 1.0}], "")
     assert two[1] == rows[1] and two[3]["n"] == "<11"
     assert subgroups.hide_small(rows[1:], "") == rows[1:]
+    # Two that are small even together are what the total leaves of the others.
+    few = subgroups.hide_small([*rows, {"label": "d", "n": 4, "f1": 1.0}], "")
+    assert [row["n"] for row in few] == ["<11", "hidden", 90, "<11"]
 
 
 def told(cells, total):
-    """What whoever sees one line of a table and its sum can work out of its hidden cells."""
-    hidden = [i for i, count in enumerate(cells) if count is None]
-    if len(hidden) != 1 or total is None:
+    """What whoever sees one line of a table and its sum can work out of its hidden cells: of one
+    its count, of several that they are small together, where a count is left to hide."""
+    hidden = tuple(i for i, count in enumerate(cells) if count is None)
+    if not hidden or total is None:
         return {}
-    return {hidden[0]: total - sum(count for count in cells if count is not None)}
+    rest = total - sum(count for count in cells if count is not None)
+    if len(hidden) == 1 or (0 < rest < 11 and any(cells)):
+        return {hidden: rest}
+    return {}
 
 
 MATRICES = {
+    "few errors of a class": [[40, 3, 2, 0], [0, 30, 0, 0], [0, 0, 60, 0]],
     # The lone small cell of "b" is its whole row: n minus the other supports would tell it.
     "one small class": [[40, 0, 0, 0], [0, 3, 0, 0], [0, 0, 25, 0]],
     "small class and its partner": [[40, 12, 0, 0], [4, 0, 0, 0], [0, 2, 13, 0]],
@@ -352,6 +361,126 @@ def test_few_unreadable_references_are_hidden():
     assert public["tasks"]["regimen"]["details"]["unreadable_references"] is None
 
 
+def wholes_and_parts(entry):
+    """(what, whole, part) of counts that stand in a published entry, the part among the whole."""
+    n, details = entry["tuned"]["n"], entry["details"]
+    right = {m: round(n * entry[m]["accuracy"]["value"]) for m in run.MODELS}
+    unreadable = details.get("unreadable_references")
+    if unreadable is not None:
+        yield "unreadable references", n, unreadable
+    for name, row in {**details.get("fields", {}), "allowed": details.get("allowed")}.items():
+        if row is not None and isinstance(row["n"], int):
+            yield name, n, row["n"]
+            yield name, n - (unreadable or 0), row["n"]
+        elif row is not None:
+            assert all(row[m] is None for m in run.MODELS)
+    for m, share in details.get("high_rouge_wrong_share", {}).items():
+        if share is not None:
+            for whole in (n, n - right[m]):
+                yield "high ROUGE-1", whole, round(n * share["value"])
+    if details.get("high_rouge_wrong_n") is not None:
+        yield "high ROUGE-1", n - right["tuned"], details["high_rouge_wrong_n"]
+    for kinds in (entry["robustness"] or {}).values():
+        for row in kinds.values():
+            if isinstance(row["n"], int):
+                yield "robustness", n, row["n"]
+    for by in subgroups.ORDER:
+        rows = [row["n"] for row in entry["subgroups"] if row["by"] == by]
+        if rows and all(isinstance(count, int) for count in rows):
+            yield by, n, sum(rows)
+    for model in filter(None, entry["confidence"].values()):
+        covered = [round(n * point["coverage"]) for point in model["risk_coverage"]]
+        if (safe := model["coverage_at_5_percent_error"]) is not None:
+            yield "coverage at 5 % error", n, round(n * safe)
+            for count in covered:
+                yield "risk and coverage", max(count, round(n * safe)), min(count, round(n * safe))
+    others = [*(entry["baseline_tests"] or {}).values(), *entry["variant_tests"].values()]
+    for tests in (entry["tests"], *others):
+        if tests["mcnemar"]["only_tuned"] is not None:
+            yield "both right", right["tuned"], tests["mcnemar"]["only_tuned"]
+            yield "both wrong", n - right["tuned"], tests["mcnemar"]["only_original"]
+        for kind in ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient"):
+            if tests[kind]["n_nonzero"] is not None:
+                yield kind, tests[kind]["n"], tests[kind]["n_nonzero"]
+
+
+SIDED, PLAIN = "Left breast, 50 Gy in 25 fractions", "Prostate, 70 Gy in 28 fractions"
+
+
+@pytest.fixture(scope="module")
+def nearly_whole():
+    """A run in which a few cases lack what all others have: side, site, a probe, an error."""
+    wrong = SIDED.replace("50", "60")
+    answers = [(SIDED, SIDED, SIDED)] * 4 + [(SIDED, "", SIDED)] * 21 + [(SIDED, SIDED, "")] * 3
+    answers += (
+        [(SIDED, "", wrong)] * 14 + [(PLAIN, "Prostate", "?")] * 4 + [("as discussed", "", "?")] * 3
+    )
+    sites = ["breast_wbi"] * 42 + ["prostate"] * 2 + [None] * 5
+    logprobs = [-0.1] * 25 + [-3.0 - i for i in range(len(answers) - 25)]
+    found = run_in_memory(answers, sites=sites, logprobs=logprobs)
+    probe = {"n": 44, "left_out": 5, "rate": 1.0, "low": 0.9, "high": 1.0, "expected": "same"}
+    probes = {"tuned": {"regimen": {"synonyms": probe}}}
+    return findings.build_report([dataclasses.replace(found, robustness=probes)], bootstrap=0)
+
+
+def test_no_part_that_is_shown_leaves_a_small_count_of_its_whole(nearly_whole):
+    def small(report):
+        return {
+            what: (whole, part)
+            for what, whole, part in wholes_and_parts(report["tasks"]["regimen"])
+            if 0 < whole - part < 11 or 0 < part < 11
+        }
+
+    assert small(nearly_whole).keys() >= {
+        "side", "dose", "allowed", "site", "robustness", "both right", "high ROUGE-1",
+        "unreadable references", "wilcoxon_rouge1",
+    }  # fmt: skip
+    public = published.publish(nearly_whole)
+    assert small(public) == {}
+    entry = public["tasks"]["regimen"]
+    assert entry["details"]["fields"]["side"]["n"] == "hidden"
+    assert entry["details"]["fields"]["boost"]["n"] == 0
+    assert entry["robustness"]["tuned"]["synonyms"] == {
+        "n": "hidden", "rate": None, "low": None, "high": None, "expected": "same"
+    }  # fmt: skip
+    assert [row["n"] for row in entry["subgroups"] if row["by"] == "site"] == ["hidden", "<11"]
+    assert entry["tests"]["mcnemar"]["only_original"] is None
+    json.dumps(public, allow_nan=False)
+
+
+def test_a_few_that_both_models_have_right_or_whose_group_is_not_known_are_hidden():
+    answers = [("C61", "", "C61")] * 20 + [("C61", "C61", "")] * 15
+    answers += [("C61", "C61", "C61")] * 4 + [("C61", "", "")] * 15
+    report = findings.build_report(
+        [run_in_memory(answers, "icd", sites=["a"] * 49 + [None] * 5)], bootstrap=0
+    )
+    entry = published.publish(report)["tasks"]["icd"]
+    assert entry["tests"]["mcnemar"]["only_original"] is None
+    assert entry["tests"]["mcnemar"]["only_tuned"] is None
+    assert [row["n"] for row in entry["subgroups"] if row["by"] == "site"] == ["hidden"]
+
+
+def test_few_answers_that_are_no_code_cannot_be_told_from_the_unreadable():
+    answers = [("C61", "", "C20")] * 20 + [("C61", "", "")] * 12 + [("C61", "", "C99.9")] * 3
+    report = findings.build_report([run_in_memory(answers, "icd")], bootstrap=0)
+    counts, errors = report["tasks"]["icd"], report["tasks"]["icd"]["details"]["errors"]
+    before = errors["not_a_code"]["tuned"], counts["tuned"]["unparseable"]
+    assert 0 < before[0] - before[1] < 11
+    errors = published.publish(report)["tasks"]["icd"]["details"]["errors"]
+    assert errors["not_a_code"]["tuned"] is errors["other"]["tuned"] is None
+    assert errors["not_a_code"]["original"] == 35
+
+
+def test_a_large_remainder_is_left_as_it_is():
+    answers = [(SIDED, "", SIDED)] * 30 + [(PLAIN, "", "?")] * 20
+    sites = ["breast"] * 30 + [None] * 20
+    report = findings.build_report([run_in_memory(answers, sites=sites)], bootstrap=0)
+    entry = published.publish(report)["tasks"]["regimen"]
+    assert entry["details"]["fields"]["side"]["n"] == 30
+    assert [row["n"] for row in entry["subgroups"] if row["by"] == "site"] == [30]
+    assert entry["tests"]["mcnemar"]["only_tuned"] == 30
+
+
 def test_a_published_cohort_tells_no_small_count():
     facts = {
         "kept": 50,
@@ -364,6 +493,9 @@ def test_a_published_cohort_tells_no_small_count():
     assert public["deidentification"] == {"policy": "redact", "rows": "<11"}
     assert public["annotation"] == {"rows_offered": "<11"} and public["kept"] == 50
     assert facts["excluded"]["no_text"] == 3
+    few = {"assessed": 53, "kept": 50}
+    assert published.publish_cohort(few) == {"assessed": "hidden", "kept": 50}
+    assert published.publish_cohort({"assessed": 90, "kept": 50})["assessed"] == 90
 
 
 def test_groups_of_a_case():
@@ -465,6 +597,41 @@ def test_the_verdict_says_plainly_who_wins():
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
     assert "a gain, but the interval of the difference holds 0." in unsure["sentences"][0]
+
+
+def test_where_no_answer_is_right_nothing_is_weighed():
+    entry = entry_with(0.0, 0.0, 0.0, -0.1, 0.1)
+    entry["tests"]["mcnemar"] = entry["baseline_tests"]["lookup"]["mcnemar"] = {"p_value": 1.0}
+    entry["original"] = {"accuracy": {"value": 0.0}}
+    entry["variants"] = {"original_examples": {"accuracy": {"value": 0.0}}}
+    entry["variant_tests"] = {"original_examples": entry["baseline_tests"]["lookup"]}
+    sentences = judge_tuning("icd", entry)["sentences"]
+    assert sentences[0].startswith("On 100 held-out cases no answer is right, before tuning or")
+    assert sentences[1:] == [
+        "No answer of the tuned model or of any simple baseline is right.",
+        "Nor is any answer of the original model with examples in its prompt right.",
+        "All 100 answers of the tuned model are wrong; the best reachable accuracy is not known.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "unread", "said"),
+    [
+        (0.63, 12, "37 of the tuned model's 100 answers are wrong (37.0 %), 12 of them unreadable"),
+        (
+            0.63,
+            37,
+            "37 of the tuned model's 100 answers are wrong (37.0 %), all of them unreadable",
+        ),
+        (0.99, 1, "1 of the tuned model's 100 answers is wrong (1.0 %), unreadable"),
+        (0.0, 19, "All 100 answers of the tuned model are wrong, 19 of them unreadable"),
+        (1.0, 0, "No answer of the tuned model is wrong"),
+    ],
+)
+def test_what_remains_is_counted(accuracy, unread, said):
+    entry = entry_with(accuracy, 0.5, 0.1, None, None)
+    entry["tuned"]["unparseable"] = unread
+    assert judge_tuning("icd", entry)["sentences"][-1].startswith(f"{said}; the best")
 
 
 # -- two tuned models, and a folder that has travelled ---------------------------------------
@@ -784,7 +951,9 @@ def test_extreme_models_have_defined_figures(tmp_path, cohort, task, right):
             assert entry["tests"]["difference"]["low"] < 0 < entry["tests"]["difference"]["high"]
             assert entry["tests"]["mcnemar"]["p_value"] == 1
             assert entry["tests"]["effect"]["odds_ratio"] is None
-            assert "left accuracy at" in entry["verdict"]["sentences"][0]
+            none = "no answer is right, before tuning or after it"
+            every = "every answer is right, before tuning and after it"
+            assert (every if right[0] else none) in entry["verdict"]["sentences"][0]
 
 
 def test_one_patient_and_one_class_have_defined_figures(icd_run):

@@ -58,11 +58,93 @@ def test_odd_runs_give_defined_figures(odd, task):
         answers = [tuple(t.replace("C61", RIGHT) for t in answer) for answer in answers]
     text = shown(render(run_in_memory(answers, task)))
     assert not re.search(NO_FIGURE, text)
-    assert f"of {len(answers)} tuned answers cannot be read" in text
-    if odd == "models_never_differ":
-        assert "did not change the accuracy of" in text and "in 0 of 1 comparison" in text
-    if odd == "nothing_readable":
-        assert "5 of 5 tuned answers cannot be read" in text
+    name = {"regimen": "treatment regimen", "icd": "ICD-10-CM code"}[task]
+    said = {
+        "one_case": (
+            f"Tuning lowered the accuracy of the {name} from 100.0",
+            "no gain is significant (one-sided Wilcoxon at 5 %, after Holm): the tuned model is "
+            "not more accurate in the one comparison; ",
+            "On 1 held-out case tuning lowered",
+            "The only answer of the tuned model is wrong",
+        ),
+        "nothing_readable": (
+            f"Tuning brought no right answer on the {name}, where the original model has none "
+            "either.",
+            "none of the 5 tuned answers can be read; ",
+            "On 5 held-out cases no answer is right, before tuning or after it (difference",
+            "All 5 answers of the tuned model are wrong, all of them unreadable; ",
+        ),
+        "models_never_differ": (
+            f"Tuning did not change the accuracy of the {name} (50.0",
+            "is not more accurate in the one comparison; every tuned answer can be read",
+            "6 of the tuned model's 12 answers are wrong (50.0 %); ".replace("'", "&#x27;"),
+        ),
+        "all_right": (
+            "every answer is right, before tuning and after it (difference",
+            "No answer of the tuned model is wrong; ",
+        ),
+    }
+    for sentence in said[odd]:
+        assert sentence in text
+    assert not re.search(r"\b[01] of 1\b", text[: text.index("Accuracy with 95 % intervals")])
+
+
+def test_the_first_screen_counts_the_comparisons_in_words():
+    gain, none = [("C61", "", "C61")] * 12, [("C61", "C20", "C20")] * 12
+    better = run_in_memory(gain, "icd", name="better")
+    some = run_in_memory([("C61", "", "C61")] + none, "icd", name="some")
+    other = run_in_memory(none, "icd", name="none")
+    test = "(one-sided Wilcoxon at 5 %, after Holm)"
+    for runs, said in (
+        ([better, better], f"the gain is significant {test} in all 2 comparisons; "),
+        ([better, other, some], f"the gain is significant {test} in 1 of the 3 comparisons; "),
+        ([some, other], f"the gain is significant {test} in none of the 2 comparisons; "),
+        (
+            [other, other],
+            f"no gain is significant {test}: the tuned model is not more accurate in any of the 2",
+        ),
+    ):
+        assert said in shown(render(*runs))
+
+
+def test_tests_of_one_and_of_two_sides_are_told_apart():
+    text = shown(render(run_in_memory([("C61", "C61", "C20")] * 7, "icd")))
+    tests = text[text.index("Tests The Wilcoxon test asks") :]
+    assert re.search(r"a p near 1 says that it is worse or no better\. .*either direction", tests)
+    # Seven cases that only the original gets right: Wilcoxon's p beside McNemar's.
+    assert "1.0000 1.0000 7 0 0.0156" in tests
+    assert "worse or no better" in DEFINITIONS["Wilcoxon p"]
+    assert "either direction" in DEFINITIONS["McNemar p"]
+
+
+def test_the_best_reachable_accuracy_is_a_share_and_then_its_task():
+    run = dataclasses.replace(
+        run_in_memory([("C61", "", "C61")] * 12, "icd"), ceiling={"icd": 0.959}
+    )
+    text = shown(render(run)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "no reader of these texts could be right in more than 95.9 % (ICD-10-CM code)." in text
+
+
+def test_where_no_answer_is_right_the_first_screen_names_no_rival():
+    run = run_in_memory([("C61", "", "C20")] * 12, "icd")
+    training = run_in_memory([("C18.9", "", "")] * 12, "icd").held_out
+    examples = {"original_examples": run.predictions["tuned"]}
+    metrics = {"original_examples": run.metrics["tuned"]}
+    text = shown(
+        render(
+            dataclasses.replace(
+                run,
+                predictions=run.predictions | examples,
+                metrics=run.metrics | metrics,
+                training=training,
+            )
+        )
+    )
+    assert (
+        "Against simple baselines : no answer of the tuned model or of any simple baseline is "
+        "right on the ICD-10-CM code; no answer of the original model without tuning or of the "
+        "tuned one is right on the ICD-10-CM code (with examples in its prompt)."
+    ) in text
 
 
 def test_one_patient_has_defined_figures():
@@ -134,9 +216,9 @@ def test_runs_are_named_where_they_share_a_task():
     ]
     page = render(*runs)
     text = shown(page)
-    assert "ICD-10-CM code (mistral) from 0.0" in text
-    assert "ICD-10-CM code (llama &amp; co) (0.0" in text
-    assert "treatment regimen from 0.0" in text and "regimen (alone)" not in text
+    assert "the ICD-10-CM code (mistral) from 0.0" in text
+    assert "brought no right answer on the ICD-10-CM code (llama &amp; co), where" in text
+    assert "the treatment regimen from 0.0" in text and "regimen (alone)" not in text
     # The paper's table has two rows for each run.
     table = page[page.index('id="paper"') : page.index('id="scores"')]
     assert table.count("<tr>") == 1 + 2 * 3
@@ -201,10 +283,12 @@ def test_the_first_screen_says_where_the_original_needs_no_tuning():
     run = run_in_memory([("C61", "", "C61")] * 12 + [("C61", "", "C20")] * 8, "icd")
     all_right = run_in_memory([("C61", "C61", "C61")] * 20, "icd")
     nearly = run_in_memory([("C61", "", "C61")] * 11 + [("C61", "", "C20")] * 9, "icd")
-    better = "; the original model does better without tuning on ICD-10-CM code (with examples in"
+    better = (
+        "; the original model does better without tuning on the ICD-10-CM code (with examples in"
+    )
     unclear = (
         "; the original model without tuning is not told apart from the tuned one, as far as these "
-        "cases tell, on ICD-10-CM code (with examples in its prompt 55.0"
+        "cases tell, on the ICD-10-CM code (with examples in its prompt 55.0"
     )
     for examples, model, training, difference, said in (
         (run, "original", run.held_out, "+0.600", ""),
@@ -232,21 +316,28 @@ def test_the_first_screen_and_the_task_agree_on_how_sure_the_gain_is():
     # 5 of 40 that only the tuned model gets right: Wilcoxon p 0.031, McNemar's two-sided 0.0625.
     answers = [("C61", "", "C61")] * 5 + [("C61", "C61", "C61")] * 35
     text = shown(render(run_in_memory(answers, "icd")))
-    assert "in 1 of 1 comparison, but in 1 of these McNemar's exact two-sided test" in text
+    assert "in the one comparison, but there McNemar's exact two-sided test" in text
     assert "chance alone" not in text
     assert "a gain, but McNemar&#x27;s exact two-sided test does not (p = 0.0625)" in text
     # 3: neither finds it, and both say so.
     text = shown(render(run_in_memory(answers[2:], "icd")))
-    assert "in 0 of 1 comparison; " in text and "chance alone could explain" in text
+    assert (
+        "gain is not significant (one-sided Wilcoxon at 5 %, after Holm) in the one" in text
+        and "chance alone could explain" in text
+    )
     # 12: both do.
     text = shown(render(run_in_memory(answers[:1] * 7 + answers, "icd")))
-    assert "in 1 of 1 comparison; " in text and "finds a gain, but" not in text
+    assert (
+        "the gain is significant" in text
+        and "in the one comparison; " in text
+        and "finds a gain, but" not in text
+    )
 
 
 def test_a_published_report_hides_small_groups(tmp_path):
     answers = [("C61", "C61", "C61")] * 20 + [("C34.11", "C34.11", "C34.11")] * 12
-    answers += [("C20", "C61", "C50.911")] * 3 + [("C19", "C61", "C50.911")] * 2
-    runs = [run_in_memory(answers, "icd", name="icd", sites=["a"] * 32 + ["tiny"] * 5)]
+    answers += [("C20", "C61", "C50.911")] * 7 + [("C19", "C61", "C50.911")] * 6
+    runs = [run_in_memory(answers, "icd", name="icd", sites=["a"] * 32 + ["b"] * 8 + ["tiny"] * 5)]
     report.write_runs(runs, tmp_path, include_text=False, bootstrap=20)
     page = (tmp_path / "report.html").read_text()
     public = json.loads((tmp_path / "report.json").read_text())

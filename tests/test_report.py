@@ -156,7 +156,7 @@ def test_a_baseline_that_wins_is_said_plainly(tmp_path, cohort):
     result = report.write_report(folder, "test", bootstrap=20)
     assert result["tasks"]["icd"]["baselines"]["majority"]["accuracy"]["value"] > 0.3
     assert (
-        "a simple baseline does better than the tuned model on ICD-10-CM code"
+        "a simple baseline does better than the tuned model on the ICD-10-CM code"
         in (folder / "report.html").read_text()
     )
 

@@ -45,11 +45,18 @@ _STYLE = {
         COLOURS["ink"],
     ),
 }
+# Inches of a figure of the page: at 9 points its words are 11 pixels high on a screen of 360.
+_PAGE_WIDTH = 3.7
 _TICKS = [0, 0.2, 0.4, 0.6, 0.8, 1]
 
 
 def name_of(model: str) -> str:
     return NAMES.get(model, model.replace("_", " "))
+
+
+def _label(model: str) -> str:
+    """A model's name where there is little room for it."""
+    return _plain({"tfidf": "TF-IDF, logistic"}.get(model, name_of(model)))
 
 
 def _colour(model: str) -> str:
@@ -86,49 +93,99 @@ def _figure(width: float, height: float, left: float, bottom: float = 0.42) -> t
 # ---------------------------------------------------------------------------------------------
 
 
-def draw_accuracy(panels: Sequence[tuple[str, Mapping[str, Mapping], float | None]]) -> Figure:
+def draw_accuracy(
+    panels: Sequence[tuple[str, Mapping[str, Mapping], float | None]], width: float = 4.8
+) -> Figure:
     """Accuracy with 95 % intervals of models and baselines, a panel per task and run.
 
     Args:
       panels: (title, metrics by model or baseline, best reachable accuracy or None).
+      width: inches.
     """
-    # Places are given, not solved for: a solver's last bits differ from one process to another,
-    # and with them the file.
-    row, head, foot = 0.22, 0.3, 0.3
-    height = sum(row * len(models) + head + foot for _, models, _ in panels) + 0.2
-    width, left = 4.8, 1.75
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height))
-        top, grid = height, []
-        for _, models, _ in panels:
-            top -= head + row * len(models)
-            box = left / width, top / height, (width - left - 0.1) / width
-            grid.append(figure.add_axes((*box, row * len(models) / height)))
-            top -= foot
+        figure, grid = _panels([len(models) for _, models, _ in panels], width)
         for axes, (title, models, ceiling) in zip(grid, panels, strict=True):
             for line, (model, metrics) in enumerate(models.items()):
                 score = as_score(metrics["accuracy"])
                 axes.barh(line, score["value"], color=_colour(model), height=0.72)
                 _whisker(axes, line, score)
                 # In a column of their own, clear of whiskers and of the ceiling.
-                axes.text(1.11, line, f"{score['value']:.2f}", ha="right", va="center", fontsize=8)
+                axes.text(1.29, line, f"{score['value']:.2f}", ha="right", va="center")
             if ceiling is not None:
                 axes.axvline(ceiling, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1)
-                axes.text(ceiling, -0.62, "ceiling", ha="center", va="bottom", fontsize=8)
-            axes.set_yticks(range(len(models)), [_plain(name_of(model)) for model in models])
+                axes.text(ceiling, -0.62, "ceiling", ha="center", va="bottom")
+            axes.set_yticks(range(len(models)), [_label(model) for model in models])
             axes.set_ylim(len(models) - 0.4, -0.6)
-            axes.set_xlim(0, 1.12)
+            axes.set_xlim(0, 1.3)
             axes.set_xticks(_TICKS)
             axes.tick_params(axis="y", length=0)
-            axes.set_title(_plain(title), loc="left", fontsize=9, fontweight="bold")
+            _title(axes, title)
         grid[-1].set_xlabel("accuracy, 95 % interval")
     return figure
+
+
+def draw_panel(title: str, models: Mapping[str, Mapping], ceiling: float | None) -> Figure:
+    """One panel of `draw_accuracy`, for the page."""
+    return draw_accuracy([(title, models, ceiling)], _PAGE_WIDTH)
+
+
+def draw_differences(title: str, rivals: Mapping[str, Mapping]) -> Figure:
+    """The tuned model's accuracy less each rival's, {value, low, high} of the paired difference."""
+    widest = max(
+        abs(score[end] or 0) for score in rivals.values() for end in ("value", "low", "high")
+    )
+    half = next(limit for limit in (0.1, 0.2, 0.5, 1) if widest <= limit + 1e-9)
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _panels([len(rivals)], _PAGE_WIDTH)
+        axes.axvline(0, color=COLOURS["ink"], linewidth=0.8)
+        for line, (model, score) in enumerate(rivals.items()):
+            axes.axhline(line, color=COLOURS["line"], linewidth=0.6, zorder=0)
+            _whisker(axes, line, score)
+            axes.plot(
+                score["value"], line, color=_colour(model), markersize=6, marker=_marker(model)
+            )
+            axes.text(1.55 * half, line, f"{score['value']:+.2f}", ha="right", va="center")
+        axes.set_yticks(range(len(rivals)), [_label(model) for model in rivals])
+        axes.set_ylim(len(rivals) - 0.4, -0.6)
+        axes.set_xlim(-1.05 * half, 1.58 * half)
+        axes.set_xticks([-half, 0, half], [f"{-half:g}", "0", f"+{half:g}"])
+        axes.tick_params(axis="y", length=0)
+        _title(axes, f"{title}: tuned less ...")
+        axes.set_xlabel("difference, 95 % interval")
+    return figure
+
+
+def _panels(rows: Sequence[int], width: float) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel of as many rows each, one below the other.
+
+    Places are given, not solved for: a solver's last bits differ from one process to another, and
+    with them the file.
+    """
+    row, head, foot, left = 0.22, 0.3, 0.3, 1.6
+    height = sum(row * count + head + foot for count in rows) + 0.2
+    figure = Figure(figsize=(width, height))
+    top, grid = height, []
+    for count in rows:
+        top -= head + row * count
+        box = left / width, top / height, (width - left - 0.1) / width
+        grid.append(figure.add_axes((*box, row * count / height)))
+        top -= foot
+    return figure, grid
+
+
+def _title(axes: Axes, title: str) -> None:
+    # From the figure's left edge, so that there is room for a run's name.
+    place = axes.get_position()
+    axes.set_title(
+        _plain(_shorten(title, 34)), loc="left", x=-place.x0 / place.width, fontsize=9,
+        fontweight="bold",
+    )  # fmt: skip
 
 
 def draw_rows(rows: Sequence[tuple[str, Mapping[str, Mapping | float | None]]], xlabel: str):
     """A dot per row and model on a scale from 0 to 1, with intervals where they are known."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(4.4, 0.24 * len(rows) + 0.62, left=1.95)
+        figure, axes = _figure(_PAGE_WIDTH, 0.24 * len(rows) + 0.62, left=1.6)
         for row, (_, scores) in enumerate(rows):
             axes.axhline(row, color=COLOURS["line"], linewidth=0.6, zorder=0)
             for shift, (model, score) in zip((-0.13, 0.13), scores.items(), strict=False):
@@ -193,7 +250,7 @@ def draw_risk_coverage(confidence: Mapping[str, Mapping]) -> Figure:
 
 
 def _unit_square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure, axes = _figure(3.3, 2.7, left=0.55)
+    figure, axes = _figure(3.4, 2.7, left=0.65)
     axes.set_xlim(0, 1.02)
     axes.set_xticks(_TICKS)
     axes.grid(color=COLOURS["line"], linewidth=0.6)
@@ -205,7 +262,7 @@ def _unit_square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes, models: Mapping) -> None:
     if len(models) > 1:
-        axes.legend(loc="best", fontsize=8, frameon=False)
+        axes.legend(loc="best", frameon=False)
 
 
 def _whisker(axes: Axes, row: float, score: Mapping) -> None:
@@ -213,7 +270,7 @@ def _whisker(axes: Axes, row: float, score: Mapping) -> None:
         axes.plot([score["low"], score["high"]], [row, row], color=COLOURS["ink"], linewidth=1.2)
 
 
-def _shorten(label: str, longest: int = 26) -> str:
+def _shorten(label: str, longest: int = 22) -> str:
     return label if len(label) <= longest else label[: longest - 1].rstrip() + "…"
 
 

@@ -93,6 +93,11 @@ def _compared(caption: str, first: str, rows: Sequence[tuple], counts: Sequence 
     return make_table(caption, heads, body)
 
 
+def _beside(figure: str, table: str) -> str:
+    """A figure and its table, side by side where there is room."""
+    return f'<div class="figures">{figure}<div class="table">{table}</div></div>'
+
+
 def _regimen(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
     whole = {
         key: name
@@ -117,7 +122,7 @@ def _regimen(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
         "Share right of each field of a regimen",
     )
     table = _compared("Regimens, whole and field by field.", "What", rows, counts)
-    return [("Field by field", figure + table)]
+    return [("Field by field", _beside(figure, table))]
 
 
 def _icd(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
@@ -135,7 +140,7 @@ def _icd(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
             "Agreement of codes by depth",
         )
         table = _compared("Agreement by depth of the code.", "Depth", rows)
-        sections.append(("By depth of the code", figure + table))
+        sections.append(("By depth of the code", _beside(figure, table)))
     errors = details.get("errors") or {}
     if errors:
         body = [
@@ -368,4 +373,4 @@ def _subgroups(entry: Mapping, drawer: Drawer) -> str:
     table = _compared("Accuracy in subgroups.", "Group", rows, [g["n"] for g in groups])
     if len(rows) > WIDEST_MATRIX:
         table = f"<details><summary>All {len(rows):,} groups</summary>{table}</details>"
-    return figure + table
+    return _beside(figure, table)

@@ -103,8 +103,9 @@ def assess(
 def hide_small(rows: Sequence[Mapping], key: str) -> list[dict]:
     """Rows with their cells below SMALLEST_CELL hidden: n is "<11", every score None.
 
-    Where one cell alone would be hidden within its `key`, the total would give it away; then the
-    next smallest is hidden too. Rows are told from others by row[key] ("by" of subgroups).
+    Where one cell alone would be hidden within its `key`, or all that are hidden together are still
+    below SMALLEST_CELL, the total would give them away; then the next smallest is hidden too. Rows
+    are told from others by row[key] ("by" of subgroups).
     """
     hidden: dict[object, set[int]] = defaultdict(set)
     members: dict[object, list[int]] = defaultdict(list)
@@ -114,8 +115,11 @@ def hide_small(rows: Sequence[Mapping], key: str) -> list[dict]:
             hidden[row.get(key)].add(index)
     for group, chosen in hidden.items():
         rest = [index for index in members[group] if index not in chosen and rows[index]["n"]]
-        if len(chosen) == 1 and rest:
-            chosen.add(min(rest, key=lambda index: rows[index]["n"]))
+        rest.sort(key=lambda index: rows[index]["n"], reverse=True)
+        while rest and (
+            len(chosen) == 1 or sum(rows[index]["n"] for index in chosen) < SMALLEST_CELL
+        ):
+            chosen.add(rest.pop())
     every = set().union(*hidden.values()) if hidden else set()
     return [
         {

@@ -43,6 +43,11 @@ def standing(tests: Mapping) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
+def none_right(*models: Mapping) -> bool:
+    """Whether not one answer of these metrics is right, so that there is nothing to weigh."""
+    return not any(metrics["accuracy"]["value"] for metrics in models)
+
+
 def adjusted_p(tests: Mapping) -> float:
     """p of the main test of tuned against original, the one-sided Wilcoxon of right or wrong; after
     Holm where `build_report` has adjusted it."""
@@ -104,19 +109,23 @@ def _best_rival(
 def _tuning(entry: Mapping) -> str:
     original, tuned = (entry[model]["accuracy"]["value"] for model in ("original", "tuned"))
     difference, p = entry["tests"]["difference"], entry["tests"]["wilcoxon"]["p_value"]
-    adjusted = adjusted_p(entry["tests"])
-    if original == tuned:
-        change = f"left accuracy at {_percent(tuned)}"
+    adjusted, n = adjusted_p(entry["tests"]), entry["tuned"]["n"]
+    if original == tuned == 0:
+        change = "no answer is right, before tuning or after it"
+    elif original == tuned == 1:
+        change = "every answer is right, before tuning and after it"
+    elif original == tuned:
+        change = f"tuning left accuracy at {_percent(tuned)}"
     else:
         verb = "raised" if tuned > original else "lowered"
-        change = f"{verb} accuracy from {_percent(original)} to {_percent(tuned)}"
+        change = f"tuning {verb} accuracy from {_percent(original)} to {_percent(tuned)}"
     said = ""
     if tuned > original and adjusted > 0.05:
         said = ", which chance alone could explain"
     elif tuned > original and (against := doubts(entry["tests"])):
         said = f". The Wilcoxon test finds a gain, but {' and '.join(against)}"
     return (
-        f"On {entry['tuned']['n']} held-out cases tuning {change} (difference "
+        f"On {n:,} held-out case{'s' if n > 1 else ''} {change} (difference "
         f"{100 * difference['value']:+.1f} points{_range(difference)}; one-sided Wilcoxon "
         f"{_p(p)}{f', after Holm {_p(adjusted)}' if adjusted != p else ''}){said}."
     )
@@ -126,6 +135,8 @@ def _against_baselines(entry: Mapping, best: str | None, beats: bool | None) -> 
     if best is None:
         return "How simple baselines do is not known: the cohort they learn from was not at hand."
     reached = _percent(entry["baselines"][best]["accuracy"]["value"])
+    if none_right(entry["tuned"], entry["baselines"][best]):
+        return "No answer of the tuned model or of any simple baseline is right."
     difference = entry["baseline_tests"][best]["difference"]
     figures = f"(tuned {100 * difference['value']:+.1f} points{_range(difference)})"
     if beats:
@@ -145,6 +156,8 @@ def _against_baselines(entry: Mapping, best: str | None, beats: bool | None) -> 
 
 def _against_untuned(entry: Mapping, best: str, beats: bool) -> str:
     reached = _percent(entry["variants"][best]["accuracy"]["value"])
+    if none_right(entry["tuned"], entry["variants"][best]):
+        return f"Nor is any answer of the original model {UNTUNED[best]} right."
     difference = entry["variant_tests"][best]["difference"]
     figures = f"(tuned {100 * difference['value']:+.1f} points{_range(difference)})"
     if beats:
@@ -162,13 +175,23 @@ def _against_untuned(entry: Mapping, best: str, beats: bool) -> str:
 
 def _remains(entry: Mapping) -> str:
     tuned = entry["tuned"]
-    wrong = 1 - tuned["accuracy"]["value"]
-    text = f"{_percent(wrong)} of the tuned model's answers are wrong"
-    if tuned["unparseable"]:
-        text += f", {tuned['unparseable']} of them unreadable"
+    n, unread = tuned["n"], tuned["unparseable"]
+    wrong = n - round(n * tuned["accuracy"]["value"])
+    if not wrong:
+        text = "No answer of the tuned model is wrong"
+    elif wrong == n:
+        text = f"All {n:,} answers" if n > 1 else "The only answer"
+        text += f" of the tuned model {'are' if n > 1 else 'is'} wrong"
+    else:
+        verb = "are" if wrong > 1 else "is"
+        text = f"{wrong:,} of the tuned model's {n:,} answers {verb} wrong ({_percent(wrong / n)})"
+    if unread:
+        of_them = "all of them " if unread == wrong else f"{unread:,} of them "
+        text += f", {of_them if wrong > 1 else ''}unreadable"
     hidden = (entry["details"].get("high_rouge_wrong_share") or {}).get("tuned")
-    if hidden and hidden["value"]:
-        text += f"; {_percent(hidden['value'])} sound right (ROUGE-1) with a wrong dose or side"
+    if hidden and (count := round(n * hidden["value"])):
+        sound = "sounds" if count == 1 else "sound"
+        text += f"; {count:,} {sound} right (ROUGE-1) with a wrong dose or side"
     if entry["ceiling"] is not None:
         text += f"; the best reachable accuracy is {_percent(entry['ceiling'])}"
     else:
