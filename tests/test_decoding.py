@@ -315,6 +315,25 @@ def test_a_stop_token_counts_among_the_new_tokens(mistral):
     assert answers(results) == [(early[: NEW - 1], True), (late[:NEW], False)]
 
 
+def test_slots_are_shorter_once_the_long_prompts_are_done(mistral):
+    scheduler, lengths = mistral.scheduler(), []
+    decode = scheduler._decode
+
+    def watched(weights, state, *rest):
+        lengths.append(state.cache.length)
+        return decode(weights, state, *rest)
+
+    scheduler._decode = watched
+    long, *short = ragged_prompts(3, seed=23, longest=220)[1:2] + ragged_prompts(200, seed=24)
+    together = scheduler(mistral.trainable, mistral.frozen, [*short, long])
+    assert lengths[0] >= len(long) + NEW and lengths[-1] == 64
+    assert together == [*mistral.decode(short), *mistral.decode([long])]
+    # Where few are to come, another length is not worth its compilation.
+    lengths.clear()
+    scheduler(mistral.trainable, mistral.frozen, [*short[: scheduler.batch], long])
+    assert len(set(lengths)) == 1
+
+
 def test_compiles_once_per_shape(mistral):
     scheduler = mistral.scheduler(batch=256)  # a size that no other test has compiled
     rng = np.random.default_rng(0)

@@ -101,6 +101,11 @@ def new_rows(position: jax.Array, done: jax.Array, max_new_tokens: int) -> Rows:
     )
 
 
+def cache_length(length: int) -> int:
+    """`length` rounded up to what a cache has."""
+    return -(-length // CACHE_STEP) * CACHE_STEP
+
+
 def new_cache(
     config: ModelConfig, dtype, rows: int, length: int, *, by_layer: bool = False
 ) -> Cache:
@@ -108,7 +113,7 @@ def new_cache(
 
     The length is rounded up, and may then exceed the context: no position beyond that is used.
     """
-    length = -(-length // CACHE_STEP) * CACHE_STEP
+    length = cache_length(length)
     shape = (rows, config.num_kv_heads, length, config.head_dim)
 
     def zeros():

@@ -26,6 +26,7 @@ from radonc_jax.models.lora import Partition
 
 LENGTH_STEP = 16
 MOST_PADDING = 0.12  # of a prefill's places, beyond each prompt's own rounding up
+MOST_KEPT = 0.75  # of a cache's length where it is made shorter: each length is compiled for
 # Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
@@ -179,11 +180,16 @@ class Scheduler:
             # Its library of fused products adds up in an order that depends on the rows.
             options = {"xla_cpu_experimental_ynn_fusion_type": ""}
         jit = functools.partial(jax.jit, compiler_options=options)
+
+        def cut(side, length):
+            return jax.tree.map(lambda array: array[..., :length, :], side)
+
         # Weights are arguments: as constants they would be copied into every compiled shape. The
         # slots are donated, so that the cache stays where it is. What the host reads comes whole to
         # every process, which then all know the same.
         self._empty = jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
         self._begin = jit(begin)
+        self._cut = jit(cut, static_argnums=1, out_shardings=cache)
         self._admit = jit(admit, donate_argnums=2, out_shardings=placed)
         self._decode = jit(decode, donate_argnums=1, out_shardings=(placed, whole))
         self._score = jit(score, out_shardings=whole)
@@ -262,8 +268,10 @@ class Scheduler:
         if not prompts:
             return
         groups, begun = self._groups(prompts, prefix)
-        needed = [max(len(prompts[i]) for i in group) + self.max_new_tokens for group, *_ in groups]
-        needed += [width + begun * shared for _, shared, _, width in groups]
+        needed = deque(
+            max(max(len(prompts[i]) for i in group) + self.max_new_tokens, width + begun * shared)
+            for group, shared, _, width in groups
+        )
         with jax.set_mesh(self.mesh):
             started = self._prefix(trainable, frozen, prefix if begun else ())
             weights = self._weights(trainable, frozen)
@@ -272,7 +280,11 @@ class Scheduler:
         free, held = [list(range(size)) for _ in range(self._shards)], {}
         while groups or held:
             with jax.set_mesh(self.mesh):
+                if sum(len(group) for group, *_ in groups) >= self.batch:
+                    ends = [len(prompts[number]) + self.max_new_tokens for number in held.values()]
+                    state = self._shorten(state, max(*needed, *ends))
                 while groups and (seats := self._seats(free, groups[0])):
+                    needed.popleft()
                     group, shared, rows, width = groups.popleft()
                     seated, slots = [None] * rows, np.full(rows, size, np.int32)
                     for number, (row, part, slot) in zip(group, seats, strict=True):
@@ -410,6 +422,21 @@ class Scheduler:
             seats.append((part * each + taken[part], part, free[part].pop()))
             taken[part] += 1
         return seats
+
+    def _shorten(self, state: greedy.State, needed: int) -> greedy.State:
+        """The slots with places for `needed` tokens, where that is a quarter fewer or less.
+
+        The longest prompts come first. Once they are done, each step would go on reading places
+        that nobody fills; a shorter cache has to be compiled for, which pays if many are to come.
+        """
+        length = greedy.cache_length(padded_length(needed))
+        if length > MOST_KEPT * state.cache.length:
+            return state
+        cut = []
+        for side in (state.cache.key, state.cache.value):
+            cut.append(self._cut(side, length))
+            jax.tree.map(lambda array: array.delete(), side)  # one side at a time is held twice
+        return greedy.State(Cache(*cut), state.rows)
 
     def _rows(self, prompts, seated, begun: int, width: int):
         """Tokens [rows, width] and lengths [rows] on the mesh; `seated` has each row's prompt, None
