@@ -37,7 +37,7 @@ VOCAB, PAD, BOS, EOS = 96, 0, 1, 2
 SHAPE = dict(
     vocab_size=VOCAB,
     hidden_size=64,
-    intermediate_size=48,
+    intermediate_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -688,7 +688,16 @@ def test_a_quantised_base_answers_as_its_slow_reference(mistral, kind, tmp_path)
     )
     model = Tiny(mistral.torch_model, mistral.config, partition, weights, partition.frozen)
     prompts = ragged_prompts(8, seed=19)
-    assert answers(model.decode(prompts)) == [model.slow_greedy(prompt) for prompt in prompts]
+    expected = [model.slow_greedy(prompt) for prompt in prompts]
+    assert answers(model.decode(prompts)) == expected
+    # And so they do where the heads, and the codes, are shared out over devices.
+    mesh = make_mesh(MeshConfig(2, 2, 2), devices=jax.devices()[:8])
+    placed = model.placed(mesh)
+    assert any(
+        "tensor" in str(leaf.sharding.spec) and leaf.dtype in (jnp.int8, jnp.uint8)
+        for leaf in jax.tree.leaves(placed)
+    )
+    assert answers(model.scheduler(mesh=mesh)(*placed, prompts)) == expected
 
 
 def test_answers_of_another_batch_mesh_or_tokenizer_are_of_another_source():

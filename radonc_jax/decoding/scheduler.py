@@ -282,7 +282,7 @@ class Scheduler:
             with jax.set_mesh(self.mesh):
                 if sum(len(group) for group, *_ in groups) >= self.batch:
                     ends = [len(prompts[number]) + self.max_new_tokens for number in held.values()]
-                    state = self._shorten(state, max(*needed, *ends))
+                    state = self._shorten(state, max([*needed, *ends]))
                 while groups and (seats := self._seats(free, groups[0])):
                     needed.popleft()
                     group, shared, rows, width = groups.popleft()
