@@ -466,8 +466,10 @@ def test_few_answers_that_are_no_code_cannot_be_told_from_the_unreadable():
     counts, errors = report["tasks"]["icd"], report["tasks"]["icd"]["details"]["errors"]
     before = errors["not_a_code"]["tuned"], counts["tuned"]["unparseable"]
     assert 0 < before[0] - before[1] < 11
-    errors = published.publish(report)["tasks"]["icd"]["details"]["errors"]
+    details = published.publish(report)["tasks"]["icd"]["details"]
+    errors = details["errors"]
     assert errors["not_a_code"]["tuned"] is errors["other"]["tuned"] is None
+    assert details["valid_leaf"]["tuned"] is None
     assert errors["not_a_code"]["original"] == 35
 
 
@@ -494,7 +496,8 @@ def test_a_published_cohort_tells_no_small_count():
     assert public["annotation"] == {"rows_offered": "<11"} and public["kept"] == 50
     assert facts["excluded"]["no_text"] == 3
     few = {"assessed": 53, "kept": 50}
-    assert published.publish_cohort(few) == {"assessed": "hidden", "kept": 50}
+    shown = {"assessed": "hidden", "kept": 50, "rows": {}}
+    assert published.publish_cohort(few | {"rows": {"read": 53}}) == shown
     assert published.publish_cohort({"assessed": 90, "kept": 50})["assessed"] == 90
 
 
@@ -609,7 +612,8 @@ def test_where_no_answer_is_right_nothing_is_weighed():
     assert sentences[0].startswith("On 100 held-out cases no answer is right, before tuning or")
     assert sentences[1:] == [
         "No answer of the tuned model or of any simple baseline is right.",
-        "Nor is any answer of the original model with examples in its prompt right.",
+        "No answer of the original model with examples in its prompt is right, nor is any of the "
+        "tuned one.",
         "All 100 answers of the tuned model are wrong; the best reachable accuracy is not known.",
     ]
 

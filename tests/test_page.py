@@ -142,8 +142,9 @@ def test_where_no_answer_is_right_the_first_screen_names_no_rival():
     )
     assert (
         "Against simple baselines : no answer of the tuned model or of any simple baseline is "
-        "right on the ICD-10-CM code; no answer of the original model without tuning or of the "
-        "tuned one is right on the ICD-10-CM code (with examples in its prompt)."
+        "right on the ICD-10-CM code; the tuned model has no right answer, and the original model "
+        "in the way that is named in brackets has none either, on the ICD-10-CM code (with "
+        "examples in its prompt)."
     ) in text
 
 

@@ -26,15 +26,17 @@ from radonc_jax.models.lora import Partition
 
 LENGTH_STEP = 16
 MOST_PADDING = 0.12  # of a prefill's places, beyond each prompt's own rounding up
-MOST_KEPT = 0.75  # of a cache's length where it is made shorter: each length is compiled for
+# A cache is made shorter to so much of its length at most, and with so many batches to come at
+# least: each length is compiled for, and while it is cut a part of it is held twice.
+MOST_KEPT = {"cpu": 0.75, "gpu": 0.5, "tpu": 0.5}
+FEWEST_BATCHES = {"cpu": 1, "gpu": 4, "tpu": 4}
 # Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 # A row's float32 numbers are the same to the last bit, whatever rows are beside it and however
-# many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment on one with
-# AVX2 and one with AVX-512, which the tests repeat) that is so with at least two rows, of at least
-# 4096 numbers together wherever a row's own are reduced, with keys in multiples of 64, and with
-# heads and `products.COLUMNS` in multiples of 16.
+# many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment, which the
+# tests repeat) that is so with at least two rows, of at least 4096 numbers together wherever a
+# row's own are reduced, with keys in multiples of 64, and with heads of `products.COLUMNS`.
 FEWEST_ROWS, FEWEST_NUMBERS = 2, 4096
 
 
@@ -119,7 +121,9 @@ class Scheduler:
         self.stops = tuple(int(stop) for stop in stops)
         self.steps = 0
         self._partition = partition
-        self._prefill_tokens = PREFILL_TOKENS.get(device.platform, PREFILL_TOKENS["gpu"])
+        platform = device.platform if device.platform in PREFILL_TOKENS else "gpu"
+        self._prefill_tokens = PREFILL_TOKENS[platform]
+        self._most_kept, self._fewest_batches = MOST_KEPT[platform], FEWEST_BATCHES[platform]
         self._compile()
 
     def _spread(self, rows: int) -> int:
@@ -280,7 +284,7 @@ class Scheduler:
         free, held = [list(range(size)) for _ in range(self._shards)], {}
         while groups or held:
             with jax.set_mesh(self.mesh):
-                if sum(len(group) for group, *_ in groups) >= self.batch:
+                if sum(len(group) for group, *_ in groups) >= self._fewest_batches * self.batch:
                     ends = [len(prompts[number]) + self.max_new_tokens for number in held.values()]
                     state = self._shorten(state, max([*needed, *ends]))
                 while groups and (seats := self._seats(free, groups[0])):
@@ -424,13 +428,13 @@ class Scheduler:
         return seats
 
     def _shorten(self, state: greedy.State, needed: int) -> greedy.State:
-        """The slots with places for `needed` tokens, where that is a quarter fewer or less.
+        """The slots with places for `needed` tokens, where that is much less than they have.
 
         The longest prompts come first. Once they are done, each step would go on reading places
-        that nobody fills; a shorter cache has to be compiled for, which pays if many are to come.
+        that nobody fills.
         """
         length = greedy.cache_length(padded_length(needed))
-        if length > MOST_KEPT * state.cache.length:
+        if length > self._most_kept * state.cache.length:
             return state
         cut = []
         for side in (state.cache.key, state.cache.value):

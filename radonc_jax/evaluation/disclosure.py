@@ -248,7 +248,10 @@ def _cohort(source: Source) -> str | None:
     cohort = source.cohort
     if not cohort.get("assessed"):
         return None
-    text = f"{_number(cohort['assessed'])} patients assessed, {_number(cohort['kept'])} kept."
+    text = f"{_number(cohort['kept'])} patients kept"
+    if isinstance(cohort["assessed"], int):  # hidden in the published form where it tells few
+        text += f" of {_number(cohort['assessed'])} assessed"
+    text += "."
     if cohort.get("ceiling"):
         text += " The cases are synthetic: their best reachable accuracy is known."
     digest = (source.manifest.get("cohort") or {}).get("manifest_sha256")

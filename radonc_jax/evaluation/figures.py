@@ -150,7 +150,7 @@ def draw_differences(title: str, rivals: Mapping[str, Mapping]) -> Figure:
         axes.set_xlim(-1.05 * half, 1.58 * half)
         axes.set_xticks([-half, 0, half], [f"{-half:g}", "0", f"+{half:g}"])
         axes.tick_params(axis="y", length=0)
-        _title(axes, f"{title}: tuned less ...")
+        _title(axes, title, ": tuned less ...")
         axes.set_xlabel("difference, 95 % interval")
     return figure
 
@@ -173,11 +173,15 @@ def _panels(rows: Sequence[int], width: float) -> tuple[Figure, list[Axes]]:
     return figure, grid
 
 
-def _title(axes: Axes, title: str) -> None:
-    # From the figure's left edge, so that there is room for a run's name.
+def _title(axes: Axes, title: str, suffix: str = "") -> None:
+    # From the figure's left edge, so that there is room for a run's name; of a long one its end
+    # stays, by which runs differ.
+    longest, begin = 34 - len(suffix), 10
+    if len(title) > longest:
+        title = f"{title[:begin]}…{title[begin + 1 - longest :]}"
     place = axes.get_position()
     axes.set_title(
-        _plain(_shorten(title, 34)), loc="left", x=-place.x0 / place.width, fontsize=9,
+        _plain(title + suffix), loc="left", x=-place.x0 / place.width, fontsize=9,
         fontweight="bold",
     )  # fmt: skip
 

@@ -330,7 +330,8 @@ def _clauses(says: Mapping[str, str], named: Mapping[str, Sequence[str]]) -> lis
 def _untuned_rivals(report: Mapping) -> str:
     """Clauses on the tasks in which tuning does not beat what the original can do without it."""
     says = {
-        "none": "no answer of the original model without tuning or of the tuned one is right on",
+        "none": "the tuned model has no right answer, and the original model in the way that is "
+        "named in brackets has none either, on",
         "worse": "the original model does better without tuning on",
         "unclear": "the original model without tuning is not told apart from the tuned one, as far "
         "as these cases tell, on",

@@ -77,6 +77,11 @@ def publish(report: Mapping) -> dict:
             # Unreadable answers, whose number stands elsewhere, are no codes either.
             strange = counts["not_a_code"] - entry[model]["unparseable"]
             also = ("not_a_code",) if _large(strange) is None else ()
+            # And readable answers that are no billable code are what those leave of the valid ones.
+            leaf = found["valid_leaf"][model]
+            readable = n - entry[model]["unparseable"]
+            if _parts(readable - round(n * leaf["value"]), readable) is None:
+                found["valid_leaf"][model] = None
             for kind, count in _publish_counts(counts, also).items():
                 found["errors"][kind][model] = count
         for kinds in (entry["robustness"] or {}).values():
@@ -98,7 +103,8 @@ def publish_cohort(facts: Mapping) -> dict:
     """A cohort's manifest with its counts of 1 to 10 rows or patients as "<11", for the page."""
     result = dict(facts)
     if _large(facts.get("assessed", 0) - facts.get("kept", 0)) is None:
-        result["assessed"] = "hidden"
+        # Where a patient has one row, the rows read tell it too.
+        result |= {"assessed": "hidden", "rows": {}}
     for name in ("excluded", "stripped"):
         if isinstance(result.get(name), Mapping):
             shown = _publish_counts(result[name])

@@ -157,7 +157,10 @@ def _against_baselines(entry: Mapping, best: str | None, beats: bool | None) -> 
 def _against_untuned(entry: Mapping, best: str, beats: bool) -> str:
     reached = _percent(entry["variants"][best]["accuracy"]["value"])
     if none_right(entry["tuned"], entry["variants"][best]):
-        return f"Nor is any answer of the original model {UNTUNED[best]} right."
+        return (
+            f"No answer of the original model {UNTUNED[best]} is right, nor is any of the tuned "
+            "one."
+        )
     difference = entry["variant_tests"][best]["difference"]
     figures = f"(tuned {100 * difference['value']:+.1f} points{_range(difference)})"
     if beats:

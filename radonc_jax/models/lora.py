@@ -15,7 +15,7 @@ from flax import nnx
 
 from radonc_jax.models import quantize
 from radonc_jax.models.decoder import PROJECTIONS, Decoder, Execution, Linear, ModelConfig
-from radonc_jax.models.products import matmul_precision
+from radonc_jax.models.products import COLUMNS, matmul_precision
 from radonc_jax.parallel import path_name
 
 
@@ -168,8 +168,11 @@ def thin_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     The parameter's gradient is summed over tokens, and by the compiler over devices, in float32:
     in the dtype of a bfloat16 model, what many tokens add would be lost to rounding.
     """
-    weight = weight.astype(x.dtype)
-    return jnp.einsum("...I,OI->...O", x, weight, precision=matmul_precision(x.dtype))
+    size, weight = len(weight), weight.astype(x.dtype)
+    if x.dtype == jnp.float32:  # a row's numbers are then the same beside any others
+        weight = jnp.pad(weight, [(0, -size % COLUMNS), (0, 0)])
+    product = jnp.einsum("...I,OI->...O", x, weight, precision=matmul_precision(x.dtype))
+    return product[..., :size]
 
 
 def _thin_forward(x, weight):
