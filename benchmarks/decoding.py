@@ -283,7 +283,7 @@ def ours(way, folder, prompts, shared, stops):
 
 def padding(decode, prompts, prefix) -> float:
     """Tokens that the prefills run over those that were asked for."""
-    groups, _ = decode._groups(prompts, prefix)
+    groups = decode._groups(prompts, prefix)
     asked = sum(len(p) for p in prompts) - sum(len(g) * len(prefix) * s for g, s, *_ in groups)
     return sum(rows * width for _, _, rows, width in groups) / asked - 1
 

@@ -5,7 +5,7 @@ says how much the model believed in the answer, not that the answer was one of t
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,13 @@ def log_total(logits: jax.Array) -> jax.Array:
 
 
 def score_labels(
-    model, logits: jax.Array, cache, positions: jax.Array, labels: jax.Array, lengths: jax.Array
+    model,
+    logits: jax.Array,
+    cache,
+    beginning,
+    positions: jax.Array,
+    labels: jax.Array,
+    lengths: jax.Array,
 ) -> jax.Array:
     """Log-probability of every label after every prompt.
 
@@ -94,6 +100,7 @@ def score_labels(
       model: with dropout off.
       logits: float32 [R, V] after each prompt.
       cache: of the prompts [L, R, ...], with room for a label behind each.
+      beginning: what stands before it, or None.
       positions: int [R], where a label begins.
       labels: int [C, W], with the stop token, padded on the right.
       lengths: int [C].
@@ -104,13 +111,15 @@ def score_labels(
     count, width = labels.shape
     rows = logits.shape[0]
     cache = jax.tree.map(lambda x: jnp.repeat(x, count, axis=1), cache)
+    if beginning is not None:
+        beginning = replace(beginning, counts=jnp.repeat(beginning.counts, count))
     tokens = jnp.tile(labels, (rows, 1))  # [R * C, W], the labels of a row side by side
     places = jnp.repeat(positions, count)[:, None] + jnp.arange(width)
-    hidden, _ = model(tokens, places, cache=cache)
-    following = model.logits(hidden).reshape(rows, count, width, -1)
+    hidden, _ = model(tokens, places, cache=cache, beginning=beginning)
+    following = model.logits(hidden, exact=True).reshape(rows, count, width, -1)
     first = jnp.broadcast_to(logits[:, None, None], (rows, count, 1, logits.shape[-1]))
     # What stands before each token of a label: the prompt's end, then the label's own tokens.
     before = jnp.concatenate([first, following[:, :, :-1]], axis=2)
     chosen = jnp.take_along_axis(before, labels[None, :, :, None], axis=-1)[..., 0]
     logprobs = chosen - log_total(before)
-    return jnp.sum(jnp.where(jnp.arange(width) < lengths[:, None], logprobs, 0.0), axis=-1)
+    return ordered_sum(jnp.where(jnp.arange(width) < lengths[:, None], logprobs, 0.0))[..., 0]

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 
 from radonc_jax import parallel
 from radonc_jax.decoding.constrain import Trie, log_total
-from radonc_jax.models.decoder import Cache, Decoder, ModelConfig
+from radonc_jax.models.decoder import Beginning, Cache, Decoder, ModelConfig
 
 # Of a cache of stacked layers [L, B, K, S, H]; one layer's is without the first.
 CACHE_AXES = (None, parallel.BATCH_AXES, "tensor", None, None)
+# Of what all slots share [L, K, P, H].
+SHARED_AXES = (None, "tensor", None, None)
 
 
 # Lengths of caches are multiples of it, see `scheduler.FEWEST_NUMBERS`.
@@ -56,7 +58,8 @@ class Rows:
 
     Attributes:
       last: int32 [B], the newest token, to be run next.
-      position: int32 [B], the place of `last` in its row.
+      begun: int32 [B], tokens of the row that stand in the beginning that slots share, 0 for none.
+      position: int32 [B], the place of `last` in its row, those tokens counted.
       tokens: int32 [B, M], the answer so far; zeros beyond `counts`.
       counts: int32 [B], tokens of the answer so far.
       logprob, gap: float32 [B], as `Generation` has them; the gap is infinite without a choice.
@@ -66,6 +69,7 @@ class Rows:
     """
 
     last: jax.Array
+    begun: jax.Array
     position: jax.Array
     tokens: jax.Array
     counts: jax.Array
@@ -79,17 +83,19 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The slots: `cache` holds keys and values of all tokens up to, not including, `rows.last`."""
+    """The slots: `cache` holds keys and values of all tokens up to, not including, `rows.last`,
+    but for the first `rows.begun`."""
 
     cache: Cache
     rows: Rows
 
 
-def new_rows(position: jax.Array, done: jax.Array, max_new_tokens: int) -> Rows:
+def new_rows(begun: jax.Array, position: jax.Array, done: jax.Array, max_new_tokens: int) -> Rows:
     """Rows without an answer yet; `position` is where the first token of it will stand."""
     (count,) = position.shape
     return Rows(
         last=jnp.zeros(count, jnp.int32),
+        begun=begun.astype(jnp.int32),
         position=position.astype(jnp.int32),
         tokens=jnp.zeros((count, max_new_tokens), jnp.int32),
         counts=jnp.zeros(count, jnp.int32),
@@ -129,8 +135,8 @@ def empty(
     config: ModelConfig, dtype, slots: int, length: int, max_new_tokens: int, by_layer: bool
 ) -> State:
     """Empty slots of `length` positions each, rounded up."""
-    done = jnp.ones(slots, bool)
-    rows = new_rows(jnp.zeros(slots, jnp.int32), done, max_new_tokens)
+    none, done = jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool)
+    rows = new_rows(none, none, done, max_new_tokens)
     return State(new_cache(config, dtype, slots, length, by_layer=by_layer), rows)
 
 
@@ -178,10 +184,32 @@ def choose(rows: Rows, logits: jax.Array, stops: tuple[int, ...], trie: Trie | N
     )
 
 
+def begin(model: Decoder, tokens: jax.Array, length: jax.Array) -> Cache:
+    """Runs the beginning that prompts share.
+
+    Args:
+      tokens: int [D, P], rows that are alike, one for each part of a batch; padded on the right.
+      length: int32 [], tokens that are no padding.
+
+    Returns:
+      Keys and values [L, K, P, H], as of `Beginning`.
+    """
+    rows, width = tokens.shape
+    cache = new_cache(model.config, model.dtype, rows, width)
+    places = jnp.arange(width)
+    positions = jnp.where(places < length, places, cache.length)
+    asking = jnp.broadcast_to(length - 1, (rows, 1))
+    _, cache = model(tokens, jnp.broadcast_to(positions, tokens.shape), cache=cache, asking=asking)
+    return jax.tree.map(lambda x: x[:, 0, :, :width], cache)
+
+
+def beginning_of(shared: Cache | None, counts: jax.Array) -> Beginning | None:
+    return None if shared is None else Beginning(shared.key, shared.value, counts)
+
+
 def run_prompts(
     model: Decoder,
-    prefix: Cache | None,
-    prefix_length: jax.Array,
+    beginning: Beginning | None,
     tokens: jax.Array,
     lengths: jax.Array,
     spare: int = 0,
@@ -192,41 +220,33 @@ def run_prompts(
 
     Args:
       model: with dropout off.
-      prefix: keys and values [L, D, K, P, H] of the beginning that all prompts share, D rows that
-        are alike and divide R: one for each part of a batch; None when there is none.
-      prefix_length: int32 [], tokens of it; what its cache holds beyond them is never seen.
-      tokens: int [R, T], what follows the beginning, padded on the right with any id.
+      beginning: what stands before the tokens; None for nothing.
+      tokens: int [R, T], padded on the right with any id.
       lengths: int [R], tokens that are no padding; 0 marks a filler row.
       spare: further positions of the cache to be returned.
 
     Returns:
-      logits float32 [R, V] after each row's last token, and the cache [L, R, K, S, H], S at least
-      P + T + spare.
+      logits float32 [R, V] after each row's last token, and the cache [L, R, K, S, H] of these
+      tokens, S at least T + spare.
     """
     rows, width = tokens.shape
-    begun = 0 if prefix is None else prefix.length
-    cache = new_cache(model.config, model.dtype, rows, begun + width + spare)
-    if prefix is not None:
-
-        def begin(array, shared):
-            copies = jnp.repeat(shared, rows // shared.shape[1], axis=1)
-            return array.at[:, :, :, :begun].set(copies)
-
-        cache = Cache(begin(cache.key, prefix.key), begin(cache.value, prefix.value))
+    cache = new_cache(model.config, model.dtype, rows, width + spare)
     places = jnp.arange(width)
     # Padding gets a position beyond the cache, so that it is written nowhere.
-    positions = jnp.where(places < lengths[:, None], prefix_length + places, cache.length)
+    positions = jnp.where(places < lengths[:, None], places, cache.length)
+    if beginning is not None:
+        positions += beginning.counts[:, None]
     # The head is the widest matrix of the model: only the last position of a row needs it.
     last = jnp.maximum(lengths - 1, 0)
-    hidden, cache = model(tokens, positions, cache=cache, asking=last[:, None])
-    return model.logits(hidden)[:, 0], cache
+    hidden, cache = model(tokens, positions, cache=cache, asking=last[:, None], beginning=beginning)
+    return model.logits(hidden, exact=True)[:, 0], cache
 
 
 def admit(
     model: Decoder,
     state: State,
-    prefix: Cache | None,
-    prefix_length: jax.Array,
+    shared: Cache | None,
+    begun: jax.Array,
     tokens: jax.Array,
     lengths: jax.Array,
     slots: jax.Array,
@@ -239,20 +259,26 @@ def admit(
     prompt goes into a slot of its own part, so that no keys and values move between devices.
 
     Args:
-      model, prefix, prefix_length, tokens, lengths: as of `run_prompts`.
+      model, tokens, lengths: as of `run_prompts`.
       state: B slots.
+      shared: from `begin`; None where the prompts do not begin so.
+      begun: int32 [], tokens of it.
       slots: int [D, R / D], counted within the part, each another one; beyond its B / D slots for
         filler rows.
       stops, trie: as of `choose`.
     """
-    logits, cache = run_prompts(model, prefix, prefix_length, tokens, lengths)
-    rows = new_rows(prefix_length + lengths, lengths == 0, state.rows.tokens.shape[1])
+    begun = jnp.full_like(lengths, begun)
+    logits, cache = run_prompts(model, beginning_of(shared, begun), tokens, lengths)
+    rows = new_rows(begun, begun + lengths, lengths == 0, state.rows.tokens.shape[1])
     rows = choose(rows, logits, stops, trie)
 
     length = min(cache.length, state.cache.length)  # what is cut off is rounding
 
     def place(all_slots, new):
-        new = new[:, :, :, :length]
+        # Zeros behind it: what another prompt left there may be infinite, and a weight of zero
+        # would not keep it out of a sum.
+        behind = [(0, 0)] * 3 + [(0, state.cache.length - length), (0, 0)]
+        new = jnp.pad(new[:, :, :, :length], behind)
         if isinstance(all_slots, tuple):  # of single layers
             return tuple(
                 put(layer, part, slots, 0) for layer, part in zip(all_slots, new, strict=True)
@@ -270,7 +296,7 @@ def put(array: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Ar
 
     Args:
       array: [..., B, ...], B being its dimension `axis`.
-      new: [..., R, ...], no longer than `array` in the others.
+      new: [..., R, ...], like `array` in the others.
     """
     parts = len(slots)
 
@@ -290,15 +316,28 @@ def put(array: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Ar
 
 
 def advance(
-    model: Decoder, blocks, state: State, stops: tuple[int, ...], trie: Trie | None
+    model: Decoder,
+    blocks,
+    state: State,
+    shared: Cache | None,
+    stops: tuple[int, ...],
+    trie: Trie | None,
 ) -> State:
-    """One step: runs `last` of every row and chooses the next token of those not done."""
+    """One step: runs `last` of every row and chooses the next token of those not done.
+
+    `blocks`: as of `Decoder`; `shared`: the beginning of some rows or all, of single layers where
+    the cache is.
+    """
     rows = state.rows
     hidden, cache = model(
-        rows.last[:, None], rows.position[:, None], cache=state.cache, blocks=blocks
+        rows.last[:, None],
+        rows.position[:, None],
+        cache=state.cache,
+        blocks=blocks,
+        beginning=beginning_of(shared, rows.begun),
     )
     rows = replace(rows, position=jnp.where(rows.done, rows.position, rows.position + 1))
-    return State(cache, choose(rows, model.logits(hidden)[:, 0], stops, trie))
+    return State(cache, choose(rows, model.logits(hidden, exact=True)[:, 0], stops, trie))
 
 
 def decode(

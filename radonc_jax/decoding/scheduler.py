@@ -139,44 +139,39 @@ class Scheduler:
 
         cache = sharded(greedy.CACHE_AXES[by_layer:])
         placed = greedy.State(Cache(cache, cache), sharded((parallel.BATCH_AXES,)))
+        shared_axes = sharded(greedy.SHARED_AXES)
 
         def empty(model_config, dtype, length):
             return greedy.empty(
                 model_config, dtype, self.batch, length, self.max_new_tokens, by_layer
             )
 
-        def begin(trainable, frozen, tokens, lengths):
-            model = partition.merge(trainable, frozen)
-            cache = greedy.new_cache(model.config, model.dtype, *tokens.shape)
-            places = jnp.arange(tokens.shape[1])
-            positions = jnp.where(places < lengths[:, None], places, cache.length)
-            _, cache = model(tokens, positions, cache=cache, asking=lengths[:, None] - 1)
-            return jax.tree.map(lambda x: x[:, :, :, : tokens.shape[1]], cache)
+        def begin(trainable, frozen, tokens, length):
+            return greedy.begin(partition.merge(trainable, frozen), tokens, length)
 
-        def admit(trainable, frozen, state, prefix, prefix_length, tokens, lengths, slots, trie):
+        def admit(trainable, frozen, state, shared, begun, tokens, lengths, slots, trie):
             model = partition.merge(trainable, frozen)
-            return greedy.admit(
-                model, state, prefix, prefix_length, tokens, lengths, slots, stops, trie
-            )
+            return greedy.admit(model, state, shared, begun, tokens, lengths, slots, stops, trie)
 
-        def decode(weights, state, wanted, each, trie):
+        def decode(weights, state, shared, wanted, each, trie):
             # Each layer's weights make a model of that one layer; what is no layer they share.
             models = [partition.merge(*pair) for pair in weights]
             blocks = [model.layers for model in models] if by_layer else None
 
             def step(state):
-                return greedy.advance(models[0], blocks, state, stops, trie)
+                return greedy.advance(models[0], blocks, state, shared, stops, trie)
 
             state, steps = greedy.decode(step, state, parts, wanted, each)
             return state, (state.rows, steps)
 
-        def score(trainable, frozen, prefix, prefix_length, tokens, lengths, labels, label_lengths):
+        def score(trainable, frozen, shared, begun, tokens, lengths, labels, label_lengths):
             model = partition.merge(trainable, frozen)
+            beginning = greedy.beginning_of(shared, jnp.full_like(lengths, begun))
             logits, cache = greedy.run_prompts(
-                model, prefix, prefix_length, tokens, lengths, spare=labels.shape[1]
+                model, beginning, tokens, lengths, spare=labels.shape[1]
             )
             return constrain.score_labels(
-                model, logits, cache, prefix_length + lengths, labels, label_lengths
+                model, logits, cache, beginning, begun + lengths, labels, label_lengths
             )
 
         options = None
@@ -192,7 +187,7 @@ class Scheduler:
         # slots are donated, so that the cache stays where it is. What the host reads comes whole to
         # every process, which then all know the same.
         self._empty = jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
-        self._begin = jit(begin)
+        self._begin = jit(begin, out_shardings=shared_axes)
         self._cut = jit(cut, static_argnums=1, out_shardings=cache)
         self._admit = jit(admit, donate_argnums=2, out_shardings=placed)
         self._decode = jit(decode, donate_argnums=1, out_shardings=(placed, whole))
@@ -258,8 +253,9 @@ class Scheduler:
         Args:
           trainable, frozen: the arrays of `partition`, placed on the mesh.
           prompts: token ids, each beginning with BOS where the model wants one.
-          prefix: token ids with which many prompts begin: they are run once. It is given and not
-            found out, so that a prompt's numbers do not depend on which others are there.
+          prefix: token ids with which many prompts begin: they are run once, and what they leave
+            is held once. It is given and not found out, so that a prompt's numbers do not depend
+            on which others are there; with and without it their last bits differ.
           trie: the only answers that may be given, each ending in a stop token; None for any.
 
         Yields:
@@ -271,22 +267,25 @@ class Scheduler:
         self.check(prompts)
         if not prompts:
             return
-        groups, begun = self._groups(prompts, prefix)
+        groups = self._groups(prompts, prefix)
+
+        def places(number, shared):  # of a cache, for a prompt and its answer
+            return len(prompts[number]) - len(prefix) * shared + self.max_new_tokens
+
         needed = deque(
-            max(max(len(prompts[i]) for i in group) + self.max_new_tokens, width + begun * shared)
-            for group, shared, _, width in groups
+            max(width, *(places(i, shared) for i in group)) for group, shared, _, width in groups
         )
         with jax.set_mesh(self.mesh):
-            started = self._prefix(trainable, frozen, prefix if begun else ())
+            started = self._prefix(trainable, frozen, prefix)
+            everywhere = self._layers(started[0])
             weights = self._weights(trainable, frozen)
             state = self._empty(*self._architecture, padded_length(max(needed)))
         size = self.batch // self._shards
-        free, held = [list(range(size)) for _ in range(self._shards)], {}
+        free, held, ends = [list(range(size)) for _ in range(self._shards)], {}, {}
         while groups or held:
             with jax.set_mesh(self.mesh):
                 if sum(len(group) for group, *_ in groups) >= self._fewest_batches * self.batch:
-                    ends = [len(prompts[number]) + self.max_new_tokens for number in held.values()]
-                    state = self._shorten(state, max([*needed, *ends]))
+                    state = self._shorten(state, max([*needed, *ends.values()]))
                 while groups and (seats := self._seats(free, groups[0])):
                     needed.popleft()
                     group, shared, rows, width = groups.popleft()
@@ -294,6 +293,7 @@ class Scheduler:
                     for number, (row, part, slot) in zip(group, seats, strict=True):
                         seated[row], slots[row] = number, slot
                         held[part * size + slot] = number
+                        ends[number] = places(number, shared)
                     slots = slots.reshape(self._shards, -1)
                     state = self._admit(
                         trainable,
@@ -304,17 +304,21 @@ class Scheduler:
                         parallel.put(slots, self.mesh, parallel.BATCH_AXES),
                         trie,
                     )
-                # Until the next group fits, or to the end.
-                wanted, rows = (len(groups[0][0]), groups[0][2]) if groups else (self.batch,) * 2
+                # Until the next group fits; at the end a few at a time, so that little is lost
+                # where the process is.
+                wanted, rows = self.batch - len(held) + max(1, len(held) // 4), self.batch
+                if groups:
+                    wanted, rows = len(groups[0][0]), groups[0][2]
                 limits = np.int32(wanted), np.int32(rows // self._shards)
-                state, told = self._decode(weights, state, *limits, trie)
+                state, told = self._decode(weights, state, everywhere, *limits, trie)
                 rows, steps = jax.device_get(told)
             self.steps += int(steps)
             for slot in [slot for slot in held if rows.done[slot]]:
                 free[slot // size].append(slot % size)
-                gap = float(rows.gap[slot])
+                gap, number = float(rows.gap[slot]), held.pop(slot)
+                del ends[number]
                 yield (
-                    held.pop(slot),
+                    number,
                     Answer(
                         rows.tokens[slot, : rows.counts[slot]].tolist(),
                         float(rows.logprob[slot]),
@@ -356,9 +360,9 @@ class Scheduler:
         padded = np.zeros((len(labels), lengths.max()), np.int32)
         for row, label in enumerate(labels):
             padded[row, : len(label)] = label
-        groups, begun = self._groups(prompts, prefix)
+        groups = self._groups(prompts, prefix)
         with jax.set_mesh(self.mesh):
-            started = self._prefix(trainable, frozen, prefix if begun else ())
+            started = self._prefix(trainable, frozen, prefix)
         for group, shared, rows, width in groups:
             with jax.set_mesh(self.mesh):
                 values = self._score(
@@ -378,9 +382,9 @@ class Scheduler:
             for number, row in zip(group, values, strict=False):  # filler rows are the last
                 yield number, [float(value) for value in row]
 
-    def _groups(self, prompts, prefix) -> tuple[deque, int]:
+    def _groups(self, prompts, prefix) -> deque:
         """What is run together: (prompt numbers, begins with the prefix, rows, width), longest
-        first, so that it shows at once if memory does not suffice; and the prefix's padded length.
+        first, so that it shows at once if memory does not suffice.
 
         Where the lengths differ much, as among the longest, a group has fewer rows: half of them,
         a quarter and so on, until no more than `MOST_PADDING` of it is padding beyond the rounding
@@ -408,7 +412,7 @@ class Scheduler:
             while order and len(group) < rows and shared[order[0]] == shared[first]:
                 group.append(order.popleft())
             groups.append((group, shared[first], rows, width))
-        return groups, padded_length(len(prefix)) if any(shared) else 0
+        return groups
 
     def _seats(self, free: list[list[int]], group) -> list[tuple[int, int, int]] | None:
         """(row of the prefill, part, slot within the part) of each prompt of a group, in the part
@@ -461,9 +465,12 @@ class Scheduler:
             return None, np.int32(0)
         rows = np.zeros((self._shards, padded_length(len(prefix))), np.int32)
         rows[:, : len(prefix)] = prefix
-        lengths = np.full(len(rows), len(prefix), np.int32)
-        rows, lengths = parallel.put((rows, lengths), self.mesh, parallel.BATCH_AXES)
-        return self._begin(trainable, frozen, rows, lengths), np.int32(len(prefix))
+        rows, length = parallel.put(rows, self.mesh, parallel.BATCH_AXES), np.int32(len(prefix))
+        return self._begin(trainable, frozen, rows, length), length
+
+    def _layers(self, shared: Cache | None) -> Cache | None:
+        """The prefix as `decode` takes it: of single layers where the slots are."""
+        return jax.tree.map(tuple, shared) if self._by_layer else shared
 
     def _weights(self, trainable, frozen) -> list[tuple]:
         """The arrays as `decode` takes them: one pair, or a pair for each layer.

@@ -54,7 +54,8 @@ class Visible:
         segment lies in the row in one piece and in order.
       window: a query sees itself and the `window - 1` keys before it (Mistral's sliding window,
         Jiang et al. 2023, arXiv 2310.06825); None for no limit.
-      mask: bool [B, T, S], for "xla".
+      mask: bool [B, T, S], for "xla";
+      beginning: bool [B, T, P], the same of keys that all rows share, see `decoder.Beginning`.
       padded: int [B, E, P], the place in the row of each token of each segment, for "cudnn";
       place: int [B, T], where each token lies among those E * P;
       lengths: int [B, E], tokens of each segment.
@@ -64,6 +65,7 @@ class Visible:
     key_positions: jax.Array
     segments: jax.Array | None
     mask: jax.Array | None = None
+    beginning: jax.Array | None = None
     padded: jax.Array | None = None
     place: jax.Array | None = None
     lengths: jax.Array | None = None
@@ -76,15 +78,22 @@ class Visible:
         def picked(array):
             return None if array is None else jnp.take_along_axis(array, asking, axis=1)
 
-        if self.mask is not None:
-            mask = jnp.take_along_axis(self.mask, asking[:, :, None], axis=1)
-        else:
+        mask, beginning = (
+            None if mask is None else jnp.take_along_axis(mask, asking[:, :, None], axis=1)
+            for mask in (self.mask, self.beginning)
+        )
+        if mask is None:
             positions, segments = picked(self.positions), picked(self.segments)
             mask = attention_mask(
                 positions, self.key_positions, segments, self.segments, self.window
             )
         return Visible(
-            picked(self.positions), self.key_positions, None, mask=mask, window=self.window
+            picked(self.positions),
+            self.key_positions,
+            None,
+            mask=mask,
+            beginning=beginning,
+            window=self.window,
         )
 
 
@@ -94,11 +103,22 @@ def see(
     segments: jax.Array | None,
     window: int | None,
     config: AttentionConfig,
+    beginning: tuple[jax.Array, int] | None = None,
 ) -> Visible:
-    """What each query may see, in the form that the backend wants; see `Visible`."""
+    """What each query may see, in the form that the backend wants; see `Visible`.
+
+    `beginning`: int [B], how many of P shared keys begin each row, and P; None without any.
+    """
     if config.backend == "xla":
-        mask = attention_mask(positions, key_positions, segments, segments, window)
-        return Visible(positions, key_positions, segments, mask=mask, window=window)
+        mask, first = attention_mask(positions, key_positions, segments, segments, window), None
+        if beginning is not None:
+            counts, size = beginning
+            places = jnp.broadcast_to(jnp.arange(size), (len(counts), size))
+            first = attention_mask(positions, places, None, None, window)
+            first &= (places < counts[:, None])[:, None]
+        return Visible(
+            positions, key_positions, segments, mask=mask, beginning=first, window=window
+        )
     if config.backend == "splash":
         return Visible(positions, key_positions, segments, window=window, config=config)
     # Segments are numbered from 1 and lie one after the other; 0 is padding.
@@ -151,7 +171,13 @@ def attention_mask(
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible, *, ordered: bool = False
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: Visible,
+    *,
+    beginning: tuple[jax.Array, jax.Array] | None = None,
+    ordered: bool = False,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245).
 
@@ -159,6 +185,8 @@ def attend(
       query: [B, T, N, H].
       key, value: [B, S, K, H] with N a multiple of K.
       visible: from `see`; a query that may see nothing gets a meaningless but finite output.
+      beginning: keys and values [K, P, H] that rows share, with "xla" and unpacked rows alone;
+        `visible.beginning` says which of them a query sees beside its own row's.
       ordered: with "xla", sums over keys are those of `ordered_sum`.
 
     Returns:
@@ -169,16 +197,18 @@ def attend(
     if visible.config.backend == "cudnn":
         output = _cudnn(query, key, value, visible)
     else:
-        output = _xla(query, key, value, visible, ordered)
+        output = _xla(query, key, value, visible, beginning, ordered)
     return checkpoint_name(output, "attention")
 
 
-def _xla(query, key, value, visible: Visible, ordered: bool = False) -> jax.Array:
+def _xla(query, key, value, visible: Visible, beginning, ordered: bool) -> jax.Array:
     """Packed rows in blocks of queries, each with the keys up to its end: what comes later in the
     row is never seen, so nearly half of the scores need not be computed."""
     length = query.shape[1]
     if visible.segments is None:
-        return _xla_block(query, key, value, visible.mask, ordered)
+        if beginning is not None:
+            beginning = (*beginning, visible.beginning)
+        return _xla_block(query, key, value, visible.mask, ordered, beginning)
     block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
     outputs = []
     for start in range(0, length, block):
@@ -190,34 +220,56 @@ def _xla(query, key, value, visible: Visible, ordered: bool = False) -> jax.Arra
     return jnp.concatenate(outputs, axis=1)
 
 
-def _xla_block(query, key, value, mask, ordered: bool) -> jax.Array:
+def _xla_block(query, key, value, mask, ordered: bool, beginning=None) -> jax.Array:
     """Scores and softmax are float32 whatever the input is."""
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     groups = num_heads // num_kv_heads
-    precision = matmul_precision(query.dtype)
+    einsum = functools.partial(jnp.einsum, precision=matmul_precision(query.dtype))
+
+    def scores_of(query, key, mask, *shape):
+        if length == 1:
+            scores = few_rows(query, key, preferred_element_type=jnp.float32)
+        else:
+            scores = einsum("...TH,...SH->...TS", query, key, preferred_element_type=jnp.float32)
+        scores = scores.reshape(*shape, groups, length, -1) * head_dim**-0.5
+        return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+
     # Heads first and the group's queries in one axis: plain batched matrix products, which on a
     # CPU run at two to three times the speed of the same contraction over five axes.
     query = query.reshape(batch, length, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     query = query.reshape(batch, num_kv_heads, groups * length, head_dim)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    if length == 1:
-        scores = few_rows(query, key, preferred_element_type=jnp.float32)
+    scores = scores_of(query, key, mask[:, None, None], batch, num_kv_heads)
+    if beginning is None:
+        weights = _softmax(scores)[0] if ordered else jax.nn.softmax(scores, axis=-1)
     else:
-        scores = jnp.einsum(
-            "BKTH,BKSH->BKTS", query, key, precision=precision, preferred_element_type=jnp.float32
-        )
-    scores = scores.reshape(batch, num_kv_heads, groups, length, -1) * head_dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    if ordered:
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        weights = (weights / ordered_sum(weights)).astype(value.dtype)
-    else:
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = weights.reshape(batch, num_kv_heads, groups * length, -1)
-    output = jnp.einsum("BKTS,BKSH->BKTH", weights, value, precision=precision)
+        # The queries of all rows at once: what rows share is read once, and not once a row.
+        first_key, first_value, first_mask = beginning
+        together = query.swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)
+        first = scores_of(together, first_key, first_mask[:, None], num_kv_heads, batch)
+        weights, first = _softmax(scores, first)
+    weights = weights.astype(value.dtype).reshape(batch, num_kv_heads, groups * length, -1)
+    output = einsum("BKTS,BKSH->BKTH", weights, value)
+    if beginning is not None:
+        first = first.astype(value.dtype).reshape(num_kv_heads, batch * groups * length, -1)
+        first = einsum("KRP,KPH->KRH", first, first_value)
+        output += first.reshape(num_kv_heads, batch, -1, head_dim).swapaxes(0, 1)
     output = output.reshape(batch, num_kv_heads, groups, length, head_dim)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+
+
+def _softmax(scores, first=None) -> tuple[jax.Array, jax.Array | None]:
+    """Over the last axes of `scores` [B, K, G, T, S] and of `first` [K, B, G, T, P] together; sums
+    are those of `ordered_sum`."""
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if first is None:
+        weights = jnp.exp(scores - top)
+        return weights / ordered_sum(weights), None
+    top = jnp.maximum(top, jnp.max(first, axis=-1, keepdims=True).swapaxes(0, 1))
+    weights, first = jnp.exp(scores - top), jnp.exp(first - top.swapaxes(0, 1))
+    total = ordered_sum(weights) + ordered_sum(first).swapaxes(0, 1)
+    return weights / total, first / total.swapaxes(0, 1)
 
 
 def _cudnn(query, key, value, visible: Visible, implementation: str = "cudnn") -> jax.Array:

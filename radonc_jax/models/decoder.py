@@ -96,7 +96,7 @@ class ModelConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values; slot s of a row holds position s.
+    """Keys and values; slot s of a row holds position s, beyond what stands in a `Beginning`.
 
     Heads stand before slots, so that neither product of the attention has to transpose them.
 
@@ -112,12 +112,12 @@ class Cache:
     def length(self) -> int:
         return jax.tree.leaves(self.key)[0].shape[-2]
 
-    def write(self, layer, positions, key, value) -> "Cache":
-        """Puts keys and values [B, T, K, H] at positions [B, T]; those beyond the end are dropped.
+    def write(self, layer, places, key, value) -> "Cache":
+        """Puts keys and values [B, T, K, H] into slots [B, T]; those beyond the end are dropped.
 
         `layer` is an index into stacked layers, None within one layer.
         """
-        index = positions[..., None]
+        index = places[..., None]
         rows, slots = 0, 2
         if layer is not None:
             index = jnp.concatenate([jnp.full_like(index, layer), index], axis=-1)
@@ -143,6 +143,31 @@ class Cache:
         """(keys, values) of a layer, each [B, S, K, H]."""
         pair = (self.key, self.value) if layer is None else (self.key[layer], self.value[layer])
         return tuple(x.transpose(0, 2, 1, 3).astype(dtype) for x in pair)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Beginning:
+    """Keys and values of tokens with which many rows begin, held and read once for all of them
+    (Juravsky et al. 2024, arXiv 2402.05099).
+
+    Attributes:
+      key, value: of all layers, each [L, K, P, H]; or tuples of L arrays [K, P, H], as of `Cache`.
+      counts: int [B], how many of each row's tokens stand here, and not in its own cache: those at
+        positions below it. 0 for a row that begins otherwise.
+    """
+
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
+    counts: jax.Array
+
+    @property
+    def length(self) -> int:
+        return jax.tree.leaves(self.key)[0].shape[-2]
+
+    def read(self, layer, dtype) -> tuple[jax.Array, jax.Array]:
+        """(keys, values) of a layer, each [K, P, H]; `layer` may be a traced index."""
+        return tuple(side[layer].astype(dtype) for side in (self.key, self.value))
 
 
 @dataclass(frozen=True)
@@ -245,10 +270,13 @@ class Attention(nnx.Module):
         self.v_proj = Linear(kv_size, c.hidden_size, layers=layers, rngs=rngs)
         self.o_proj = Linear(c.hidden_size, query_size, layers=layers, rngs=rngs)
 
-    def __call__(self, x, rope, positions, visible, cache=None, layer=None, asking=None):
+    def __call__(
+        self, x, rope, places, visible, cache=None, layer=None, asking=None, beginning=None
+    ):
         """x [B, T, D] -> ([B, T or M, D], cache).
 
-        With a cache, keys are those of its slots. With `asking` [B, M], the positions at which an
+        With a cache, keys are those of its slots, of which `places` [B, T] are written, and before
+        them those of `beginning`, a pair [K, P, H]. With `asking` [B, M], the positions at which an
         output is wanted, only those ask; all T are still seen.
         """
         batch, length, _ = x.shape
@@ -262,9 +290,9 @@ class Attention(nnx.Module):
         query = checkpoint_name(apply_rope(query, *rope), "query")
         value = checkpoint_name(value, "value")
         if cache is not None:
-            cache = cache.write(layer, positions, key, value)
+            cache = cache.write(layer, places, key, value)
             key, value = cache.read(layer, x.dtype)
-        output = attend(query, key, value, visible, ordered=cache is not None)
+        output = attend(query, key, value, visible, beginning=beginning, ordered=cache is not None)
         return self.o_proj(output.reshape(batch, length, self.num_heads * self.head_dim)), cache
 
 
@@ -291,10 +319,14 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, layers=layers)
         self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(self, x, rope, positions, visible, cache=None, layer=None, asking=None):
+    def __call__(
+        self, x, rope, places, visible, cache=None, layer=None, asking=None, beginning=None
+    ):
         ordered = cache is not None  # an answer must not depend on what else is decoded
         normed = self.input_layernorm(x, ordered=ordered)
-        attended, cache = self.self_attn(normed, rope, positions, visible, cache, layer, asking)
+        attended, cache = self.self_attn(
+            normed, rope, places, visible, cache, layer, asking, beginning
+        )
         x = x if asking is None else pick(x, asking)
         x = checkpoint_name(x + attended, "residual")
         x = x + self.mlp(self.post_attention_layernorm(x, ordered=ordered))
@@ -336,19 +368,22 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         asking: jax.Array | None = None,
         blocks: Sequence[Block] | None = None,
+        beginning: Beginning | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the layers.
 
         Args:
           tokens: int [B, T].
           positions: int [B, T], restarting at 0 in each packed segment; with a cache, also the
-            slots that are written, and positions beyond the cache are dropped.
+            slots that are written, counted from the end of what `beginning` has of the row, and
+            positions beyond the cache are dropped.
           segment_ids: int [B, T] for packed rows; None when a row is one segment.
           cache: from `init_cache` or an earlier call.
           asking: int [B, M], positions in the row at which the output is wanted; None for all.
             The last layer then computes its queries, output and MLP there only.
           blocks: the layers one by one, to be run instead of the stacked ones, in a plain loop and
             with a cache of tuples: nothing is then taken out of a stack.
+          beginning: with a cache, what stands before it in rows that begin alike.
 
         Returns:
           hidden states [B, T or M, D] after the final norm, for `logits`; the new cache.
@@ -361,20 +396,30 @@ class Decoder(nnx.Module):
         )
         angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
         rope = tuple(f(angle)[:, :, None, :].astype(self.dtype) for f in (jnp.cos, jnp.sin))
-        if cache is None:
-            key_positions = positions
-        else:
+        key_positions, places, shared = positions, positions, None
+        if cache is not None:
             key_positions = jnp.broadcast_to(
                 jnp.arange(cache.length), (tokens.shape[0], cache.length)
             )
+        if beginning is not None:
+            counts = beginning.counts[:, None]
+            key_positions, places = key_positions + counts, positions - counts
+            shared = beginning.counts, beginning.length
         packed = segment_ids is not None
         attention = self.execution.attention if packed else AttentionConfig()
-        visible = see(positions, key_positions, segment_ids, config.sliding_window, attention)
+        window = config.sliding_window
+        visible = see(positions, key_positions, segment_ids, window, attention, shared)
+
+        def first(layer):
+            return None if beginning is None else beginning.read(layer, self.dtype)
+
         if blocks is not None:
             pairs = []
-            for block, *pair in zip(blocks, cache.key, cache.value, strict=True):
+            for layer, (block, *pair) in enumerate(
+                zip(blocks, cache.key, cache.value, strict=True)
+            ):
                 last = asking if block is blocks[-1] else None
-                x, one = block(x, rope, positions, visible, Cache(*pair), None, last)
+                x, one = block(x, rope, places, visible, Cache(*pair), None, last, first(layer))
                 pairs.append((one.key, one.value))
             return self.norm(x, ordered=True), Cache(
                 *(tuple(side) for side in zip(*pairs, strict=True))
@@ -393,12 +438,14 @@ class Decoder(nnx.Module):
             # The cache is carried, not scanned over, so that each layer updates it in place.
             x, cache = carry
             layer, rest = inputs
-            return block(layer, rest)(x, rope, positions, visible, cache, layer), None
+            run = block(layer, rest)
+            return run(x, rope, places, visible, cache, layer, None, first(layer)), None
 
         def run_last(carry, rest):
             x, cache = carry
             layer = jnp.int32(last)
-            return block(layer, rest)(x, rope, positions, visible, cache, layer, asking)
+            run = block(layer, rest)
+            return run(x, rope, places, visible, cache, layer, asking, first(layer))
 
         if cache is None:
             names = SAVED_NAMES[self.execution.recompute]
@@ -413,15 +460,26 @@ class Decoder(nnx.Module):
         x, cache = run_last(carry, jax.tree.map(lambda stack: stack[last], rest))
         return self.norm(x, ordered=cache is not None), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> float32 logits [..., V]."""
+    def logits(self, hidden: jax.Array, *, exact: bool = False) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V].
+
+        In bfloat16 they are rounded to it, as those of the checkpoint's own library are, so that
+        the best two are often equal; `exact` leaves the sums in float32, for choosing tokens.
+        """
         if self.config.tie_word_embeddings:
-            embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
-            logits = jnp.einsum(
-                "...D,VD->...V", hidden, embedding, precision=matmul_precision(hidden.dtype)
-            )
+            kernel = self.embed_tokens.embedding[...].astype(hidden.dtype)
         else:
-            logits = self.lm_head(hidden)
+            kernel = self.lm_head.weight(hidden.dtype)
+        wanted = jnp.float32 if exact else None
+        if hidden.ndim == 3 and hidden.shape[1] == 1:  # a decode step's
+            return few_rows(hidden[:, 0], kernel, wanted)[:, None].astype(jnp.float32)
+        logits = jnp.einsum(
+            "...D,VD->...V",
+            hidden,
+            kernel,
+            precision=matmul_precision(hidden.dtype),
+            preferred_element_type=wanted,
+        )
         return logits.astype(jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> Cache:
