@@ -347,7 +347,7 @@ def test_what_is_not_finite_in_one_row_reaches_no_later_one_of_its_slot(mistral)
 
 @pytest.mark.slow
 def test_a_wide_model_s_answers_are_bit_for_bit_those_of_the_case_alone():
-    """Compiled as users compile, in prefills of 2 rows to 16; see bits.py."""
+    """Compiled as users compile, in prefills of 2 and of 8 rows; see bits.py."""
     environment = command_environment() | {"XLA_FLAGS": ""}
     command = [sys.executable, Path(__file__).parent / "bits.py"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -732,14 +732,14 @@ def test_text_is_encoded_with_one_bos_and_answers_are_stripped(mistral):
     tokenizer, task = LetterTokenizer(), Question()
     texts = ["left breast", "prostate", "left breast"]
     prompts = [[BOS, *tokenizer.encode(task.prompt(t), add_special_tokens=False)] for t in texts]
-    expected = mistral.decode(prompts)
+    prefix = shared_prefix(tokenizer, task)
+    assert prefix == tuple(prompts[0][: len(prefix)]) and len(prefix) > len("Say.")
+    expected = mistral.decode(prompts, prefix=prefix)
     generations = text_decoder(mistral)(task, texts)
     assert [(g.tokens, g.logprob, g.finished, g.gap) for g in generations] == expected
     assert [g.text for g in generations] == [
         tokenizer.decode(a.tokens, skip_special_tokens=True).strip() for a in expected
     ]
-    prefix = shared_prefix(tokenizer, task)
-    assert prefix == tuple(prompts[0][: len(prefix)]) and len(prefix) > len("Say.")
 
 
 def test_a_prompt_that_does_not_fit_is_refused_or_cut_as_in_training_and_flagged(mistral):
