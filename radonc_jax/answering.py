@@ -91,7 +91,8 @@ def answer_split(
       split, model: names, for the files; `variant` makes that of constrained answers.
       output: folder for predictions.jsonl, metrics.json and source.json, or None.
       config: the run's settings.
-      origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers.
+      origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers,
+        and what `loading.arithmetic` says of it.
       constrained: from `constraints`; only tasks that have one are asked, and the answers lie apart
         from the free ones. None for free answers.
 
@@ -159,6 +160,8 @@ def answer_source(decoder: TextDecoder, config: Settings, origin: Mapping) -> di
     return {
         "trained": origin["trained_fingerprint"],
         "base": origin["base_fingerprint"],
+        "architecture": origin["architecture"],
+        "lora": origin["lora"],
         "precision": [config.precision.compute, config.precision.base],
     } | decoder.source()
 

@@ -197,7 +197,8 @@ def answer(
             "trained_fingerprint": training_step.fingerprint(loaded.trainable),
             "base_fingerprint": training_step.fingerprint(loaded.frozen),
             "base": str(loaded.folder),
-        },
+        }
+        | loading.arithmetic(loaded.config, loaded.lora),
         constrained=closed,
     )
     if with_robustness:

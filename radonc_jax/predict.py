@@ -139,6 +139,7 @@ def main():
         "trained": training_step.fingerprint(model.trainable),
         "base": training_step.fingerprint(model.frozen),
         "compute": str(model.model.dtype),
+        **loading.arithmetic(model.config, model.lora),
         "prompt": task.prompt(""),
         "over_length": decoder.over_length,
         "constrained": [constraint.digest for constraint in constraints.values()],

@@ -25,6 +25,7 @@ from test_notebook import write_model, write_peft
 
 import radonc_jax
 from configs import common
+from radonc_jax import loading
 from radonc_jax.data import rows as tables
 from radonc_jax.data.cohort import load_records
 from radonc_jax.data.rows import open_rows
@@ -248,6 +249,69 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     bad.write_text('{"diagnosis": "lung"}\n["no"]\n{"diagnosis": "skin"\n')
     rows = list(open_rows(bad, ragged=True))
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
+
+
+# What `predict` says its answers depend on, for each list of arguments; nothing is answered.
+SOURCES = """
+import json, sys
+from absl import flags
+from radonc_jax import predict
+predict.answer_rows = lambda *given: print(json.dumps(given[-1])) or {}
+for arguments in json.load(sys.stdin):
+    flags.FLAGS(["predict", *arguments])
+    predict.main()
+"""
+
+
+def test_answers_of_another_scale_or_rotation_are_of_another_source(place, tmp_path):
+    """The arrays are the same; `adapter_config.json` or `config.json` says what to do with them."""
+    shutil.copytree(place / "peft", tmp_path / "peft")
+    shutil.copytree(place / "base", tmp_path / "base")
+    for file, key, factor in (
+        (tmp_path / "peft" / "adapter_config.json", "lora_alpha", 0.5),
+        (tmp_path / "base" / "config.json", "rope_theta", 2.0),
+    ):
+        content = json.loads(file.read_text())
+        holder = content if key in content else content["rope_parameters"]
+        holder[key] *= factor
+        file.write_text(json.dumps(content))
+    common = ["--task=icd", "--dtype=float32", f"--input={place}/cases.csv"]
+    common += [f"--output={tmp_path}/answers.csv"]
+    commands = [
+        [f"--model={base}/base", f"--adapter={peft}/peft", *common]
+        for base, peft in ((place, place), (place, place), (place, tmp_path), (tmp_path, place))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SOURCES],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    sources = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    first, again, scaled, rotated = sources
+    assert first == again
+    for other, key in ((scaled, "lora"), (rotated, "architecture")):
+        assert [name for name in first if first[name] != other[name]] == [key]
+    assert (first["lora"]["alpha"], scaled["lora"]["alpha"]) == (8.0, 4.0)
+
+
+def test_a_run_on_a_base_with_another_config_is_refused(place, tmp_path):
+    """Its weights are the same; what the run was made from is told by its manifest."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(place / "base", tmp_path / "base")
+    origin = loading.base_origin("base", place / "base", True)
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": origin}))
+    path = tmp_path / "base" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"sliding_window": 100}))
+    with pytest.raises(ValueError, match=r"\(base: config.json differ"):
+        loading.load_run(tmp_path / "run", model=str(tmp_path / "base"))
+    # The right one is taken so far that its weights are looked at.
+    with pytest.raises(ValueError, match=r"\(base_fingerprint_before differ"):
+        loading.load_run(tmp_path / "run", model=str(place / "base"))
 
 
 def test_codes_of_the_run_s_cohort_alone(place, tmp_path):

@@ -401,7 +401,7 @@ def test_a_run_is_not_resumed_on_another_cohort_or_base(quiet, workspace, tmp_pa
     manifest["base"]["sha256"]["model.safetensors"] = "0" * 64
     manifest["base_fingerprint_before"] = "0" * 8
     (workdir / "manifest.json").write_text(json.dumps(manifest))
-    named = ("base", "base_fingerprint_before", "cohort")
+    named = ("base: model.safetensors", "base_fingerprint_before", "cohort")
     train = ["train", *workspace.arguments, *SHORT]
     for command, keys in ((train, named), (["evaluate"], ["cohort"])):
         result = run_command(*command, f"--workdir={workdir}", check=False)
