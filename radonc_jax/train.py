@@ -165,8 +165,15 @@ def train(
     scheduler = None
 
     def decoder(trainable, frozen, progress=None) -> TextDecoder:
-        over_length = config.batch.over_length
-        return TextDecoder(scheduler, tokenizer, trainable, frozen, over_length, progress)
+        return TextDecoder(
+            scheduler,
+            tokenizer,
+            trainable,
+            frozen,
+            config.batch.over_length,
+            progress,
+            trained=batches.prompt_room(config.batch.sequence_length),
+        )
 
     if generates:
         scheduler = loading.make_scheduler(
