@@ -304,6 +304,14 @@ def test_damaged_rows_come_out_as_they_came_in(tmp_path, monkeypatch):
     rows, problems = answered(path, tmp_path)
     assert problems == {quotes: [2]} and len(rows) == 201
     assert rows[0]["diagnosis"] == '"skin' and rows[200]["id"] == "199"
+    lines = f"1,{'lung ' * 200}\n" * 5000
+    path.write_text(f'id,diagnosis\nx,"skin\n{lines}', newline="")
+    tracemalloc.start()
+    try:
+        assert open_rows(path, ragged=True).count == 5001
+        assert tracemalloc.get_traced_memory()[1] < 5e6  # of which most finds the delimiter
+    finally:
+        tracemalloc.stop()
     # A header must be right, and `prepare` takes none of these files.
     path.write_bytes(b'id,"diag" nosis\n1,lung\n')
     with pytest.raises(ValueError, match="the header cannot be read: its quotes do not match"):
@@ -380,6 +388,8 @@ from absl import flags
 from radonc_jax import predict
 predict.answer_rows = lambda *given: print(json.dumps(given[-1])) or {}
 for arguments in json.load(sys.stdin):
+    for name in ("model", "adapter", "task"):
+        flags.FLAGS[name].unparse()
     flags.FLAGS(["predict", *arguments])
     predict.main()
 """
@@ -403,6 +413,7 @@ def test_answers_of_another_scale_or_rotation_are_of_another_source(place, tmp_p
         [f"--model={base}/base", f"--adapter={peft}/peft", *common]
         for base, peft in ((place, place), (place, place), (place, tmp_path), (tmp_path, place))
     ]
+    commands.append([f"--workdir={place}/run", *common[2:]])
     done = subprocess.run(
         [sys.executable, "-c", SOURCES],
         cwd=ROOT,
@@ -413,11 +424,12 @@ def test_answers_of_another_scale_or_rotation_are_of_another_source(place, tmp_p
     )
     assert done.returncode == 0, done.stderr
     sources = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    first, again, scaled, rotated = sources
+    first, again, scaled, rotated, run = sources
     assert first == again
     for other, key in ((scaled, "lora"), (rotated, "architecture")):
         assert [name for name in first if first[name] != other[name]] == [key]
     assert (first["lora"]["alpha"], scaled["lora"]["alpha"]) == (8.0, 4.0)
+    assert (first["trained_prompt"], run["trained_prompt"]) == (None, 2047)
 
 
 def test_a_run_on_a_base_with_another_config_is_refused(place, tmp_path):

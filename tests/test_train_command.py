@@ -190,6 +190,14 @@ def test_evaluate_answers_as_the_run_itself_did_even_if_it_is_killed(quiet, work
     manifest = json.loads((quiet[0] / "manifest.json").read_text())
     assert source["step"] == manifest["best_step"]
     assert source["trained_fingerprint"] == manifest["trained_fingerprint"]
+    # What answers are kept under: `train`'s own and `evaluate`'s are alike.
+    theirs = json.loads((quiet[0] / "evaluation/test/tuned/source.json").read_text())
+    assert source["answers"] == theirs["answers"]
+    config = json.loads((workdir / "config.json").read_text())
+    assert source["answers"]["trained_prompt"] == config["batch"]["sequence_length"] - 1
+    assert source["answers"]["lora"]["alpha"] == config["lora"]["alpha"]
+    assert source["answers"]["architecture"] == source["architecture"]
+    assert source["beyond_training"] == {"icd": 0}
 
 
 @pytest.mark.slow
