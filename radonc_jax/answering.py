@@ -83,7 +83,8 @@ def answer_split(
     """Decodes, scores and, where `output` names a folder, writes answers, scores and their source.
 
     Answers that are already there from the same source are kept, and not decoded again; of an
-    evaluation that was killed, those are kept that were finished.
+    evaluation that was killed, those are kept that were finished. How many prompts are longer than
+    any in training, and were not cut, is told and stands in the source.
 
     Args:
       decoder: of the model.
@@ -91,7 +92,8 @@ def answer_split(
       split, model: names, for the files; `variant` makes that of constrained answers.
       output: folder for predictions.jsonl, metrics.json and source.json, or None.
       config: the run's settings.
-      origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers.
+      origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers,
+        and what `loading.arithmetic` says of it.
       constrained: from `constraints`; only tasks that have one are asked, and the answers lie apart
         from the free ones. None for free answers.
 
@@ -116,6 +118,16 @@ def answer_split(
         }
         decoder = replace(decoder, constraints=dict(constrained))
     source["answers"] = answer_source(decoder, config, origin)
+    source["beyond_training"] = beyond = {
+        task.name: sum(decoder.prompt(task, record.diagnosis).beyond for record in records)
+        for task in tasks
+    }
+    for name, count in beyond.items() if main else ():
+        if count:
+            print(
+                f"{name}, {split}: {count} of {len(records)} prompts are longer than any in "
+                f"training ({decoder.trained} tokens)"
+            )
     source["prompts_sha256"] = _prompts_sha256(records, tasks)
     journal = None
     if output is not None:
@@ -159,6 +171,8 @@ def answer_source(decoder: TextDecoder, config: Settings, origin: Mapping) -> di
     return {
         "trained": origin["trained_fingerprint"],
         "base": origin["base_fingerprint"],
+        "architecture": origin["architecture"],
+        "lora": origin["lora"],
         "precision": [config.precision.compute, config.precision.base],
     } | decoder.source()
 

@@ -18,7 +18,6 @@ it holds a copy of its cohort, and --base says where the base lies here. With a 
 original model answers, and its scores are printed; --output names a folder for its answers.
 """
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from ml_collections import config_flags
 from radonc_jax import command, loading, parallel, settings
 from radonc_jax.answering import answer_split, constraints, variant
 from radonc_jax.data import cohort
+from radonc_jax.data.batches import prompt_room
 from radonc_jax.decoding.constrain import CODES
 from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.evaluation import robustness
@@ -182,6 +182,8 @@ def answer(
         loaded.frozen,
         config.batch.over_length,
         progress=f"{model}, {split}",
+        # Prompts with examples are another kind than those that were trained.
+        trained=None if examples else prompt_room(config.batch.sequence_length),
     )
     result = answer_split(
         decoder,
@@ -197,7 +199,8 @@ def answer(
             "trained_fingerprint": training_step.fingerprint(loaded.trainable),
             "base_fingerprint": training_step.fingerprint(loaded.frozen),
             "base": str(loaded.folder),
-        },
+        }
+        | loading.arithmetic(loaded.config, loaded.lora),
         constrained=closed,
     )
     if with_robustness:
@@ -211,7 +214,7 @@ def answer(
             tasks,
             given,
             output if parallel.is_main_process() else None,
-            fits=functools.partial(decoder.fits, uncut=True),
+            fits=decoder.reads_whole,
             seed=config.seed,
         )
     if not parallel.is_main_process():

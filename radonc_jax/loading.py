@@ -1,7 +1,7 @@
 """A model ready to run: from a Hugging Face folder, a run folder, or both."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -277,15 +277,16 @@ def load_run(
     compute = huggingface.as_dtype(config.precision.compute)
     partition = lora.partition(architecture, config.adapter, compute, config.precision.quantized)
     frozen = partition.frozen
+    # Config and tokenizer shape answers as weights do. These are compared by their fingerprint; but
+    # codes may differ in the last bit between kinds of devices, so there the files are.
+    coded = config.adapter is not None and config.precision.quantized is not None
+    base = base_origin(config.model, folder, parallel.is_main_process(), weights=coded)
+    check_origin(workdir, {"base": base}, weights=coded)
     if config.adapter is not None:
         frozen = load_base(folder, architecture, partition, config.precision.stored, mesh)
-        # Codes may differ in the last bit between kinds of devices; then the files are compared.
-        check_origin(
-            workdir,
-            {"base_fingerprint_before": step_module.fingerprint(frozen)}
-            if config.precision.quantized is None
-            else {"base": base_origin(config.model, folder, parallel.is_main_process())},
-        )
+        if not coded:
+            printed = step_module.fingerprint(frozen, told_fingerprint(workdir))
+            check_origin(workdir, {"base_fingerprint_before": printed})
     _, trainable = checkpoint.restore_trainable(
         workdir, partition.trainable, parallel.shardings(partition.trainable, mesh), number
     )
@@ -311,13 +312,25 @@ def load_original(
     return assemble(folder, architecture, None, partition, weights, partition.frozen, mesh, None)
 
 
-def base_origin(model: str, folder: Path, main: bool) -> dict:
-    """What a run's base is, for its manifest: its name, the folder and revision, hashes of it."""
+def arithmetic(architecture: ModelConfig, adapter: lora.LoRAConfig | None) -> dict:
+    """What shapes a model's answers besides its arrays, for JSON: {"architecture", "lora"}, the
+    latter None without an adapter and without the folder that it began from."""
+    settings_of_lora = None
+    if adapter is not None:
+        settings_of_lora = asdict(replace(adapter, init_from=""))
+        del settings_of_lora["init_from"]
+    content = {"architecture": asdict(architecture), "lora": settings_of_lora}
+    return json.loads(json.dumps(content))  # as it is read again, with lists for tuples
+
+
+def base_origin(model: str, folder: Path, main: bool, *, weights: bool = True) -> dict:
+    """What a run's base is, for its manifest: its name, the folder and revision, hashes of it
+    (those of its weights only where `weights`)."""
     return {
         "model": model,
         "folder": str(folder),
         "revision": hub.revision(folder),
-        "sha256": tracking.base_sha256(folder, main),
+        "sha256": tracking.base_sha256(folder, main, weights=weights),
     }
 
 
@@ -329,12 +342,21 @@ def begun_from(workdir: Path) -> dict | None:
     return json.loads(manifest.read_text(encoding="utf-8")).get("init_from")
 
 
-def check_origin(workdir: str | Path, now: dict) -> None:
+def told_fingerprint(workdir: str | Path) -> str:
+    """The base's fingerprint in a run's manifest, so that one like it can be made; this version's
+    mark where the manifest, or the fingerprint in it, is not there."""
+    path = Path(workdir) / "manifest.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return told.get("base_fingerprint_before", step_module.FINGERPRINT)
+
+
+def check_origin(workdir: str | Path, now: dict, *, weights: bool = True) -> None:
     """Compares what a run was made from with what is there now.
 
     Args:
       workdir: a run folder; without a manifest nothing is checked.
       now: some keys of the manifest, as they are now; None values are not compared.
+      weights: False where the base's hashes in `now` are without those of its weights.
 
     Raises:
       ValueError: a base, cohort or starting adapter has been replaced since; which is named.
@@ -349,7 +371,14 @@ def check_origin(workdir: str | Path, now: dict) -> None:
             side | {key: (side[key] or {}).get(name)} if key in side else side
             for side in (then, now)
         )
+    files = then.get("base") or {}
+    if not weights:
+        files = {name: hash_ for name, hash_ in files.items() if not name.endswith(".safetensors")}
+        then = then | {"base": files}
     changed = [key for key, value in now.items() if value is not None and then.get(key) != value]
+    if "base" in changed:
+        different = {name for name, _ in files.items() ^ now["base"].items()}
+        changed[changed.index("base")] = f"base: {', '.join(sorted(different))}"
     if changed:
         raise ValueError(
             f"{workdir} was made from other files than those there now ({', '.join(changed)} "

@@ -5,8 +5,16 @@
 
 The output holds every row of the input in its order, with further columns: `answer` (the model's
 text), `parsed` (what the task reads in it; empty if nothing), `logprob`, `finished` (False: cut
-off at the longest answer), `trimmed` (True: the diagnosis was cut, for it did not fit the context)
-and `problem` (why a row has no answer). A row that cannot be read does not stop the others.
+off at the longest answer), `trimmed` (True: the diagnosis was cut, as in training, because the
+prompt was longer than any there or did not fit the context), `problem` (why a row has no answer),
+`gap` (the smallest distance of the two best logits: where it is small, another device or batch may
+answer otherwise) and `beyond_training` (True: the prompt is longer than any in training, and was
+not cut). Where labels are scored each has its log-probability (`logprob_photon`, ...).
+
+A row that cannot be read does not stop the others; it comes out as it came in: with too many cells,
+these stand in its last column; a CSV row whose quotes do not match ends with its line and keeps
+its quotes as they stand; bytes that are no text are written as \\xff; a line of JSONL that is no
+object, and a Parquet cell that is no text and cannot be read, come out empty.
 With --constrained=table|cohort the answers come from closed sets (modality: its four labels; icd:
 the codes of the code table, or of the training and validation cases of the run's cohort).
 
@@ -23,9 +31,10 @@ from absl import flags
 
 from radonc_jax import command, loading, parallel, settings, tracking
 from radonc_jax.answering import allowed_codes
+from radonc_jax.data.batches import prompt_room
 from radonc_jax.data.rows import open_rows
 from radonc_jax.decoding.constrain import CODES
-from radonc_jax.decoding.table import ADDED, answer_rows
+from radonc_jax.decoding.table import added_columns, answer_rows
 from radonc_jax.decoding.text import TextDecoder, constrain_task
 from radonc_jax.tasks import TASKS
 from radonc_jax.training import step as training_step
@@ -49,7 +58,8 @@ _OVER_LENGTH = flags.DEFINE_enum(
     "over_length",
     None,
     ["fail", "trim_diagnosis"],
-    "A prompt too long for the context: no answer, or its diagnosis is cut; as the run, or fail.",
+    "A prompt longer than any of the run's training is answered, or its diagnosis is cut; one too "
+    "long for the context has no answer, or is cut. As the run, or fail.",
 )
 _CONSTRAINED = flags.DEFINE_enum(
     "constrained", "", ["", *CODES], "Answers from closed sets; where the ICD-10-CM codes are from."
@@ -66,12 +76,13 @@ def main():
     if _BASE.value is not None and _WORKDIR.value is None:
         raise ValueError("--base goes with --workdir; without a run, --model is the base")
     decode_config = settings.DecodeConfig(batch=32, max_new_tokens=128)
-    over_length = "fail"
+    over_length, trained = "fail", None
     task_name = _TASK.value
     if _WORKDIR.value is not None:
         run = loading.read_settings(_WORKDIR.value, _BASE.value)
         decode_config = run.decode
         over_length = run.batch.over_length
+        trained = prompt_room(run.batch.sequence_length)
         task_name = task_name or run.task
     if task_name not in TASKS:
         raise ValueError(f"--task must be one of {', '.join(TASKS)}, not {task_name!r}")
@@ -96,7 +107,8 @@ def main():
             f"{rows.path}: no column {_COLUMN.value!r}; choose it with --column. "
             f"Columns there: {', '.join(rows.columns)}"
         )
-    taken = [name for name in ADDED if name in rows.columns]
+    added = added_columns(task, bool(_CONSTRAINED.value))
+    taken = [name for name in added if name in rows.columns]
     if taken:
         raise ValueError(f"{rows.path} already has the columns {', '.join(taken)}: rename them")
     codes: list[str] = []
@@ -129,6 +141,7 @@ def main():
         model.frozen,
         over_length if _OVER_LENGTH.value is None else _OVER_LENGTH.value,
         constraints=constraints,
+        trained=trained,
     )
 
     # ---- answers -------------------------------------------------------------------------------
@@ -139,6 +152,7 @@ def main():
         "trained": training_step.fingerprint(model.trainable),
         "base": training_step.fingerprint(model.frozen),
         "compute": str(model.model.dtype),
+        **loading.arithmetic(model.config, model.lora),
         "prompt": task.prompt(""),
         "over_length": decoder.over_length,
         "constrained": [constraint.digest for constraint in constraints.values()],

@@ -67,11 +67,13 @@ def files_sha256(paths: Iterable[Path]) -> dict[str, str]:
         return dict(zip((p.name for p in paths), pool.map(file_sha256, paths), strict=True))
 
 
-def base_sha256(folder: Path, main: bool) -> dict[str, str] | None:
-    """Hashes of a Hugging Face folder's config, tokenizer and weights; None on other processes."""
+def base_sha256(folder: Path, main: bool, *, weights: bool = True) -> dict[str, str] | None:
+    """Hashes of a Hugging Face folder's config, tokenizer and (which takes long) weights; None on
+    other processes than the main one."""
     if not main:
         return None
-    patterns = ("config.json", "generation_config.json", "tokenizer*", "*.safetensors")
+    patterns = ("config.json", "generation_config.json", "tokenizer*")
+    patterns += ("*.safetensors",) * weights
     return files_sha256(sorted(p for pattern in patterns for p in Path(folder).glob(pattern)))
 
 

@@ -165,8 +165,15 @@ def train(
     scheduler = None
 
     def decoder(trainable, frozen, progress=None) -> TextDecoder:
-        over_length = config.batch.over_length
-        return TextDecoder(scheduler, tokenizer, trainable, frozen, over_length, progress)
+        return TextDecoder(
+            scheduler,
+            tokenizer,
+            trainable,
+            frozen,
+            config.batch.over_length,
+            progress,
+            trained=batches.prompt_room(config.batch.sequence_length),
+        )
 
     if generates:
         scheduler = loading.make_scheduler(
@@ -239,8 +246,11 @@ def train(
     # ---- the run folder; resume: 1) its newest checkpoint  2) the model as it was loaded ---------
     if (workdir / "checkpoints").is_dir():
         compared = origin if main_process else origin | {"base": None}
+        told = loading.told_fingerprint(workdir)
         if config.precision.quantized:  # codes may differ in a bit on another kind of device
             compared = compared | {"base_fingerprint_before": None}
+        elif not told.startswith(step.FINGERPRINT):
+            compared = compared | {"base_fingerprint_before": step.fingerprint(base, told)}
         loading.check_origin(workdir, compared)
     if config.lora.dropout:
         tracking.check_rows(workdir, rows)
@@ -427,6 +437,7 @@ def train(
             "trained_fingerprint": step.fingerprint(arrays),
             "base_fingerprint": manifest["base_fingerprint_after"],
             "base": str(folder),
+            **loading.arithmetic(architecture, config.adapter),
         }
         for constrained in [None, closed] if closed else [None]:
             answer_split(

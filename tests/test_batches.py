@@ -1,5 +1,7 @@
 """Records to batches: what is trained, in which order, in which rows."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import run_command
@@ -13,10 +15,12 @@ from radonc_jax.data.batches import (
     encode_answer,
     encode_prompt,
     preflight,
+    prompt_room,
     share,
     task_examples,
     text_examples,
 )
+from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.models import huggingface
 from radonc_jax.tasks import TASKS, Record, select
 from radonc_jax.training import meters
@@ -226,6 +230,38 @@ def test_trimming_cuts_the_diagnosis_and_neither_instruction_nor_answer():
     assert text.startswith(" ".join(prefix.split())) and text.endswith(" ".join(suffix.split()))
     assert "word0 word1 word2" in text and "word199" not in text
     assert list(example.answer) == encode_answer(tokenizer, "C50.911")
+
+
+def test_decoding_cuts_where_training_did_and_tells_what_is_beyond_it():
+    """But for the answer, whose length training knows: there one of two tokens is counted on."""
+    tokenizer, task, long = WordTokenizer(), TASKS["icd"], record(words=200)
+    batch = config(over_length="trim_diagnosis")
+    (example,), _ = task_examples([long], [task], tokenizer, batch)
+
+    limit = prompt_room(batch.sequence_length)
+
+    def prompt(text, over_length, trained=limit, room=1000):
+        scheduler = SimpleNamespace(room=room)
+        decoder = TextDecoder(scheduler, tokenizer, None, None, over_length, trained=trained)
+        whole = decoder.reads_whole(task, text)
+        found = decoder.prompt(task, text)
+        assert whole == (found.fits and not found.trimmed)
+        return found
+
+    cut = prompt(long.diagnosis, "trim_diagnosis")
+    assert (cut.trimmed, cut.fits, cut.beyond) == (True, True, False)
+    assert len(cut.tokens) == 63 and tuple(cut.tokens) == example.prompt
+    for policy in ("fail", "drop"):  # cases that are compared must not drop out
+        found = prompt(long.diagnosis, policy)
+        assert found.tokens == encode_prompt(tokenizer, task.prompt(long.diagnosis))
+        assert (found.trimmed, found.fits, found.beyond) == (False, True, True)
+    assert prompt(record().diagnosis, "trim_diagnosis")[1:] == (False, True, False)
+    # Where nothing is known of training, or it had not even this instruction, the context counts.
+    for trained in (None, 3):
+        found = prompt(long.diagnosis, "trim_diagnosis", trained)
+        assert len(found.tokens) > 200 and not found.trimmed
+        found = prompt(long.diagnosis, "trim_diagnosis", trained, room=100)
+        assert len(found.tokens) == 100 and found.trimmed
 
 
 def test_dropping_is_counted():

@@ -15,7 +15,7 @@ from conftest import ROOT, command_environment
 from radonc_jax import parallel
 from radonc_jax.training import checkpoint
 from radonc_jax.training.checkpoint import Checkpoints, Progress
-from radonc_jax.training.step import TrainState
+from radonc_jax.training.step import TrainState, fingerprint
 
 
 def state_at(step):
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_set_aside(part, harm, tmp_path, capsys):
 def test_arrays_that_are_whole_but_not_those_that_were_saved_are_found(tmp_path, monkeypatch):
     manager = Checkpoints(tmp_path)
     manager.save(1, state_at(1), Progress())
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: "another")
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: "2:another")
     manager.save(2, state_at(2), Progress())
     manager.close()
     monkeypatch.undo()
@@ -194,6 +194,24 @@ def test_a_checkpoint_from_before_there_were_fingerprints_is_read(tmp_path, monk
     monkeypatch.undo()
     state, _, _ = reopened(tmp_path, 1)
     assert int(state.step) == 1
+
+
+def test_a_checkpoint_with_fingerprints_of_the_version_before_is_checked_by_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: fingerprint(tree, ""))
+    manager = Checkpoints(tmp_path)
+    manager.save(1, state_at(1), Progress())
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: "0" * 8)
+    manager.save(2, state_at(2), Progress())
+    manager.close()
+    monkeypatch.undo()
+    assert int(reopened(tmp_path, 1)[0].step) == 1
+    folders = [tmp_path / "checkpoints" / "1", tmp_path / "damaged" / "2"]
+    shapes = jax.eval_shape(lambda: state_at(0))
+    checkpoint._read_through(folders[0], shapes)
+    with pytest.raises(ValueError, match="arrays are not those that were saved"):
+        checkpoint._read_through(folders[1], shapes)
 
 
 # Files cannot grow beyond a limit: what a full disk does to a writer, for one process alone.

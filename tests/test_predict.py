@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +23,19 @@ import optax
 import pandas as pd
 import pyarrow
 import pytest
+from pyarrow import parquet
 from test_notebook import write_model, write_peft
 
 import radonc_jax
 from configs import common
+from radonc_jax import loading
 from radonc_jax.data import rows as tables
 from radonc_jax.data.cohort import load_records
 from radonc_jax.data.rows import open_rows
 from radonc_jax.decoding import table
 from radonc_jax.decoding.greedy import Generation
 from radonc_jax.decoding.table import answer_rows
+from radonc_jax.decoding.text import Prompt
 from radonc_jax.models import huggingface, lora
 from radonc_jax.tasks import TASKS
 from radonc_jax.tasks.icd import is_leaf
@@ -241,13 +246,206 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     rows = read(output)
     assert [row["id"] for row in rows] == ["1", "2", "3"]
     assert [row["problem"] for row in rows] == ["not of 2 columns, as the header is"] * 2 + [""]
-    assert rows[2]["diagnosis"] == "übel" and is_leaf(rows[2]["answer"])
+    assert [row["diagnosis"] for row in rows] == ["Prostata, groß", "Brustkrebs, €", "übel"]
+    assert is_leaf(rows[2]["answer"]) and float(rows[2]["gap"]) >= 0
     assert "1 of 3 rows answered" in out and ": row 2, 3" in err and "Windows-1252" in err
     assert "Prostata" not in out + err
     bad = tmp_path / "cases.jsonl"
     bad.write_text('{"diagnosis": "lung"}\n["no"]\n{"diagnosis": "skin"\n')
     rows = list(open_rows(bad, ragged=True))
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
+
+
+# Rows 3 to 5 have quotes, a byte and a NUL that do not belong there; row 7 is one cell too long,
+# row 8 (whose quote nothing closes) takes no row with it.
+DAMAGED = b"""id,diagnosis,note\r
+1,"left\nbreast",\xc3\xa9\r
+2,"left" breast,x\r
+3,Brust, gro\xdf\r
+4,sk\0in,\r
+\r
+5,pros,tate, "a"\r
+6,"lung,a\r
+7,rectum,b\r
+8,"an""us",c\r
+"""
+
+
+def answered(path, tmp_path, **decoder):
+    """Rows of the output, by the stand-in decoder, and the problems that are told."""
+    output = tmp_path / "answers.csv"
+    rows = open_rows(path, ragged=True)
+    problems = answer_rows(rows, "diagnosis", TASKS["icd"], Decoder(**decoder), output, {})
+    return read(output), {name: entry["first"] for name, entry in problems.items()}
+
+
+def test_damaged_rows_come_out_as_they_came_in(tmp_path, monkeypatch):
+    path = tmp_path / "cases.csv"
+    path.write_bytes(DAMAGED)
+    rows, problems = answered(path, tmp_path)
+    quotes, no_text = "its quotes do not match", "bytes that are no text in utf-8"
+    wide = "not of 3 columns, as the header is"
+    assert [(row["id"], row["diagnosis"], row["note"], row["problem"]) for row in rows] == [
+        ("1", "left\nbreast", "é", ""),
+        ("2", '"left" breast', "x", quotes),
+        ("3", "Brust", " gro\\xdf", no_text),
+        ("4", "sk\\x00in", "", no_text),
+        ("5", "pros", 'tate, "a"', wide),
+        ("6", '"lung', "a", quotes),
+        ("7", "rectum", "b", ""),
+        ("8", 'an"us', "c", ""),
+    ]
+    assert problems == {quotes: [3, 8], no_text: [4, 5], wide: [7]}
+    assert [row["answer"] for row in rows] == ["C61", "", "", "", "", "", "C61", "C61"]
+    # A quote that nothing closes is given up after a while, not at the end of a long file.
+    monkeypatch.setattr(tables, "_BLOCK", 100)
+    lines = "".join(f"{number},lung\n" for number in range(200))
+    path.write_text(f'id,diagnosis\nx,"skin\n{lines}', newline="")
+    rows, problems = answered(path, tmp_path)
+    assert problems == {quotes: [2]} and len(rows) == 201
+    assert rows[0]["diagnosis"] == '"skin' and rows[200]["id"] == "199"
+    lines = f"1,{'lung ' * 200}\n" * 5000
+    path.write_text(f'id,diagnosis\nx,"skin\n{lines}', newline="")
+    tracemalloc.start()
+    try:
+        assert open_rows(path, ragged=True).count == 5001
+        assert tracemalloc.get_traced_memory()[1] < 5e6  # of which most finds the delimiter
+    finally:
+        tracemalloc.stop()
+    # A header must be right, and `prepare` takes none of these files.
+    path.write_bytes(b'id,"diag" nosis\n1,lung\n')
+    with pytest.raises(ValueError, match="the header cannot be read: its quotes do not match"):
+        open_rows(path, ragged=True)
+    path.write_bytes(DAMAGED)
+    with pytest.raises(ValueError, match="line 6 holds a NUL byte"):
+        open_rows(path)
+    path.write_bytes(DAMAGED.replace(b"\0", b""))
+    with pytest.raises(ValueError, match="line 5, byte 13 is not UTF-8"):
+        open_rows(path)
+    path.write_bytes(DAMAGED.replace(b"\0", b"").replace(b"\xdf", b""))
+    with pytest.raises(ValueError, match="row 3 .*quotes"):
+        open_rows(path)
+
+
+def test_a_parquet_cell_that_cannot_be_read_stops_no_other_row(tmp_path):
+    """Text that is no UTF-8 comes out with its bytes, a date beyond Python's years empty."""
+    texts = [b"lung", b"gro\xdf", b"skin", b"anus"]
+    offsets = pyarrow.array([0, *itertools.accumulate(map(len, texts))], pyarrow.int32()).buffers()
+    text = pyarrow.StringArray.from_buffers(4, offsets[1], pyarrow.py_buffer(b"".join(texts)))
+    when = pyarrow.array([0, 0, 1 << 50, 0], pyarrow.timestamp("s"))
+    path = tmp_path / "cases.parquet"
+    parquet.write_table(pyarrow.table({"diagnosis": text, "when": when}), path)
+    rows, problems = answered(path, tmp_path)
+    assert problems == {"a cell cannot be read": [3, 4]}
+    assert [(row["diagnosis"], row["when"], row["answer"]) for row in rows] == [
+        ("lung", "1970-01-01", "C61"),
+        ("gro\\xdf", "1970-01-01", ""),
+        ("skin", "", ""),
+        ("anus", "1970-01-01", "C61"),
+    ]
+    with pytest.raises(ValueError, match="not a readable Parquet file"):
+        open_rows(path)
+
+
+def test_progress_is_told_while_answers_arrive(tmp_path, monkeypatch, capsys):
+    """Not at the ends of chunks alone: one chunk may take half an hour."""
+    write_csv(tmp_path / "cases.csv", [{"diagnosis": str(number)} for number in range(100)])
+    clock = itertools.count(0, 5)  # seconds; one look at it for each answer
+    monkeypatch.setattr(table, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    rows, _ = answered(tmp_path / "cases.csv", tmp_path)
+    assert len(rows) == 100
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 100 * 5 // 30
+    assert told[0] == "6 of 100 rows, 0.2 rows/s, 470 s left"
+
+
+def test_each_label_s_probability_and_a_prompt_beyond_training_have_columns(tmp_path):
+    labels = {"photon": -0.5, "proton": -1.0, "electron": -2.0, "brachytherapy": -4.0}
+    task, output = TASKS["modality"], tmp_path / "answers.csv"
+
+    class Scoring(Decoder):
+        def answer(self, task, prompts):
+            return [
+                Generation("photon", [1], -0.5, True, 0.5, label_logprobs=labels) for _ in prompts
+            ]
+
+    write_csv(tmp_path / "cases.csv", [{"diagnosis": text} for text in ("lung", " ", "x" * 701)])
+    rows = open_rows(tmp_path / "cases.csv", ragged=True)
+    decoder = Scoring(constraints={"modality": SimpleNamespace(labels=tuple(labels))})
+    answer_rows(rows, "diagnosis", task, decoder, output, {})
+    names = [f"logprob_{label}" for label in labels]
+    first, empty, long = read(output)
+    assert list(first)[-6:] == ["gap", "beyond_training", *names]
+    assert [float(first[name]) for name in names] == list(labels.values())
+    assert [empty[name] for name in names] == [""] * 4
+    assert [row["beyond_training"] for row in (first, empty, long)] == ["False", "", "True"]
+
+
+# What `predict` says its answers depend on, for each list of arguments; nothing is answered.
+SOURCES = """
+import json, sys
+from absl import flags
+from radonc_jax import predict
+predict.answer_rows = lambda *given: print(json.dumps(given[-1])) or {}
+for arguments in json.load(sys.stdin):
+    for name in ("model", "adapter", "task"):
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["predict", *arguments])
+    predict.main()
+"""
+
+
+def test_answers_of_another_scale_or_rotation_are_of_another_source(place, tmp_path):
+    """The arrays are the same; `adapter_config.json` or `config.json` says what to do with them."""
+    shutil.copytree(place / "peft", tmp_path / "peft")
+    shutil.copytree(place / "base", tmp_path / "base")
+    for file, key, factor in (
+        (tmp_path / "peft" / "adapter_config.json", "lora_alpha", 0.5),
+        (tmp_path / "base" / "config.json", "rope_theta", 2.0),
+    ):
+        content = json.loads(file.read_text())
+        holder = content if key in content else content["rope_parameters"]
+        holder[key] *= factor
+        file.write_text(json.dumps(content))
+    common = ["--task=icd", "--dtype=float32", f"--input={place}/cases.csv"]
+    common += [f"--output={tmp_path}/answers.csv"]
+    commands = [
+        [f"--model={base}/base", f"--adapter={peft}/peft", *common]
+        for base, peft in ((place, place), (place, place), (place, tmp_path), (tmp_path, place))
+    ]
+    commands.append([f"--workdir={place}/run", *common[2:]])
+    done = subprocess.run(
+        [sys.executable, "-c", SOURCES],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    sources = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    first, again, scaled, rotated, run = sources
+    assert first == again
+    for other, key in ((scaled, "lora"), (rotated, "architecture")):
+        assert [name for name in first if first[name] != other[name]] == [key]
+    assert (first["lora"]["alpha"], scaled["lora"]["alpha"]) == (8.0, 4.0)
+    assert (first["trained_prompt"], run["trained_prompt"]) == (None, 2047)
+
+
+def test_a_run_on_a_base_with_another_config_is_refused(place, tmp_path):
+    """Its weights are the same; what the run was made from is told by its manifest."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(place / "base", tmp_path / "base")
+    origin = loading.base_origin("base", place / "base", True)
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": origin}))
+    path = tmp_path / "base" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"sliding_window": 100}))
+    with pytest.raises(ValueError, match=r"\(base: config.json differ"):
+        loading.load_run(tmp_path / "run", model=str(tmp_path / "base"))
+    # The right one is taken so far that its weights are looked at.
+    with pytest.raises(ValueError, match=r"\(base_fingerprint_before differ"):
+        loading.load_run(tmp_path / "run", model=str(place / "base"))
 
 
 def test_codes_of_the_run_s_cohort_alone(place, tmp_path):
@@ -272,14 +470,17 @@ class Decoder:
     progress: object = None
     journal: object = None
     broken: frozenset = frozenset()
+    constraints: dict = dataclasses.field(default_factory=dict)
 
-    def fits(self, task, diagnosis):
-        return True
+    def prompt(self, task, diagnosis):
+        return Prompt(diagnosis, trimmed=False, fits=True, beyond=len(diagnosis) > 700)
 
-    def __call__(self, task, diagnoses):
-        for text in diagnoses:
+    def answer(self, task, prompts):
+        texts = [prompt.tokens for prompt in prompts]
+        for text in texts:
             self.journal.add(self.journal.key((), text), {"tokens": [1]})
-        values = [math.nan if text in self.broken else -1.0 for text in diagnoses]
+            self.progress.update()
+        values = [math.nan if text in self.broken else -1.0 for text in texts]
         return [Generation("C61", [1], value, True, 0.5) for value in values]
 
 
@@ -294,21 +495,14 @@ def test_interrupted_before_any_row_is_written_it_begins_with_one_header(
     output = tmp_path / "answers.csv"
     calls = []
 
-    @dataclasses.dataclass(frozen=True)
-    class Decoder:
-        progress: object = None
-        journal: object = None
-
-        def fits(self, task, diagnosis):
-            return True
-
-        def __call__(self, task, diagnoses):
-            calls.append(len(diagnoses))
+    class Interrupted(Decoder):
+        def answer(self, task, prompts):
+            calls.append(len(prompts))
             if len(calls) in (1, 2, 4):
                 raise KeyboardInterrupt
-            return [Generation("C61", [1], -1.0, True, 0.5) for _ in diagnoses]
+            return super().answer(task, prompts)
 
-    given = rows, "diagnosis", TASKS["icd"], Decoder(), output, {"of": "this"}
+    given = rows, "diagnosis", TASKS["icd"], Interrupted(), output, {"of": "this"}
     for _ in range(3 if chunk == 1 else 2):
         with pytest.raises(KeyboardInterrupt):
             answer_rows(*given)
@@ -332,7 +526,8 @@ def test_an_answer_whose_probability_is_not_finite_is_none(tmp_path, broken, lef
     assert problems == {"log-probability not finite": {"rows": 1, "first": [3]}}
     for row in read(output):
         if row["diagnosis"] in left:
-            assert (row["answer"], row["problem"]) == ("C61", "")
+            assert (row["answer"], row["problem"], row["gap"]) == ("C61", "", "0.5")
+            assert row["beyond_training"] == "False"
         else:
             assert set(row.values()) == {row["diagnosis"], "", "log-probability not finite"}
 
@@ -354,13 +549,13 @@ def write_many(path, count):
 def test_memory_does_not_grow_with_the_rows(kind, tmp_path, monkeypatch):
     """Neither Python's nor pyarrow's; nor what is told of rows without an answer."""
     arrow = []  # bytes that pyarrow holds while a chunk is answered
-    answer = Decoder.__call__
+    answer = Decoder.answer
 
-    def watched(self, task, diagnoses):
+    def watched(self, task, prompts):
         arrow.append(pyarrow.total_allocated_bytes())
-        return answer(self, task, diagnoses)
+        return answer(self, task, prompts)
 
-    monkeypatch.setattr(Decoder, "__call__", watched)
+    monkeypatch.setattr(Decoder, "answer", watched)
     monkeypatch.setattr(tables, "_BLOCK", 1 << 18)
 
     def peak(count):

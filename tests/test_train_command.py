@@ -190,6 +190,14 @@ def test_evaluate_answers_as_the_run_itself_did_even_if_it_is_killed(quiet, work
     manifest = json.loads((quiet[0] / "manifest.json").read_text())
     assert source["step"] == manifest["best_step"]
     assert source["trained_fingerprint"] == manifest["trained_fingerprint"]
+    # What answers are kept under: `train`'s own and `evaluate`'s are alike.
+    theirs = json.loads((quiet[0] / "evaluation/test/tuned/source.json").read_text())
+    assert source["answers"] == theirs["answers"]
+    config = json.loads((workdir / "config.json").read_text())
+    assert source["answers"]["trained_prompt"] == config["batch"]["sequence_length"] - 1
+    assert source["answers"]["lora"]["alpha"] == config["lora"]["alpha"]
+    assert source["answers"]["architecture"] == source["architecture"]
+    assert source["beyond_training"] == {"icd": 0}
 
 
 @pytest.mark.slow
@@ -401,7 +409,7 @@ def test_a_run_is_not_resumed_on_another_cohort_or_base(quiet, workspace, tmp_pa
     manifest["base"]["sha256"]["model.safetensors"] = "0" * 64
     manifest["base_fingerprint_before"] = "0" * 8
     (workdir / "manifest.json").write_text(json.dumps(manifest))
-    named = ("base", "base_fingerprint_before", "cohort")
+    named = ("base: model.safetensors", "base_fingerprint_before", "cohort")
     train = ["train", *workspace.arguments, *SHORT]
     for command, keys in ((train, named), (["evaluate"], ["cohort"])):
         result = run_command(*command, f"--workdir={workdir}", check=False)

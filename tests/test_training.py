@@ -203,6 +203,74 @@ def test_fingerprint_sees_one_bit_and_an_exchange():
     assert step.fingerprint(swapped) != before
 
 
+def changed_trees(tree):
+    """Name and tree of each way to change float32 arrays that a sum of bits may not see."""
+    a, b = tree["a"], tree["b"]
+    flat = a.ravel()
+    pair, far = jnp.array([5, 77]), jnp.array([3, 2000])
+    yield "negated", {"a": -a, "b": -b}
+    for factor in (0.5, 2.0, 4.0):
+        yield f"times {factor}", {"a": factor * a, "b": factor * b}
+    yield "two signs", tree | {"a": flat.at[pair].multiply(-1).reshape(a.shape)}
+    yield "exchanged", tree | {"a": flat.at[far].set(flat[far[::-1]]).reshape(a.shape)}
+    yield "one layer negated", tree | {"a": a.at[1].multiply(-1)}
+    yield "layers exchanged", tree | {"a": a[::-1]}
+    yield "transposed", tree | {"a": jnp.swapaxes(a, 1, 2).reshape(a.shape)}
+    yield "one bit of a vector", tree | {"b": b.at[-1].set(jnp.nextafter(b[-1], 9.0))}
+
+
+def tree_of_floats():
+    keys = jax.random.split(jax.random.key(0))
+    return {"a": jax.random.normal(keys[0], (4, 16, 64)), "b": jax.random.normal(keys[1], (64,))}
+
+
+def test_fingerprint_sees_signs_factors_exchanges_and_layers():
+    tree = tree_of_floats()
+    for dtype in (jnp.float32, jnp.bfloat16):
+
+        def printed(arrays, dtype=dtype):
+            return step.fingerprint(jax.tree.map(lambda x: x.astype(dtype), arrays))
+
+        seen = {"as it was": printed(tree)} | {
+            name: printed(changed)
+            for name, changed in changed_trees(tree)
+            if dtype == jnp.float32 or "bit" not in name
+        }
+        assert all(value.startswith("2:") for value in seen.values())
+        assert len(set(seen.values())) == len(seen), seen
+    # Each of an array's two sums sees them too: together they are 64 bits.
+    for half in (slice(0, 8), slice(8, 16)):
+        parts = [
+            tuple(part[half] for part in step.checksums(jax.tree.leaves(changed)))
+            for changed in (tree, *(changed for _, changed in changed_trees(tree)))
+        ]
+        assert len(set(parts)) == len(parts)
+    assert step.fingerprint({}) == ""
+    assert step.fingerprint(jnp.int32(3)) != step.fingerprint(jnp.int32(4))
+
+
+def test_fingerprint_does_not_depend_on_the_devices():
+    tree = tree_of_floats()
+    expected = step.fingerprint(tree)
+    mesh = parallel.make_mesh(parallel.MeshConfig(2, 2, 2), jax.devices()[:8])
+    both = ("data", "tensor")
+    for a, b in ((("data", "fsdp"), (both,)), (("tensor", None, "data"), ()), ((None, both), ())):
+        specs = {"a": jax.P(*a), "b": jax.P(*b)}
+        placements = {name: jax.NamedSharding(mesh, spec) for name, spec in specs.items()}
+        assert step.fingerprint(jax.device_put(tree, placements)) == expected
+
+
+def test_a_fingerprint_of_the_version_before_is_answered_in_its_way():
+    """Its value is that of the release which wrote it; a changed bit is seen as it was then."""
+    array = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
+    old = step.fingerprint(array, "00000000")
+    bits = np.asarray(array).view(np.uint32).ravel()
+    weights = np.arange(6, dtype=np.uint32) * np.uint32(2654435762) + np.uint32(1)
+    assert old == f"{int((bits * weights).sum(dtype=np.uint32)):08x}"
+    assert step.fingerprint(array.at[0, 1].add(1), old) != old
+    assert step.fingerprint(array, step.fingerprint(array)) == step.fingerprint(array) != old
+
+
 def test_dropout_is_drawn_anew_for_each_step_microbatch_and_seed():
     adapter = lora.LoRAConfig(4, 8.0, 0.5, ("q_proj", "down_proj"), False, False)
     partition, trainable, base = start(adapter)

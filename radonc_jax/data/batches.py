@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 OVER_LENGTH = ("fail", "trim_diagnosis", "drop")
+SHORTEST_ANSWER = 2  # tokens: one, and EOS
 BALANCED_STEPS = 64  # steps between which examples change places, to make them equally long
 
 
@@ -76,6 +77,17 @@ class LengthReport:
         )
 
 
+def prompt_room(sequence_length: int, answer: int = SHORTEST_ANSWER) -> int:
+    """Tokens that a prompt may have in a row of training beside its answer.
+
+    Args:
+      sequence_length: of the row.
+      answer: tokens of the answer, with EOS, of which the last is only predicted. Left out for the
+        most that any prompt can have had in training: in decoding, where the answer is not known.
+    """
+    return sequence_length + 1 - answer
+
+
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Prompt ids with exactly one BOS; training and decoding both use this."""
     return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
@@ -116,7 +128,7 @@ def task_examples(
                     dropped += 1
                     continue
                 if config.over_length == "trim_diagnosis":
-                    room = limit + 1 - len(answer)
+                    room = prompt_room(limit, len(answer))
                     prompt = trim_prompt(tokenizer, task, record.diagnosis, room)
                     if prompt is None:
                         unfit.append(example.case_id)
@@ -221,7 +233,7 @@ def preflight(records, tasks, tokenizer, limit: int, over_length: str) -> Prefli
                 if n + m - 1 <= limit:
                     continue
                 by_split[split] += 1
-                shorter = trim_prompt(tokenizer, task, record.diagnosis, limit + 1 - m)
+                shorter = trim_prompt(tokenizer, task, record.diagnosis, prompt_room(limit, m))
                 cut = None if shorter is None else n - len(shorter)
                 unfit += cut is None
                 cuts += [] if cut is None else [cut]

@@ -7,7 +7,10 @@ spreadsheet: the header is row 1, in jsonl, which has none, a row is a line.
 import codecs
 import csv
 import io
+import itertools
 import json
+import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -28,7 +31,22 @@ _BYTE_ORDER_MARKS = (
 # it a likely reading.
 _LIKELY_MARKS = frozenset("€‚„…‰‹›‘’“”•–—™¡£§©ª«¬®¯°±²³´µ¶·¹º»¼½¾¿×÷\xa0\xad")
 _UNLIKELY_LETTERS = frozenset("ÿþðÐÞ")
-_BLOCK = 1 << 22  # bytes
+_BLOCK = 1 << 22  # bytes, or characters
+# Bytes that are no text, as "surrogateescape" gives them, and NUL, which no text has.
+_NO_TEXT = re.compile("[\\0\udc80-\udcff]")
+_NO_CELL = "a cell cannot be read"
+
+
+class Damaged(list):
+    """Cells of a row that cannot be read as it should, as far as they can.
+
+    Attributes:
+      problem: what is wrong, without what stands there.
+    """
+
+    def __init__(self, values, problem: str):
+        super().__init__(values)
+        self.problem = problem
 
 
 class _RowError(ValueError):
@@ -64,7 +82,7 @@ class Rows:
       columns: its header.
       count: rows below the header.
       layout: how it is read.
-      ragged: rows of another length are given as they are.
+      ragged: rows of another length are given as they are, damaged ones as `Damaged`.
     """
 
     path: Path
@@ -92,7 +110,7 @@ def open_rows(path: str | Path, *, ragged: bool = False) -> Rows:
         another length than the header; places are named, never what stands there.
     """
     path = Path(path)
-    layout = find_layout(path)
+    layout = find_layout(path, ragged=ragged)
     rows = read_rows(path, layout, ragged=ragged)
     _, columns = next(rows, (1, []))
     repeated = sorted({name for name in columns if columns.count(name) > 1})
@@ -109,20 +127,22 @@ def read_rows(path: Path, layout: Layout, *, ragged: bool = False) -> Iterator[R
 
     Args:
       path, layout: of the file.
-      ragged: a row of another length is no error but comes as it is, and a line of a jsonl that
-        is no object comes as an empty row.
+      ragged: a row of another length is no error but comes as it is, and one that cannot be read
+        comes as `Damaged`: of a csv its first line, split at each delimiter, with quotes as they
+        stand; bytes that are no text as \\xff; of Parquet or a dataset without the cell that cannot
+        be read, unless it is text; of a jsonl no cells.
 
     Raises:
-      ValueError: the file is damaged or a row has another length than the header; places are
-        named, never what stands there.
+      ValueError: the file (or its header) is damaged or a row has another length than the header;
+        places are named, never what stands there.
     """
     if layout.kind in (".csv", ".tsv"):
-        return _delimited(path, layout, ragged)
+        return (_ragged if ragged else _delimited)(path, layout)
     if layout.kind == ".xlsx":
         return _xlsx(path, layout.sheet, ragged)
     if layout.kind == ".jsonl":
         return _jsonl(path, ragged)
-    return {"": _dataset, ".parquet": _parquet}[layout.kind](path)
+    return {"": _dataset, ".parquet": _parquet}[layout.kind](path, ragged)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,12 +151,18 @@ def read_rows(path: Path, layout: Layout, *, ragged: bool = False) -> Iterator[R
 
 
 def find_layout(
-    path: str | Path, encoding: str = "", delimiter: str = "", sheet: str = ""
+    path: str | Path,
+    encoding: str = "",
+    delimiter: str = "",
+    sheet: str = "",
+    *,
+    ragged: bool = False,
 ) -> Layout:
     """What kind of table `path` is, and how it is read where that is not given.
 
     A csv or tsv is UTF-8, or what its byte order mark says, or Windows-1252 where that makes text
-    of it (`guessed`). The delimiter is the one of DELIMITERS that makes columns of the first rows.
+    of it (`guessed`); with `ragged`, UTF-8 too where a few bytes are none. The delimiter is the one
+    of DELIMITERS that makes columns of the first rows.
 
     Raises:
       FileNotFoundError: no such file or folder.
@@ -171,7 +197,7 @@ def find_layout(
     if encoding:
         _check_encoding(encoding)
     else:
-        encoding, guessed, notes = _find_encoding(path)
+        encoding, guessed, notes = _find_encoding(path, ragged)
     default = "," if kind == ".csv" else "\t"
     if delimiter:
         delimiter = DELIMITERS.get(delimiter.casefold(), delimiter).replace("\\t", "\t")
@@ -202,7 +228,7 @@ def _check_encoding(encoding: str) -> None:
         )
 
 
-def _find_encoding(path: Path) -> tuple[str, bool, list[str]]:
+def _find_encoding(path: Path, ragged: bool) -> tuple[str, bool, list[str]]:
     """(encoding, whether it is a guess, notes)."""
     notes: list[str] = []
     with path.open("rb") as file:
@@ -219,7 +245,7 @@ def _find_encoding(path: Path) -> tuple[str, bool, list[str]]:
         line, damaged, wrong = 1, 0, None
         while block := b"".join(file.readlines(_BLOCK)):
             # A block ends with a line, and so never inside a character.
-            if (place := block.find(b"\0")) >= 0:
+            if not ragged and (place := block.find(b"\0")) >= 0:
                 at = line + block.count(b"\n", 0, place)
                 raise ValueError(
                     f"{path}: line {at} holds a NUL byte; the file is damaged, or give --encoding"
@@ -248,6 +274,8 @@ def _find_encoding(path: Path) -> tuple[str, bool, list[str]]:
             "wrong, give --encoding"
         )
         return "cp1252", True, notes
+    if ragged:
+        return "utf-8-sig", False, notes
     raise ValueError(
         f"{path}: line {wrong[0]}, byte {wrong[1]} is not UTF-8; save the file as UTF-8, or give "
         "--encoding"
@@ -278,7 +306,7 @@ def _reads_as_windows_1252(path: Path) -> bool:
 
 def _find_delimiter(path: Path, encoding: str, default: str) -> str:
     try:
-        with path.open(encoding=encoding, newline="") as file:
+        with path.open(encoding=encoding, errors="replace", newline="") as file:
             sample = file.read(1 << 18)
     except UnicodeError:
         return default  # the reader names the place
@@ -334,7 +362,7 @@ def _find_sheet(path: Path, wanted: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _delimited(path: Path, layout: Layout, ragged: bool) -> Iterator[Row]:
+def _delimited(path: Path, layout: Layout) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     number, width = 0, 0
     with path.open(encoding=layout.encoding, newline="") as file:
@@ -345,7 +373,7 @@ def _delimited(path: Path, layout: Layout, ragged: bool) -> Iterator[Row]:
                 if not values:
                     continue  # a blank line is no record
                 width = width or len(values)
-                if len(values) != width and not ragged:
+                if len(values) != width:
                     raise ValueError(
                         f"{path}: row {number} (line {reader.line_num}) has {len(values)} columns, "
                         f"the header has {width}; look for a stray delimiter or quote there"
@@ -360,6 +388,48 @@ def _delimited(path: Path, layout: Layout, ragged: bool) -> Iterator[Row]:
             raise ValueError(
                 f"{path}: not {layout.encoding} after row {number}; save it as UTF-8, or give "
                 "another --encoding"
+            ) from None
+
+
+def _ragged(path: Path, layout: Layout) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    waiting: deque[str] = deque()  # lines that were read beyond a damaged one
+
+    def record(file) -> list[str] | None:
+        taken = []
+
+        def lines():
+            size = 0
+            # A quote that nothing closes would swallow the rest of the file.
+            while size < _BLOCK and (line := waiting.popleft() if waiting else file.readline()):
+                size += len(line)
+                taken.append(line)
+                yield line
+
+        try:
+            values = next(csv.reader(lines(), delimiter=layout.delimiter, strict=True), None)
+        except csv.Error:
+            waiting.extendleft(reversed(taken[1:]))
+            split = csv.reader(taken[:1], delimiter=layout.delimiter, quoting=csv.QUOTE_NONE)
+            values = Damaged(next(split), "its quotes do not match")
+        if not any(map(_NO_TEXT.search, values or ())):
+            return values
+        shown = [_NO_TEXT.sub(lambda m: f"\\x{ord(m[0]) & 0xFF:02x}", cell) for cell in values]
+        return Damaged(shown, f"bytes that are no text in {layout.encoding.removesuffix('-sig')}")
+
+    with path.open(encoding=layout.encoding, errors="surrogateescape", newline="") as file:
+        try:
+            for number in itertools.count(1):
+                values = record(file)
+                if values is None:
+                    return
+                if number == 1 and isinstance(values, Damaged):
+                    raise _RowError(f"{path}: the header cannot be read: {values.problem}")
+                if values:  # a blank line is no record
+                    yield number, values
+        except UnicodeError:
+            raise ValueError(
+                f"{path}: not {layout.encoding} after row {number - 1}; save it as UTF-8"
             ) from None
 
 
@@ -404,28 +474,51 @@ def _xlsx(path: Path, name: str, ragged: bool) -> Iterator[Row]:
         workbook.close()
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, ragged: bool) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
         # Otherwise all that is compressed of a row group, or of the file, would be held at once.
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             yield 1, file.schema_arrow.names
-            yield from _batches(file.iter_batches(batch_size=1024))
+            yield from _batches(file.iter_batches(batch_size=1024), ragged)
     except Exception as error:  # OSError, several of Arrow's, and Python's own for single cells
         raise ValueError(f"{path}: not a readable Parquet file ({type(error).__name__})") from None
 
 
-def _batches(batches, first: int = 2) -> Iterator[Row]:
-    """Rows of Arrow tables or record batches."""
-    number = first
+def _batches(batches, ragged: bool) -> Iterator[Row]:
+    """Rows of Arrow tables or record batches, of which the first is row 2."""
+    number = 2
     for batch in batches:
-        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            yield number, [_text(value) for value in values]
+        columns, damaged = [], set()
+        for column in batch.columns:
+            try:
+                columns.append(column.to_pylist())
+            except Exception:  # Arrow's own, and Python's for what it cannot hold
+                if not ragged:
+                    raise
+                columns.append([])
+                for place, cell in enumerate(column):
+                    try:
+                        value = cell.as_py()
+                    except Exception:
+                        value = _raw_text(cell)
+                        damaged.add(place)
+                    columns[-1].append(value)
+        for place, values in enumerate(zip(*columns, strict=True)):
+            texts = [_text(value) for value in values]
+            yield number, Damaged(texts, _NO_CELL) if place in damaged else texts
             number += 1
 
 
-def _dataset(path: Path) -> Iterator[Row]:
+def _raw_text(cell) -> str:
+    """Of an Arrow scalar that Python cannot hold: its bytes where it is text, else nothing."""
+    if not hasattr(cell, "as_buffer"):
+        return ""
+    return cell.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+
+
+def _dataset(path: Path, ragged: bool) -> Iterator[Row]:
     import datasets
 
     try:
@@ -437,7 +530,7 @@ def _dataset(path: Path) -> Iterator[Row]:
             if isinstance(table.features[name], datasets.ClassLabel)
         }
         yield 1, names
-        for number, values in _batches(table.with_format("arrow").iter(1024)):
+        for number, values in _batches(table.with_format("arrow").iter(1024), ragged):
             for index, labels in classes.items():
                 if values[index]:
                     values[index] = labels[int(values[index])]
@@ -453,7 +546,10 @@ def _jsonl(path: Path, ragged: bool) -> Iterator[Row]:
         columns |= dict.fromkeys(record or ())
     yield 0, list(columns)
     for number, record in _json_lines(path, ragged):
-        yield number, [] if record is None else [_text(record.get(name)) for name in columns]
+        if record is None:
+            yield number, Damaged([], "not a JSON object in UTF-8")
+        else:
+            yield number, [_text(record.get(name)) for name in columns]
 
 
 def _json_lines(path: Path, ragged: bool) -> Iterator[tuple[int, dict | None]]:

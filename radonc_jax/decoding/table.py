@@ -16,17 +16,55 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from radonc_jax import parallel, tracking
-from radonc_jax.data.rows import Rows
+from radonc_jax.data.rows import Damaged, Rows
 from radonc_jax.decoding.journal import Journal
 from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.tasks.base import Task
 
-ADDED = ("answer", "parsed", "logprob", "finished", "trimmed", "problem")
+ADDED = (
+    "answer",
+    "parsed",
+    "logprob",
+    "finished",
+    "trimmed",
+    "problem",
+    "gap",
+    "beyond_training",
+)
 NOT_FINITE = "log-probability not finite"
 CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
 REPORT_SECONDS = 30  # between lines of progress where there is no terminal
-FORMAT = 2  # of the files beside an unfinished output; those of another one are not gone on with
+FORMAT = 3  # of the files beside an unfinished output; those of another one are not gone on with
 TOLD = 20  # numbers of rows without an answer that are told for each reason
+
+
+def added_columns(task: Task, scored: bool) -> tuple[str, ...]:
+    """The columns beside those of a table; with `scored`, one for each label of the task too."""
+    labels = task.labels if scored and task.labels else ()
+    return (*ADDED, *(f"logprob_{label}" for label in labels))
+
+
+class _Progress(tqdm):
+    """Rows done: a bar in terminals; elsewhere, where `lines`, a line now and then."""
+
+    def __init__(self, *, lines: bool, initial: int, **options):
+        super().__init__(initial=initial, **options)
+        self._lines = lines and self.disable
+        self._first = self._done = initial  # a bar that is off does not count
+        self._begun = self._told = time.monotonic()
+
+    def update(self, n=1):
+        self._done += n
+        now = time.monotonic()
+        if self._lines and now - self._told >= REPORT_SECONDS:
+            self._told, rate = now, (self._done - self._first) / (now - self._begun)
+            left = (self.total - self._done) / rate
+            print(
+                f"{self._done} of {self.total} rows, {rate:.1f} rows/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+        return super().update(n)
 
 
 class Part:
@@ -92,6 +130,9 @@ def answer_rows(
 ) -> dict[str, dict]:
     """Writes each row with its answer; returns `Part.problems`, the rows without one.
 
+    Rows come out as they came in: one that is too short is filled up, and what one has too much
+    stands, with its delimiters, in its last column.
+
     Every process of a run decodes, one of them writes. The output is whole or absent; killed and
     called again with the same `source`, it goes on where it was.
 
@@ -100,7 +141,7 @@ def answer_rows(
       column: its column with the diagnosis text.
       task: what is asked.
       decoder: answers; its journal and progress bar are set here.
-      output: the .csv file to be: the table's columns and `ADDED`.
+      output: the .csv file to be: the table's columns and `added_columns`.
       source: all that the answers depend on, for JSON.
 
     Raises:
@@ -108,59 +149,82 @@ def answer_rows(
     """
     part = Part(output, source)
     place, width = rows.columns.index(column), len(rows.columns)
+    constraint = decoder.constraints.get(task.name)
+    labels = constraint.labels if constraint else ()
+    columns = added_columns(task, bool(labels))
     journal = Journal(output.with_name(f".{output.name}.answers"), source)
     if not part.rows:
-        part.write([[*rows.columns, *ADDED]], 0)
-    # None: shown in terminals only.
-    hidden = None if parallel.is_main_process() else True
-    begun, first, told = time.monotonic(), part.rows, time.monotonic()
-    with tqdm(total=rows.count, initial=first, desc=task.name, unit="row", disable=hidden) as bar:
+        part.write([[*rows.columns, *columns]], 0)
+    main = parallel.is_main_process()
+    with _Progress(
+        lines=main,
+        total=rows.count,
+        initial=part.rows,
+        desc=task.name,
+        unit="row",
+        disable=None if main else True,  # None: shown in terminals only
+    ) as bar:
         decode = dataclasses.replace(decoder, progress=bar, journal=journal)
-        stream = itertools.islice(rows, first, None)
+        stream = itertools.islice(rows, part.rows, None)
         while chunk := list(itertools.islice(stream, CHUNK)):
-            added: dict[int, list] = {}
+            added: dict[int, dict] = {}
+            asked, prompts = [], []
             for number, values in chunk:
                 problem = ""
-                if not values:
-                    problem = "not readable"
+                if isinstance(values, Damaged):
+                    problem = values.problem
                 elif len(values) != width:
                     problem = f"not of {width} columns, as the header is"
                 elif not values[place].strip():
                     problem = "empty diagnosis"
-                elif not decode.fits(task, values[place]):
-                    problem = f"prompt longer than {decode.scheduler.room} tokens"
+                else:
+                    prompt = decode.prompt(task, values[place])
+                    if prompt.fits:
+                        asked.append(number)
+                        prompts.append(prompt)
+                    else:
+                        problem = f"prompt longer than {decode.scheduler.room} tokens"
                 if problem:
                     part.unanswered(number, problem)
-                    added[number] = [""] * (len(ADDED) - 1) + [problem]
+                    added[number] = {"problem": problem}
                     bar.update()
-            asked = [(number, values) for number, values in chunk if number not in added]
-            answers = decode(task, [values[place] for _, values in asked])
+            answers = decode.answer(task, prompts)
             broken = [not math.isfinite(answer.logprob) for answer in answers]
             if len(answers) > 1 and all(broken):
                 raise ValueError(
-                    f"rows {asked[0][0]} to {asked[-1][0]}: no answer has a log-probability that "
+                    f"rows {asked[0]} to {asked[-1]}: no answer has a log-probability that "
                     "is finite; weights or precision are broken, so the answers mean nothing"
                 )
-            for (number, _), answer, bad in zip(asked, answers, broken, strict=True):
+            for number, prompt, answer, bad in zip(asked, prompts, answers, broken, strict=True):
                 if bad:
                     part.unanswered(number, NOT_FINITE)
-                    added[number] = [""] * (len(ADDED) - 1) + [NOT_FINITE]
+                    added[number] = {"problem": NOT_FINITE}
                     continue
-                parsed = task.parse(answer.text)
-                flags_ = (answer.finished, answer.trimmed)
-                added[number] = [answer.text, parsed, answer.logprob, *flags_, ""]
-            lines = [[*(values + [""] * width)[:width], *added[number]] for number, values in chunk]
-            part.write(lines, part.rows + len(chunk))
+                added[number] = {
+                    "answer": answer.text,
+                    "parsed": task.parse(answer.text),
+                    "logprob": answer.logprob,
+                    "finished": answer.finished,
+                    "trimmed": answer.trimmed,
+                    "gap": answer.gap,
+                    "beyond_training": prompt.beyond,
+                } | {f"logprob_{label}": answer.label_logprobs[label] for label in labels}
+            part.write(
+                (
+                    _fitted(values, width, rows.layout.delimiter or ",")
+                    + [added[number].get(name, "") for name in columns]
+                    for number, values in chunk
+                ),
+                part.rows + len(chunk),
+            )
             journal.clear()  # they are in the file now
-            now = time.monotonic()
-            if bar.disable and hidden is None and now - told > REPORT_SECONDS:
-                told, rate = now, (part.rows - first) / (now - begun)
-                left = (rows.count - part.rows) / rate
-                print(
-                    f"{part.rows} of {rows.count} rows, {rate:.1f} rows/s, {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
     part.finish()
     journal.remove()
     return part.problems
+
+
+def _fitted(values: list[str], width: int, delimiter: str) -> list[str]:
+    """A row's cells, as many as the header has, and nothing of them lost."""
+    if len(values) > width:
+        return [*values[: width - 1], delimiter.join(values[width - 1 :])]
+    return [*values, *[""] * (width - len(values))]

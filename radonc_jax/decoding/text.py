@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -95,6 +96,22 @@ def constrain_task(tokenizer, task: Task, codes: Sequence[str]) -> Constraint | 
     return Constraint("codes", (), (), build_trie(ids), digest)
 
 
+class Prompt(NamedTuple):
+    """A prompt as the model gets it.
+
+    Attributes:
+      tokens: its ids.
+      trimmed: the diagnosis was cut.
+      fits: there is room for it and an answer in the context.
+      beyond: it is longer than any prompt in training can have been.
+    """
+
+    tokens: list[int]
+    trimmed: bool
+    fits: bool
+    beyond: bool
+
+
 @dataclass(frozen=True)
 class TextDecoder:
     """One model as a function: a task and diagnoses in, answers out, in order.
@@ -102,12 +119,15 @@ class TextDecoder:
     Attributes:
       scheduler, tokenizer: of the model.
       trainable, frozen: its arrays.
-      over_length: what becomes of a prompt that does not fit the context beside its answer:
-        "trim_diagnosis" cuts words off the end of the diagnosis, as in training, and flags the
-        answer; anything else is an error, because cases that are compared must not drop out.
+      over_length: "trim_diagnosis" cuts words off the end of the diagnosis, as in training, where
+        the prompt is longer than any in training or does not fit the context beside its answer,
+        and flags the answer. Under another policy the former is told (`Prompt.beyond`), the latter
+        an error, because cases that are compared must not drop out.
       progress: name of a progress bar, or a bar; None for none.
       journal: where answers are kept, and looked up before anything is run.
       constraints: by task name; tasks without one are answered freely.
+      trained: tokens of the longest prompt that training can have had (`batches.prompt_room`);
+        None where nothing is known of it.
     """
 
     scheduler: Scheduler
@@ -118,6 +138,7 @@ class TextDecoder:
     progress: str | tqdm | None = None
     journal: Journal | None = None
     constraints: dict[str, Constraint] = field(default_factory=dict)
+    trained: int | None = None
 
     @functools.cached_property
     def _prefixes(self) -> dict[str, tuple[int, ...]]:
@@ -132,41 +153,53 @@ class TextDecoder:
             "mesh": dict(mesh.shape),
             "device": mesh.devices.flat[0].device_kind,
             "stops": list(self.scheduler.stops),
+            "trained_prompt": self.trained,
             "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
             "jax": jax.__version__,
         }
 
-    def encode(self, task: Task, diagnoses: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """(prompt ids, whether the diagnosis was cut) of each.
+    def encode(self, task: Task, diagnoses: Sequence[str]) -> list[Prompt]:
+        """The prompt of each.
 
         Raises:
           ValueError: a prompt is too long and may not be cut, or not even its instruction fits.
         """
-        pairs = [self._prompt(task, diagnosis) for diagnosis in diagnoses]
-        prompts, trimmed = [prompt for prompt, _ in pairs], [cut for _, cut in pairs]
-        self.scheduler.check(prompts)
-        return prompts, trimmed
+        prompts = [self.prompt(task, diagnosis) for diagnosis in diagnoses]
+        self.scheduler.check([prompt.tokens for prompt in prompts])
+        return prompts
 
-    def fits(self, task: Task, diagnosis: str, *, uncut: bool = False) -> bool:
-        """Whether a diagnosis can be answered, if need be (and not `uncut`) cut."""
-        prompt, cut = self._prompt(task, diagnosis)
-        return len(prompt) <= self.scheduler.room and not (uncut and cut)
+    def reads_whole(self, task: Task, diagnosis: str) -> bool:
+        """Whether a diagnosis can be answered without being cut."""
+        prompt = self.prompt(task, diagnosis)
+        return prompt.fits and not prompt.trimmed
 
-    def _prompt(self, task: Task, diagnosis: str) -> tuple[list[int], bool]:
-        prompt = encode_prompt(self.tokenizer, task.prompt(diagnosis))
-        if len(prompt) > self.scheduler.room and self.over_length == "trim_diagnosis":
-            cut = trim_prompt(self.tokenizer, task, diagnosis, self.scheduler.room)
-            if cut is not None:
-                return cut, True
-        return prompt, False
+    def prompt(self, task: Task, diagnosis: str) -> Prompt:
+        """The prompt of a diagnosis, cut where the policy is to cut; it may still not fit."""
+        context = self.scheduler.room
+        trained = context if self.trained is None else self.trained
+        tokens = encode_prompt(self.tokenizer, task.prompt(diagnosis))
+        trimmed = False
+        if self.over_length == "trim_diagnosis":
+            # An instruction that was not trained may be longer than all that training saw.
+            for room in (min(trained, context), context):
+                if len(tokens) <= room:
+                    break
+                cut = trim_prompt(self.tokenizer, task, diagnosis, room)
+                if cut is not None:
+                    tokens, trimmed = cut, True
+                    break
+        return Prompt(tokens, trimmed, len(tokens) <= context, len(tokens) > trained)
 
     def __call__(self, task: Task, diagnoses: Sequence[str]) -> list[Generation]:
         """Answers a task for each diagnosis; errors as `encode`."""
-        prompts, trimmed = self.encode(task, diagnoses)
+        return self.answer(task, self.encode(task, diagnoses))
+
+    def answer(self, task: Task, prompts: Sequence[Prompt]) -> list[Generation]:
+        """Answers prompts of a task, in order; ValueError if one does not fit."""
         constraint = self.constraints.get(task.name)
         found: dict[tuple, dict] = {}
         keys = {}
-        for prompt in map(tuple, prompts):
+        for prompt in (tuple(prompt.tokens) for prompt in prompts):
             if prompt in keys:
                 continue
             keys[prompt] = ""
@@ -186,8 +219,8 @@ class TextDecoder:
                     self.journal.add(keys[left[number]], entry)
                 bar.update()
         return [
-            self._generation(found[tuple(prompt)], constraint, cut)
-            for prompt, cut in zip(prompts, trimmed, strict=True)
+            self._generation(found[tuple(prompt.tokens)], constraint, prompt.trimmed)
+            for prompt in prompts
         ]
 
     def _run(self, task: Task, constraint: Constraint | None, prompts):
