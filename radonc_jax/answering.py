@@ -20,13 +20,16 @@ from radonc_jax.tasks import Task, icd, select
 JOURNAL = ".answers.jsonl"  # while answers are being given; token ids, as private as predictions
 
 
-def allowed_codes(task: Task, codes: str, folder: str | Path | None) -> list[str]:
+def allowed_codes(
+    task: Task, codes: str, folder: str | Path | None, *, for_run: bool = True
+) -> list[str]:
     """The ICD-10-CM codes that a task's answers are held to; empty for a task without codes.
 
     Args:
       task: that is asked.
       codes: "table" or "cohort", see `constraints`.
       folder: the cohort, which "cohort" needs.
+      for_run: as `cohort.load_split` has it; False where no run was made from the cohort yet.
     """
     if task.name != "icd":
         return []
@@ -36,11 +39,13 @@ def allowed_codes(task: Task, codes: str, folder: str | Path | None) -> list[str
     return [
         task.reference(record)
         for split in ("train", "validation")
-        for record in cohort.load_records(folder, split, for_run=True)
+        for record in cohort.load_records(folder, split, for_run=for_run)
     ]
 
 
-def constraints(config: Settings, tokenizer, codes: str = "") -> dict[str, Constraint]:
+def constraints(
+    config: Settings, tokenizer, codes: str = "", *, for_run: bool = True
+) -> dict[str, Constraint]:
     """What the answers of a run's tasks can be held to, by task name; empty for free text alone.
 
     Args:
@@ -48,13 +53,15 @@ def constraints(config: Settings, tokenizer, codes: str = "") -> dict[str, Const
       tokenizer: of its model.
       codes: "table" for the leaves of the ICD-10-CM code table, "cohort" for the codes of the
         cohort's training and validation cases; "" for what `config.decode.constrained` says.
+      for_run: whether `config` is that of a run, see `allowed_codes`.
 
     Raises:
       ValueError: a code is longer than `decode.max_new_tokens`.
     """
     found = {}
     for task in select(config.task):
-        allowed = allowed_codes(task, codes or config.decode.constrained, config.cohort)
+        held_to = codes or config.decode.constrained
+        allowed = allowed_codes(task, held_to, config.cohort, for_run=for_run)
         constraint = constrain_task(tokenizer, task, allowed)
         if constraint is None:
             continue

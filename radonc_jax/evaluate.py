@@ -139,7 +139,7 @@ def evaluate_original(config: settings.Settings, split: str, output: Path | None
     check_answers(config)
     records = cohort.load_records(config.cohort, split)
     loaded = loading.load_original(config, parallel.make_mesh(config.mesh))
-    answer(loaded, config, records, split=split, model="original", output=output)
+    answer(loaded, config, records, split=split, model="original", output=output, for_run=False)
 
 
 def check_answers(config: settings.Settings) -> None:
@@ -158,8 +158,10 @@ def answer(
     output: Path | None,
     examples: int = 0,
     with_robustness: bool = False,
+    for_run: bool = True,
 ) -> None:
-    """Decodes, scores and prints; writes too where `output` names a folder."""
+    """Decodes, scores and prints; writes too where `output` names a folder. `for_run` is False for
+    a config that belongs to no run."""
     tasks, origin = select(config.task), {}
     if examples:
         training = cohort.load_records(config.cohort, "train", for_run=True)
@@ -170,7 +172,7 @@ def answer(
         origin = {"examples": examples}
     closed = None
     if _CONSTRAINED.value:
-        closed = constraints(config, loaded.tokenizer, _CONSTRAINED.value)
+        closed = constraints(config, loaded.tokenizer, _CONSTRAINED.value, for_run=for_run)
         if not closed:
             raise ValueError(
                 f"task {config.task!r} is answered in free text: leave --constrained out"

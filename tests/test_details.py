@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from radonc_jax.evaluation import codes, details, regimens
+from radonc_jax.evaluation import codes, details, metrics, regimens
 from radonc_jax.tasks import TASKS, icd, regimen
 
 
@@ -108,9 +108,9 @@ def test_eqd2_is_the_textbooks():
     assert eqd2("Prostate, 60 Gy", 1.5) is None
     ratios = [
         regimen.alpha_beta_gy(regimen.parse_regimen(f"{target}, 50 Gy in 25 fractions"))
-        for target in ("Prostate bed", "Left breast", "Right chest wall", "Left lung")
+        for target in ("Prostate bed", "Left breast", "Right chest wall", "Left lung", "Chest")
     ]
-    assert ratios == [1.5, 4, 4, 10]
+    assert ratios == [1.5, 4, 4, 10, 10]
     classes = [regimen.fraction_class(n) for n in (1, 2, 8, 9, 24, 25)]
     assert len(set(classes)) == 4 and classes[1] == classes[2] and classes[3] == classes[4]
 
@@ -122,6 +122,70 @@ def test_a_high_rouge_with_a_wrong_dose_or_side_is_listed():
     low = predictions("regimen", REGIMENS, rouge=0.79)
     assert regimens.assess({"tuned": low}, bootstrap=0)["high_rouge_wrong"] == []
     json.dumps(result, allow_nan=False)
+
+
+PLAIN = "Left breast, 50 Gy in 25 fractions, VMAT"
+BOOSTED = f"{PLAIN} + boost 10 Gy in 5 fractions"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "listed"),
+    [
+        (BOOSTED, BOOSTED, False),
+        (f"{PLAIN} + boost 10.5 Gy in 5 fractions", BOOSTED, False),
+        (f"{PLAIN} + boost 60 Gy in 5 fractions", BOOSTED, True),
+        (f"{PLAIN} + boost 10.6 Gy in 5 fractions", BOOSTED, True),
+        (f"{PLAIN} + boost 10 Gy in 1 fraction", BOOSTED, True),
+        (f"{PLAIN} + boost 10 Gy", BOOSTED, True),
+        (PLAIN, BOOSTED, True),  # left out
+        (BOOSTED, PLAIN, True),  # added
+        ("Left breast, 50 Gy in 5 fractions, VMAT", PLAIN, True),
+        ("Left breast, 50 Gy in 26 fractions, VMAT", PLAIN, False),  # 1.92 Gy each, 4 % less
+        ("Left breast, 50 Gy in 27 fractions, VMAT", PLAIN, True),  # 7 % less
+        ("Left breast, 50 Gy in 24 fractions, VMAT", PLAIN, False),
+        ("Left breast, 50 Gy in 23 fractions, VMAT", PLAIN, True),
+        ("Left breast, 50 Gy, VMAT", PLAIN, True),
+        (PLAIN, "Left breast, 50 Gy, VMAT", False),  # the reference asks for no number
+        ("Left breast, 8.4 Gy in 1 fraction", "Left breast, 8 Gy in 1 fraction", False),
+        ("Left breast, 50 Gy in 25 fractions BID, VMAT", PLAIN, True),
+        (PLAIN, "Left breast, 50 Gy in 25 fractions BID, VMAT", False),
+        ("Left breast, 50 Gy in 25 fractions, right breast, VMAT", PLAIN, True),
+        ("Left breast, 50 Gy in 25 fractions of 5 Gy, VMAT", PLAIN, True),
+        ("Left breast, 50 Gy in 25 fractions or 60 Gy in 30 fractions", PLAIN, True),
+        ("Left breast, 50 Gy in 25 fractions, 3DCRT", PLAIN, False),
+    ],
+)
+def test_right_words_with_a_dangerous_dose_boost_or_contradiction(answer, reference, listed):
+    given = predictions("regimen", [(answer, reference)], rouge=0.93)
+    result = regimens.assess({"tuned": given}, bootstrap=0)
+    assert result["high_rouge_wrong"] == (["c0"] if listed else [])
+
+
+def test_a_wrong_boost_sounds_right():
+    answer = f"{PLAIN} + boost 60 Gy in 5 fractions"
+    assert metrics.rouge1(answer, BOOSTED) > 0.9
+    given = predictions("regimen", [(answer, BOOSTED)], rouge=0.93)
+    result = regimens.assess({"tuned": given}, {"c0": "breast_wbi"}, bootstrap=0)
+    assert result["strict"]["tuned"]["value"] == 1  # which leaves the boost out
+    assert result["allowed"]["tuned"]["value"] == 0
+    assert result["high_rouge_wrong_share"]["tuned"]["value"] == 1
+
+
+def test_an_answer_that_contradicts_itself_is_neither_right_nor_allowed():
+    texts = [
+        "Left breast, right breast, 50 Gy in 25 fractions, VMAT",
+        "Left breast, 50 Gy in 25 fractions, right breast, VMAT",
+        "Left breast, 50 Gy in 25 fractions of 5 Gy, VMAT",
+        "Left breast, 50 Gy in 25 fractions or 60 Gy in 30 fractions, VMAT",
+    ]
+    given = predictions("regimen", [(text, PLAIN) for text in [*texts, PLAIN]])
+    sites = {f"c{i}": "breast_wbi" for i in range(5)}
+    result = regimens.assess({"tuned": given}, sites, bootstrap=0)
+    for name in ("strict", "lenient", "allowed"):
+        assert result[name]["tuned"]["value"] == 1 / 5, name
+    assert [p["correct"] for p in given] == [False] * 4 + [True]
+    # Two sides state neither of them.
+    assert result["fields"]["side"]["tuned"]["value"] == 3 / 5
 
 
 def test_allowed_regimens_are_those_of_the_site():
@@ -159,6 +223,42 @@ def test_a_customary_regimen_is_so_in_place_and_kind_too(answer, site, allowed):
         regimen.parse_regimen(answer), regimen.parse_regimen(reference), site
     )
     assert found is allowed
+
+
+HN = "Oropharynx, 50 Gy in 25 fractions, VMAT + boost 20 Gy in 10 fractions"
+HDR = "Prostate, 45 Gy in 25 fractions, VMAT + boost 15 Gy in 1 fraction"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "site", "allowed"),
+    [
+        # the site's own boost, 10 Gy in 5, may follow any external beam
+        ("Left breast, 40.05 Gy in 15 fractions + boost 10 Gy in 5 fractions", PLAIN,
+         "breast_wbi", True),
+        ("Left breast, 40.05 Gy in 15 fractions + boost 60 Gy in 5 fractions", PLAIN,
+         "breast_wbi", False),
+        ("Left breast, 40.05 Gy in 15 fractions + boost 10 Gy in 1 fraction", PLAIN,
+         "breast_wbi", False),
+        (PLAIN, BOOSTED, "breast_wbi", True),
+        # the reference's, behind what is not stronger than the reference's first phase
+        ("Left breast, 40.05 Gy in 15 fractions + boost 16 Gy in 8 fractions",
+         f"{PLAIN} + boost 16 Gy in 8 fractions", "breast_wbi", True),
+        (PLAIN + " + boost 16 Gy in 8 fractions", PLAIN, "breast_wbi", False),
+        ("Oropharynx, 70 Gy in 35 fractions, VMAT", HN, "oropharynx", True),
+        ("Oropharynx, 70 Gy in 35 fractions, VMAT + boost 20 Gy in 10 fractions", HN,
+         "oropharynx", False),
+        # the table's boost of the prostate follows its pelvic phase, and no whole course
+        ("Prostate, 70 Gy in 28 fractions, VMAT + boost 15 Gy in 1 fraction", HDR,
+         "prostate_intact", False),
+        ("Prostate, 70 Gy in 28 fractions, VMAT", HDR, "prostate_intact", True),
+        # more often a day
+        (PLAIN.replace("fractions", "fractions BID"), PLAIN, "breast_wbi", False),
+        ("Left breast, 38.5 Gy in 10 fractions BID, 3DCRT", PLAIN, "breast_apbi", True),
+    ],
+)  # fmt: skip
+def test_a_boost_must_be_customary_too(answer, reference, site, allowed):
+    given, right = regimen.parse_regimen(answer), regimen.parse_regimen(reference)
+    assert regimens.is_allowed(given, right, site) is allowed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -131,6 +132,26 @@ def test_answers_to_prompts_with_examples_stand_beside_the_others(evaluated, wor
     told = result.stderr.strip().splitlines()[-1]
     assert told == "error: --examples are for --model=original, and without --robustness"
     assert not (folder / "tuned_examples").exists()
+
+
+@pytest.mark.slow
+def test_a_config_whose_training_cases_changed_is_told_to_prepare_again(workspace, tmp_path):
+    """There is no run whose cohort could be put back."""
+    folder = tmp_path / "cohort"
+    shutil.copytree(workspace.cohort, folder)
+    with (folder / "train.parquet").open("ab") as file:
+        file.write(b"x")
+    result = run_command(
+        "evaluate",
+        *workspace.arguments,
+        f"--config.cohort={folder}",
+        "--constrained=cohort",
+        check=False,
+    )
+    assert result.returncode == 1
+    told = result.stderr.strip().splitlines()[-1]
+    assert "train.parquet: changed since prepare wrote it" in told
+    assert told.endswith("run prepare again")
 
 
 def shown(page):

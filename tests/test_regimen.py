@@ -6,8 +6,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from radonc_jax.data.synthetic import make_extract
+from radonc_jax.tasks import TASKS, Record
 from radonc_jax.tasks.modality import identify_modality
-from radonc_jax.tasks.regimen import Regimen, parse_regimen, render_regimen
+from radonc_jax.tasks.regimen import Regimen, equivalent_regimen, parse_regimen, render_regimen
 
 SITES = [
     ("breast", ("left", "right")),
@@ -272,6 +274,27 @@ def test_doses_and_fractions(text, expected):
         # sides
         ("Right lung and left adrenal, 30 Gy in 10 fx", "side"),
         ("50 Gy in 25 fx to left femur, right", "side"),
+        ("Left breast, 50 Gy in 25 fractions, right breast, VMAT", "side"),
+        ("50 Gy in 25 fractions, left breast, right breast", "side"),
+        ("Left breast, 50 Gy in 25 fractions, right-sided tangents", "side"),
+        ("Lung, 50 Gy in 5 fx, left SBRT, right SBRT", "side"),
+        ("Left lung, 50 Gy in 5 fx, SBRT, right adrenal", "side"),
+        ("L breast 50 Gy in 25 fx + boost 10 Gy in 5 fx to R breast", "side"),
+        ("Left or right breast, 50 Gy in 25 fx", "side"),
+        # what is spared, reported or past is not treated; one side of both may be boosted
+        ("Left breast, 50 Gy in 25 fractions, VMAT, sparing right lung", None),
+        ("Left lung, 50 Gy in 5 fractions, right lung V20 below 10 %", None),
+        ("Left breast, 50 Gy in 25 fractions, prior right breast treatment", None),
+        ("Right breast, 40.05 Gy in 15 fractions, tangents, DIBH if left", None),
+        ("left breast, 50 gy in 25 fx, adjuvant rt planned", None),
+        ("Left tonsil, 70/63/56 Gy in 35 fractions, VMAT SIB, bilateral neck", None),
+        ("Bilateral neck, 70 Gy in 35 fractions, left neck boost, VMAT", None),
+        ("45 Gy in 25 fx to left chest wall then 10 Gy in 5 fx boost to left scar", None),
+        # numbers of fractions
+        ("50 Gy in 25-28 fractions", "dose_per_fraction"),
+        ("50 Gy in 25 or 28 fx", "dose_per_fraction"),
+        ("50 Gy in 25 fractions of 5 Gy", "dose_per_fraction"),
+        ("50 Gy in 25 fractions or 60 Gy in 30 fractions", "other_dose"),
         ("42.56 Gy in 16 fx (2.66 Gy/fx)", None),
         ("40.05 Gy at 2.7 Gy/fx in 15 fx", None),  # rounded in print
     ],
@@ -294,12 +317,69 @@ def test_a_text_that_contradicts_itself_says_so(text, conflict):
             "Larynx, 81.6 Gy in 68 fractions, hyperfractionated",
         ),
         ("1.5 Gy x 2/day x 15 days to L lung", "Left lung, 45 Gy in 30 fractions BID"),
+        (
+            "Breast, 50 Gy in 25 fx, left tangents",
+            "Left breast, 50 Gy in 25 fractions, left tangents",
+        ),
+        ("Left-sided breast, 50 Gy in 25 fx", "Left breast, 50 Gy in 25 fractions"),
+        (  # the side of another place is not the target's
+            "Oropharynx, 70 Gy in 35 fx, left neck",
+            "Oropharynx, 70 Gy in 35 fractions, left neck",
+        ),
     ],
 )
 def test_sides_and_targets_in_other_words(text, canonical):
     regimen = parse_regimen(text)
     assert regimen.conflict is None
     assert render_regimen(regimen) == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "conflict"),
+    [
+        ("Left breast, right breast, 50 Gy in 25 fractions, VMAT", "side"),
+        ("Left breast, 50 Gy in 25 fractions of 5 Gy, VMAT", "dose per fraction"),
+        ("Left breast, 50 Gy in 25 fractions or 60 Gy in 30 fractions, VMAT", "other dose"),
+        ("Left breast, total 66 Gy = 50 Gy in 25 fractions + 10 Gy in 5 fractions boost", "sum"),
+        ("Left breast, 50 Gy in 25 fractions, right breast, VMAT", "side"),
+        ("Left breast, 50 Gy in 25 fractions, VMAT, boost 10 Gy in 5 fx to right breast", "side"),
+    ],
+)
+def test_an_answer_that_contradicts_itself_is_marked_and_never_right(text, conflict):
+    task = TASKS["regimen"]
+    answer = task.parse(text)
+    assert answer.endswith(f" [contradicts itself: {conflict}]")
+    read = parse_regimen(answer)
+    assert (read, read.conflict) == (parse_regimen(text), conflict.replace(" ", "_"))
+    assert task.parse(answer) == answer
+    reference = parse_regimen("Left breast, 50 Gy in 25 fractions, VMAT")
+    assert (read.target, read.side) == (reference.target, reference.side)
+    assert (read.total_dose_gy, read.fractions) == (50, 25)
+    assert not task.correct(answer, render_regimen(reference))
+    assert not equivalent_regimen(read, reference)
+    # Held against itself, as by the changed texts of robustness, it is the same.
+    assert task.correct(answer, answer)
+
+
+def test_a_reference_is_never_marked():
+    record = Record("c", "p", "", "Left breast, right breast, 50 Gy in 25 fx", "photon", "C61")
+    assert TASKS["regimen"].reference(record) == "Left breast, 50 Gy in 25 fractions"
+
+
+def test_synthetic_regimens_are_read_back_without_conflict():
+    task = TASKS["regimen"]
+    extract = make_extract(1200, 7)
+    texts = set(extract.table.prescription)
+    assert len(texts) > 500
+    for text in texts:
+        regimen = parse_regimen(text)
+        if regimen is None:
+            assert text in ("", "TBD", "see plan")
+            continue
+        canonical = render_regimen(regimen)
+        again = parse_regimen(canonical)
+        assert (again, again.conflict, regimen.conflict) == (regimen, None, None), text
+        assert task.parse(text) == canonical and task.correct(canonical, canonical)
 
 
 def test_what_follows_from_the_fields():

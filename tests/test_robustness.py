@@ -70,6 +70,78 @@ def test_synonyms_keep_the_rest_of_the_text():
     assert robustness.swap_synonyms("nothing here", rng()) is None
 
 
+REVIEWED = [
+    # (text, what each term alone becomes), read by a person: does it still say the same?
+    ("60 yo woman with adenocarcinoma of the lung", {
+        "60 yo woman with adenoca of the lung",
+        "60 yo woman w/ adenocarcinoma of the lung",
+    }),
+    ("Adenoca, low rectum", {"adenocarcinoma, low rectum"}),
+    ("Squamous cell carcinoma, Lt tonsil", {"SCC, Lt tonsil", "Squamous cell ca, Lt tonsil"}),
+    ("T8 metastasis, SCC on MRI", None),  # spinal cord compression
+    ("Dx: ductal carcinoma in situ, R breast", {"Dx: ductal ca in situ, R breast"}),
+    ("Elevated Ca 19-9", None),
+    ("metastatic to L4 and iliac bone", None),
+    ("metastatic prostate adenocarcinoma, for prostate RT", {
+        "metastatic prostate adenoca, for prostate RT"
+    }),
+    ("NSCLC, mets from primary of the RUL", None),
+    ("Hx: S/p lumpectomy", {"Hx: status post lumpectomy"}),
+    ("status post TURBT", {"s/p TURBT"}),
+    ("laryngoscopy, biopsy proven", {"laryngoscopy, bx proven"}),
+    ("biopsy-proven", None),
+    ("63 y/o male", {"63 year-old male"}),
+    ("one lymph node, history of keloids", {
+        "one LN, history of keloids", "one lymph node, h/o keloids"
+    }),
+    ("w/o contrast, without node", None),
+    ("right frontal lobe, right side", {"Rt frontal lobe, right side"}),
+    ("left sided mass", {"Lt sided mass"}),
+    ("right-handed", None),
+    ("Rt to the pelvis", None),  # radiotherapy
+    ("drain left in place", None),
+    ("left lung, residual left behind", {"Lt lung, residual left behind"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), REVIEWED, ids=range(len(REVIEWED)))
+def test_synonyms_say_the_same(text, expected):
+    def one_at_a_time(monkeypatched):
+        for pair in robustness.SYNONYMS:
+            monkeypatched.setattr(robustness, "SYNONYMS", (pair,))
+            yield robustness.swap_synonyms(text, rng())
+
+    with pytest.MonkeyPatch.context() as patch:
+        changed = set(one_at_a_time(patch)) - {None}
+    assert changed == (expected or set())
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("IDC of the Lt. breast. Stage II.", ["IDC of the Lt. breast.", "Stage II."]),
+        ("rt. axilla; ER pos. and PR neg. tumor", ["rt. axilla;", "ER pos. and PR neg. tumor"]),
+        ("By Dr. Roe at St. Anne. No. 3 node.", ["By Dr. Roe at St. Anne.", "No. 3 node."]),
+        ("60 Gy b.i.d. planned. 20/40 o.d. then", ["60 Gy b.i.d. planned.", "20/40 o.d. then"]),
+        ("IDC of the right\nbreast. Stage II", ["IDC of the right\nbreast.", "Stage II"]),
+        ("IDC of the Rt.\nBreast", ["IDC of the Rt. Breast"]),
+        ("Site: breast\nSide: left\n3/12 nodes", ["Site: breast", "Side: left", "3/12 nodes"]),
+        ("Nodule of 2.4 cm. Stage I. Grade 2.", ["Nodule of 2.4 cm.", "Stage I.", "Grade 2."]),
+    ],
+)  # fmt: skip
+def test_no_field_ends_behind_an_abbreviation(text, fields):
+    mixed = robustness.shuffle_fields(text, rng())
+    if len(fields) == 1:
+        assert mixed is None
+        return
+    assert mixed != text
+    pieces = [field.rstrip(".") for field in fields]
+    assert all(piece in mixed for piece in pieces)
+    # Nothing but full stops is added, where a line has none.
+    assert sorted(mixed.replace(".", "").split()) == sorted(text.replace(".", "").split())
+    assert "left 3/12" not in mixed and "breast Side" not in mixed
+
+
 def test_shuffled_fields_are_the_same_fields_in_another_order():
     changed = robustness.shuffle_fields("A one. B two; C three.\nD four.", rng())
     assert changed != "A one. B two; C three. D four."
@@ -94,6 +166,9 @@ def test_what_a_flipped_side_must_do_to_an_answer():
     assert flipped == "Left breast, 40 Gy in 15 fractions, VMAT"
     assert expected("regimen", "side_flip", "Prostate, 70 Gy in 28 fractions") is None
     assert expected("icd", "synonyms", "C61") == "C61"
+    both = "Left breast, 50 Gy in 25 fractions [contradicts itself: side]"
+    assert expected("regimen", "side_flip", both) is None
+    assert expected("regimen", "synonyms", both) == both
 
 
 RECORDS = [

@@ -81,6 +81,9 @@ def extract():
         ({"modality": ["carbon ions"], "prescription": ["60 Gy/20"]}, [], {2: "modality_outside"}),
         ({"prescription": ["R breast 60 Gy in 30 fx at 1.5 Gy/fx"]}, [],
          {2: "regimen_contradiction"}),
+        # between the technique and the place
+        ({"technique": ["left tangents"]}, [], {2: "regimen_contradiction"}),
+        ({"icd10": ["T12 vertebra, C79.51"]}, [2], {}),
         ({"diagnosis": ["C50.411"]}, [], {2: "diagnosis_is_its_answer"}),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from radonc_jax.tasks import TASKS, Record, TextTask, select
 from radonc_jax.tasks.base import PROMPT
-from radonc_jax.tasks.icd import is_leaf, nearest_valid, normalise_code
+from radonc_jax.tasks.icd import distinct_codes, is_leaf, nearest_valid, normalise_code
 from radonc_jax.tasks.modality import MODALITIES, identify_modality, normalise_modality
 from radonc_jax.tasks.regimen import Regimen, parse_regimen, render_regimen, same_regimen
 
@@ -201,7 +201,6 @@ def test_what_contradicts_is_told_in_words_of_the_vocabulary():
         ("C50.A1", "C50.A1"),
         ("pT1b N0 M0: C34.11", "C34.11"),
         ("T2N0M0 stage IIA", None),
-        ("C50.411 or C50.412", "C50.411"),
         ("ICD10 unknown", None),
         ("", None),
         ("XC50.411", None),
@@ -210,6 +209,42 @@ def test_what_contradicts_is_told_in_words_of_the_vocabulary():
 def test_normalise_code(text, code):
     assert normalise_code(text) == code
     assert TASKS["icd"].parse(text) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        # a vertebra or a mutation beside a code
+        ("Bone metastasis of T12: C79.51", "C79.51"),
+        ("T10 vertebra, C79.51", "C79.51"),
+        ("T10 and T11 vertebra, c7951", "C79.51"),
+        ("NSCLC with EGFR L858R: C34.11", "C34.11"),
+        ("BRAF V600E, C43.59", "C43.59"),
+        ("Vertebra T12.\nThe code: C79.51", "C79.51"),
+        # ... and alone, where only the shape is looked at
+        ("T12", "T12"),
+        ("T12 or T11", "T12"),
+        # two different codes are no answer
+        ("C50.411 or C50.412", None),
+        ("C50.411/C50.412", None),
+        ("C79.51 (primary: C61)", None),
+        # the same answer twice, or in fewer words
+        ("C50.411, that is c50411", "C50.411"),
+        ("C50: C50.411", "C50.411"),
+        ("C50.411, of category C50.", "C50.411"),
+        # what later sentences and lines say does not count
+        ("The code is C50.411. C50.412 would be the left breast.", "C50.411"),
+        ("C50.411\nC50.412\nC50.413", "C50.411"),
+    ],
+)
+def test_the_code_that_an_answer_means(text, code):
+    assert TASKS["icd"].parse(text) == code
+
+
+def test_the_codes_of_a_field():
+    assert distinct_codes("C50.411; c61") == ["C50.411", "C61"]
+    assert distinct_codes("T10 vertebra, C79.51, c7951") == ["C79.51"]
+    assert distinct_codes("c50411") == ["C50.411"]
 
 
 def test_leaf_and_nearest():

@@ -363,6 +363,8 @@ def _read_regimen(
     again = parse_regimen(text)
     if again is None or (again.total_dose_gy, again.fractions) != (dose, int(fractions)):
         return "", "regimen_unreadable"
+    if again.conflict:  # between fields: "Left breast" by "right tangents"
+        return "", f"regimen_contradiction: {again.conflict}"
     return render_regimen(again), ""
 
 

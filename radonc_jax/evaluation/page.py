@@ -587,10 +587,15 @@ def _test_cells(tests: Mapping) -> list[object]:
 
 DEFINITIONS = {
     "Accuracy": "Share of cases answered right. Regimen: the same side, target and number of "
-    "fractions and a total dose within 0.5 Gy; modality and ICD code: the same answer. An answer "
-    "that cannot be read counts as wrong.",
+    "fractions and a total dose within 0.5 Gy, with the boost left out; modality and ICD code: the "
+    "same answer. An answer that cannot be read counts as wrong, and so does a regimen that "
+    "contradicts itself (two sides, another dose that is no boost, a dose per fraction or a sum "
+    "that does not fit), which is marked so.",
     "Unreadable, unfinished": "Unreadable: no answer of the task's kind can be read from the "
-    "text. Unfinished: the text was cut at the limit of new tokens. Shares are of all cases.",
+    "text, or two are given: of two modalities, or of two different codes in one sentence, none is "
+    "chosen. Of several sentences with a code the first counts; what only looks like a code (the "
+    "vertebra T12) is passed over where a known one stands beside it. Unfinished: the text was cut "
+    "at the limit of new tokens. Shares are of all cases.",
     "Models": "Original: the base as it was given. With examples: training cases and their "
     "answers stand in its prompt. Constrained: only answers of a closed set can be given, the "
     "four modalities or ICD codes: those of the whole code table or, where asked so, those of the "
@@ -635,10 +640,16 @@ DEFINITIONS = {
     "Regimens, field by field": "Share of the references that state a field whose answer states "
     "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
     "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, with an alpha/beta of 1.5 "
-    "Gy for the prostate, 4 for the breast and 10 elsewhere, and a number of fractions of the "
-    "same class (1, 2 to 8, 9 to 24, 25 and more). Customary for the site: any dose and number of "
-    "fractions that the site table lists for it, to the reference's side and target, of the same "
-    "kind of treatment (modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
+    "Gy for the prostate, 4 for the breast and the chest wall and 10 elsewhere, and a number of "
+    "fractions of the same class (1, 2 to 8, 9 to 24, 25 and more). Customary for the site: any "
+    "dose and number of fractions that the site table lists for it, not more often a day, to the "
+    "reference's side and target, of the same kind of treatment (modality; implant or not), with "
+    "no boost, the reference's (behind a first phase whose EQD2 is at most 5 % above the "
+    "reference's) or one that the table lists for such regimens. The right words: a ROUGE-1 of 0.8 "
+    "or more. A wrong dose: a first phase or a boost that is more than 0.5 Gy away, missing or "
+    "added, or is given in another number of fractions with a dose per fraction more than 5 % "
+    "away; or more fractions a day. An answer that contradicts itself is neither right nor "
+    "customary, and counts as wrong in dose or side.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice.",

@@ -9,8 +9,12 @@ import numpy as np
 
 from radonc_jax.evaluation.statistics import bootstrap_means
 from radonc_jax.tasks.regimen import (
+    EQD2_TOLERANCE,
     FIELDS,
     Regimen,
+    alpha_beta_gy,
+    contradicts,
+    eqd2_gy,
     equivalent_regimen,
     parse_regimen,
     same_field,
@@ -21,56 +25,125 @@ from radonc_jax.tasks.regimen import (
 HIGH_ROUGE = 0.8
 
 
+# Dose per fraction, where the numbers of fractions differ: what differs by more is another dose.
+DOSE_PER_FRACTION_TOLERANCE = 0.05
+
+
 @functools.cache
+def _site_table() -> dict[str, tuple[frozenset[Regimen], frozenset[Regimen], bool]]:
+    """Site -> its primary regimens, its boosts, and whether it treats in phases of their own."""
+    text = importlib.resources.files("radonc_jax.data").joinpath("sites.json").read_text("utf-8")
+    found = {}
+    for site in json.loads(text)["sites"]:
+        by_role: dict[str, list[Regimen]] = {"primary": [], "boost": [], "phase": []}
+        for regimen in site["regimens"]:
+            by_role[regimen["role"]].append(
+                Regimen(
+                    target=None,
+                    total_dose_gy=float(regimen["total_gy"]),
+                    fractions=regimen["fractions"],
+                    technique=regimen["technique"],
+                    modality=regimen["modality"],
+                    times_a_day=2 if "BID" in regimen["technique"] else 1,
+                )
+            )
+        entry = frozenset(by_role["primary"]), frozenset(by_role["boost"]), bool(by_role["phase"])
+        found[site["key"]] = found[site["site"].casefold()] = entry
+    return found
+
+
 def allowed_regimens() -> dict[str, frozenset[Regimen]]:
-    """Site -> its primary regimens in sites.json: dose, fractions, technique, modality; no place.
+    """Site -> its primary regimens in sites.json: dose, fractions, schedule, technique, modality;
+    no place.
 
     Sites go by their key there, by their full name in lower case, and, for the benign conditions
     of synthetic cohorts, by "benign_" and the condition (all of the site's regimens).
     """
-    text = importlib.resources.files("radonc_jax.data").joinpath("sites.json").read_text("utf-8")
-    found = {}
-    for site in json.loads(text)["sites"]:
-        schedules = frozenset(
-            Regimen(
-                target=None,
-                total_dose_gy=float(regimen["total_gy"]),
-                fractions=regimen["fractions"],
-                technique=regimen["technique"],
-                modality=regimen["modality"],
-            )
-            for regimen in site["regimens"]
-            if regimen["role"] == "primary"
-        )
-        found[site["key"]] = found[site["site"].casefold()] = schedules
-    return found
+    return {site: primary for site, (primary, _, _) in _site_table().items()}
 
 
-def _allowed_at(site: str | None) -> frozenset[Regimen] | None:
+def _key(site: str | None) -> str:
     key = (site or "").strip().casefold()
-    return allowed_regimens().get("benign" if key.startswith("benign_") else key)
+    return "benign" if key.startswith("benign_") else key
+
+
+def _is_known(site: str | None) -> bool:
+    return _key(site) in _site_table()
+
+
+def _same_dosing(
+    one: tuple[float | None, int | None], other: tuple[float | None, int | None]
+) -> bool:
+    """Whether (dose in Gy, fractions) are the same dose, and each fraction too.
+
+    Doses may differ by DOSE_TOLERANCE_GY, doses of a fraction by DOSE_PER_FRACTION_TOLERANCE of
+    `other`, the reference's. A reference without a number of fractions asks for none.
+    """
+    if not same_field("dose", one[0], other[0]):
+        return False
+    if one[1] == other[1] or None in (other[0], other[1]):
+        return True
+    if one[1] is None:
+        return False
+    each, right = one[0] / one[1], other[0] / other[1]
+    return abs(each - right) <= DOSE_PER_FRACTION_TOLERANCE * right + 1e-9
+
+
+def _boost(regimen: Regimen) -> tuple[float | None, int | None]:
+    return regimen.boost_dose_gy, regimen.boost_fractions
+
+
+def _is_allowed_boost(answer: Regimen, reference: Regimen, site: str) -> bool:
+    """Whether the answer's boost, if it has one, may follow its first phase.
+
+    The reference's own boost may follow what is not stronger than the reference's first phase; a
+    boost of the site's table may follow external beam, unless the table has phases for it, for
+    then the primary regimens are whole courses without one.
+    """
+    if answer.boost_dose_gy is None:
+        return True
+    if _same_dosing(_boost(answer), _boost(reference)):
+        ratio = alpha_beta_gy(reference)
+        given, right = eqd2_gy(answer, ratio), eqd2_gy(reference, ratio)
+        if given is not None and right is not None and given <= right * (1 + EQD2_TOLERANCE):
+            return True
+    _, boosts, in_phases = _site_table()[site]
+    if in_phases or answer.modality == "brachytherapy":
+        return False
+    return any(
+        answer.boost_fractions == boost.fractions
+        and same_field("dose", answer.boost_dose_gy, boost.total_dose_gy)
+        for boost in boosts
+    )
 
 
 def is_allowed(answer: Regimen, reference: Regimen, site: str | None) -> bool | None:
     """Whether the answer is to the reference's side and target, in the dose and fractions of any
-    primary regimen of the site, of the same kind: implanted or not, and of the modality that the
-    answer states (one without may be any external beam). None where the site is not known."""
-    schedules = _allowed_at(site)
-    if schedules is None:
+    primary regimen of the site and not more often a day, of the same kind: implanted or not, and of
+    the modality that the answer states (one without may be any external beam).
+
+    A boost must be the reference's or one of the site's (`_is_allowed_boost`); without one the
+    primary regimen stands alone. An answer that contradicts itself is not allowed. None where the
+    site is not known.
+    """
+    if not _is_known(site):
         return None
     given, right = stated_fields(answer), stated_fields(reference)
     if any(given[name] != right[name] for name in ("side", "target")):
         return False
+    if contradicts(answer, reference) or not _is_allowed_boost(answer, reference, _key(site)):
+        return False
     return any(
         schedule.fractions == answer.fractions
         and same_field("dose", answer.total_dose_gy, schedule.total_dose_gy)
+        and answer.times_a_day <= schedule.times_a_day
         and schedule.implant == answer.implant
         and (
             schedule.modality != "brachytherapy"
             if answer.modality is None
             else schedule.modality == answer.modality
         )
-        for schedule in schedules
+        for schedule in _site_table()[_key(site)][0]
     )
 
 
@@ -83,11 +156,23 @@ def _parsed(prediction: dict) -> tuple[Regimen | None, Regimen | None]:
 
 
 def _is_dangerous(answer: Regimen | None, reference: Regimen) -> bool:
-    """The dose or the side is not the reference's."""
+    """Whether the answer would treat another side, or give another dose, than the reference.
+
+    A dose is that of the first phase, of its fractions and of the boost: one that only the answer
+    has is added, one that it leaves out is missed, and either counts. So do more fractions a day,
+    and an answer that contradicts itself. Fewer a day, another technique and another number of
+    fractions of nearly the same dose do not: they change the effect, and harm far less.
+    """
     if answer is None:
         return False
-    given, right = stated_fields(answer), stated_fields(reference)
-    return not all(same_field(name, given[name], right[name]) for name in ("dose", "side"))
+    if contradicts(answer, reference) or answer.times_a_day > reference.times_a_day:
+        return True
+    first = (answer.total_dose_gy, answer.fractions), (reference.total_dose_gy, reference.fractions)
+    return (
+        stated_fields(answer)["side"] != stated_fields(reference)["side"]
+        or not _same_dosing(*first)
+        or not _same_dosing(_boost(answer), _boost(reference))
+    )
 
 
 def assess(
@@ -109,8 +194,9 @@ def assess(
       among the answers that state it, and their harmonic mean. strict and lenient accuracy
       {model: ...}, over all cases. allowed {n, model: ...} over the cases of known sites, or null.
       high_rouge_wrong: ids of the tuned model's cases with ROUGE-1 of HIGH_ROUGE or more whose
-      dose or side is wrong, the highest first; high_rouge_wrong_n, their number;
-      high_rouge_wrong_share {model: ...}.
+      dose (first phase, fraction or boost), times a day or side is wrong or contradictory, the
+      highest first; high_rouge_wrong_n, their number; high_rouge_wrong_share {model: ...}. A case
+      may be among them and strictly right, for strict accuracy leaves the boost out.
       unreadable_references: cases left out of fields and lenient accuracy's reading; there the
       answer is right if it repeats the words.
     """
@@ -164,9 +250,7 @@ def assess(
         )
         columns["hidden"] = hidden
         if sites is not None:
-            known = np.array(
-                [_allowed_at(sites.get(p["case_id"])) is not None for p in predictions]
-            )
+            known = np.array([_is_known(sites.get(p["case_id"])) for p in predictions])
             if known.any():
                 columns["allowed"] = np.array(
                     [

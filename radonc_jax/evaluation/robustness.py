@@ -56,7 +56,6 @@ SYNONYMS = (
     ("adenocarcinoma", "adenoca"),
     ("squamous cell carcinoma", "SCC"),
     ("carcinoma", "ca"),
-    ("metastatic", "mets from"),
     ("year-old", "y/o"),
     ("status post", "s/p"),
     ("biopsy", "bx"),
@@ -66,7 +65,17 @@ SYNONYMS = (
     ("right", "Rt"),
     ("left", "Lt"),
 )
-_ONE_WAY = frozenset({"metastatic", "carcinoma", "right", "left"})
+# "SCC" is a compressed spinal cord too, "ca" calcium, "Rt" radiotherapy.
+_ONE_WAY = frozenset({"squamous cell carcinoma", "carcinoma", "right", "left"})
+_LEFT_OVER = r"(?!\s(?:in\s(?:place|situ)|over|behind|untreated)\b)"  # where no side is meant
+
+# A full stop behind these ends no sentence: "Lt. breast".
+_ABBREVIATION = re.compile(
+    r"\b(?:[LR]|Lt|Rt|Bil|Bilat|Lat|Med|Ant|Post|Sup|Inf|Dr|Drs|Mr|Mrs|Ms|Prof|St|No|Nr|Gr|Fig"
+    r"|Dept|Pt|Wt|Ht|Dx|Hx|Tx|Rx|Bx|Vs|Ca|Approx|Incl|Resp|Est|Ref|Min|Max|Vol|Neg|Pos|Inv|Cm|Mm|Yr|Yrs"
+    r"|e\.g|i\.e|etc|b\.i\.d|q\.d|o\.[dsu]|y\.o|p\.o|a\.m|p\.m)\.$",
+    re.IGNORECASE,
+)
 
 IRRELEVANT = (
     "Lives with a partner and two dogs.",
@@ -104,7 +113,8 @@ def swap_synonyms(text: str, rng: np.random.Generator) -> str | None:
         for old, new in ((one, other), (other, one)):
             if old == other and one in _ONE_WAY:
                 continue
-            pattern = re.compile(rf"(?<![\w-]){re.escape(old)}(?![\w-])", re.IGNORECASE)
+            after = _LEFT_OVER if old == "left" else ""
+            pattern = re.compile(rf"(?<![\w-]){re.escape(old)}(?![\w-]){after}", re.IGNORECASE)
             if pattern.search(text):
                 options.append((pattern, new))
                 break
@@ -116,15 +126,29 @@ def swap_synonyms(text: str, rng: np.random.Generator) -> str | None:
     return text
 
 
+def _fields(text: str) -> list[str]:
+    """The sentences and lines of a text. Not split behind an abbreviation, nor at a line break
+    inside a sentence: before a small letter, where no sentence ends."""
+    parts: list[str] = []
+    for piece in re.split(r"(?<=[.;])\s+|\n+(?![a-z])", text):
+        if parts and _ABBREVIATION.search(parts[-1]):
+            parts[-1] += f" {piece.strip()}"
+        elif piece.strip():
+            parts.append(piece.strip())
+    return parts
+
+
 def shuffle_fields(text: str, rng: np.random.Generator) -> str | None:
     """The sentences in another order; None where there is one alone, or its parts are."""
-    parts = [part.strip() for part in re.split(r"(?<=[.;])\s+|\n+", text) if part.strip()]
+    parts = _fields(text)
     if len(set(parts)) < 2:
         return None
     while True:
         mixed = [parts[i] for i in rng.permutation(len(parts))]
         if mixed != parts:
-            return " ".join(mixed)
+            # A line without a full stop must not run into the one that follows it now.
+            ended = [part if part[-1] in ".;:,!?" else f"{part}." for part in mixed[:-1]]
+            return " ".join([*ended, mixed[-1]])
 
 
 def add_irrelevant_sentence(text: str, rng: np.random.Generator) -> str | None:
@@ -146,14 +170,15 @@ PERTURBATIONS: dict[str, Callable[[str, np.random.Generator], str | None]] = {
 def expected_answer(task: str, perturbation: str, answer: str) -> str | None:
     """The answer that a changed text must get where the text as it was got `answer`.
 
-    None where nothing follows: a flipped side says nothing of a code or a regimen without one.
+    None where nothing follows: a flipped side says nothing of a code or a regimen without one, or
+    of a regimen that contradicts itself.
     """
     if perturbation != "side_flip" or task == "modality":
         return answer
     if task == "icd":
         return other_side(answer)
     regimen = parse_regimen(answer)
-    if regimen is None or regimen.side not in ("right", "left"):
+    if regimen is None or regimen.side not in ("right", "left") or regimen.conflict:
         return None
     side = "left" if regimen.side == "right" else "right"
     return render_regimen(replace(regimen, side=side))

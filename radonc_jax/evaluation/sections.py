@@ -179,18 +179,18 @@ def _errors(entry: Mapping, details: Mapping, texts: Texts | None) -> str:
     count = round((as_score(shares.get("tuned"))["value"] or 0) * entry["tuned"]["n"])
     if not count:
         return (
-            "<p>No answer shares most of its words with a reference whose dose or side it "
+            "<p>No answer shares most of its words with a reference whose dose, boost or side it "
             "gets wrong.</p>"
         )
     listed = details["high_rouge_wrong"]
     said = f"{count:,} of {entry['tuned']['n']:,} tuned answers have a ROUGE-1 of 0.8 or more and "
-    said += "a wrong dose or side."
+    said += "a wrong dose, boost or side."
     if texts is None or not listed:
         return f"<p>{said}</p>"
     if len(listed) > SHOWN_ERRORS:
         said += f" The first {SHOWN_ERRORS} are here, all of them come first under Cases."
     return f"<p>{said}</p>" + make_table(
-        "The right words with a wrong dose or side, the highest ROUGE-1 first.",
+        "The right words with a wrong dose, boost or side, the highest ROUGE-1 first.",
         ["Case", "Reference", "Tuned answer", "ROUGE-1"],
         [texts.error(entry["run"], case) for case in listed[:SHOWN_ERRORS]],
         texts=3,

@@ -194,7 +194,7 @@ def _remains(entry: Mapping) -> str:
     hidden = (entry["details"].get("high_rouge_wrong_share") or {}).get("tuned")
     if hidden and (count := round(n * hidden["value"])):
         sound = "sounds" if count == 1 else "sound"
-        text += f"; {count:,} {sound} right (ROUGE-1) with a wrong dose or side"
+        text += f"; {count:,} {sound} right (ROUGE-1) with a wrong dose, boost or side"
     if entry["ceiling"] is not None:
         text += f"; the best reachable accuracy is {_percent(entry['ceiling'])}"
     else:

@@ -28,12 +28,16 @@ def _table() -> ModuleType:
 
 
 def normalise_code(text: str) -> str | None:
-    """The first code-shaped token of `text`, dotted and in upper case, or None.
+    """The first code of `text`, dotted and in upper case, or None.
 
-    "c50411" gives "C50.411". Only the shape is looked at: see `is_leaf` for validity.
+    "c50411" gives "C50.411". Where several tokens have the shape of a code, those of which the
+    table knows nothing are passed over: "Bone metastasis of T12: C79.51" gives "C79.51". Of one
+    token, or where none is known, only the shape is looked at: see `is_leaf` for validity.
     """
-    found = _CODE.search(text)
-    return None if found is None else _dotted(found)
+    found = list(_CODE.finditer(text))
+    if len(found) > 1:  # else there is no need for the table
+        found = [match for match in found if _is_known(match)] or found
+    return _dotted(found[0]) if found else None
 
 
 def _dotted(found: re.Match) -> str:
@@ -41,15 +45,23 @@ def _dotted(found: re.Match) -> str:
     return (f"{category}.{rest}" if rest else category).upper()
 
 
+def _is_known(found: re.Match) -> bool:
+    """Whether the token's category is in the table, or, of one that is longer and has no dot, the
+    whole of it: "V600E" and "L858R" are mutations, though V60 and L85 are categories."""
+    category, rest = found.groups()
+    plain = rest and "." not in found[0]
+    return in_table(_dotted(found) if plain else category.upper())
+
+
 def distinct_codes(text: str) -> list[str]:
     """The codes that `text` holds, each once, in normal form: "C50.411; c61" gives both.
 
-    Only those whose category is in the table, for "T10" may be a vertebra.
+    Only those that the table knows, for "T10" may be a vertebra; a single one in any case.
     """
-    found = dict.fromkeys(_dotted(match) for match in _CODE.finditer(text))
-    if len(found) < 2:  # no need for the table
-        return list(found)
-    return [code for code in found if _table().is_valid_item(code[:3])]
+    found = list(_CODE.finditer(text))
+    if len(found) > 1:
+        found = [match for match in found if _is_known(match)]
+    return list(dict.fromkeys(map(_dotted, found)))
 
 
 def is_leaf(code: str) -> bool:
@@ -155,7 +167,14 @@ def nearest_valid(code: str, n: int = 3) -> list[str]:
 
 
 class IcdTask(Task):
-    """A well-formed code that is not in the table is parsed, and wrong; it is not unparseable."""
+    """A well-formed code that is not in the table is parsed, and wrong; it is not unparseable.
+
+    The answer is the first code (`normalise_code`). Two different codes in its sentence
+    ("C50.411 or C50.412") are no answer, as two modalities are none: which of them is meant is not
+    for the reader to choose. A category or header beside a code below it ("C50.411, of category
+    C50") is the same answer in fewer words, and the longer one is taken. What later sentences and
+    lines say does not count, for models that were not tuned go on to explain or to list.
+    """
 
     name = "icd"
     instruction = "Give the ICD-10-CM code that describes this diagnosis most exactly."
@@ -170,4 +189,13 @@ class IcdTask(Task):
         return code
 
     def parse(self, output: str) -> str | None:
-        return normalise_code(answer_section(output))
+        said = answer_section(output)
+        first = normalise_code(said)
+        if first is None:
+            return None
+        # A full stop within a code has no space behind it.
+        sentences = re.split(r"\n|(?<=[.!?])\s", said)
+        sentence = next(part for part in sentences if first in map(_dotted, _CODE.finditer(part)))
+        codes = distinct_codes(sentence) or [first]
+        longest = max(codes, key=len)
+        return longest if all(longest.startswith(code) for code in codes) else None

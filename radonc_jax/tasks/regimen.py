@@ -25,9 +25,10 @@ class Regimen:
     nodes").
 
     `conflict` tells what a text contradicts itself about: "dose_per_fraction" ("60 Gy in 30
-    fractions of 1.8 Gy"), "sum" ("66 Gy = 45 Gy + 15 Gy"), "other_dose" (a dose that may be no
-    boost: "60 Gy in 30 fractions, cord max 45 Gy") or "side" ("right lung and left adrenal"). It
-    is no part of the regimen: two regimens are equal without it.
+    fractions of 1.8 Gy", "50 Gy in 25-28 fractions"), "sum" ("66 Gy = 45 Gy + 15 Gy"),
+    "other_dose" (a dose that may be no boost: "60 Gy in 30 fractions, cord max 45 Gy") or "side"
+    ("right lung and left adrenal"). It is no part of the regimen: two regimens are equal without
+    it. An answer with one is not right (`contradicts`).
     """
 
     target: str | None
@@ -124,6 +125,10 @@ _EACH_BEFORE = re.compile(
 )
 _FRACTIONS_AFTER = re.compile(r"\s?[,;]?\s?(?P<count>\d{1,2})\s?fx\b", re.IGNORECASE)
 _TOTAL_BEFORE = re.compile(r"(?:\btotal(?: dose)?(?: of| is)?\s?[:=]?|=)\s?$", re.IGNORECASE)
+# "in 25-28 fx", "25 or 28 fx": as little a number of fractions as a range of doses is a dose
+_FRACTION_RANGE = re.compile(
+    r"(?<![\d./-])(\d{1,2})\s?(?:-|\bto\b|\bor\b)\s?(\d{1,2})\s?fx\b", re.IGNORECASE
+)
 _EACH_TO = re.compile(r"\s?to\s(?:a\s)?(?:total\s(?:dose\s)?(?:of\s)?)?", re.IGNORECASE)
 _ADDED = re.compile(r"\+|\bplus\b|\bthen\b|\bfollow|\bboost|\bphase\b|\bcone", re.IGNORECASE)
 _BOOST = re.compile(r"\b(?:boost|cone-?\s?down)\b", re.IGNORECASE)
@@ -461,6 +466,8 @@ _SIDE_NAMES = {
     "left": "left",
     "right": "right",
     "bilateral": "bilateral",
+    "left-sided": "left",
+    "right-sided": "right",
     "bilat": "bilateral",
     "bilat.": "bilateral",
     "bil": "bilateral",
@@ -476,6 +483,7 @@ _SIDE_NAMES = {
     "b": "bilateral",
     "b/l": "bilateral",
 }
+_PLAIN_SIDES = frozenset({"left", "right", "left-sided", "right-sided", "bilateral"})
 _EYE_SIDES = {"OD": "right", "OS": "left", "OU": "bilateral"}
 _LOBES = {  # abbreviations that hide a side
     "rul": ("right", "upper lobe of lung"),
@@ -498,6 +506,16 @@ _POINT = re.compile(
     r"|\d+(?:\.\d+)?\s?%(?:\s(?:isodose|idl))?(?:\sline)?)\s*$",
     re.IGNORECASE,
 )
+# A side in such words is of what is not treated now: "sparing right lung", "right lung V20 20 %",
+# "prior right breast RT", "DIBH if left".
+_NOT_TREATED = re.compile(
+    r"\b(?:spar(?:e|ing)|avoid(?:ing|ance)?|block(?:ing)?|shield(?:ing)?|protect(?:ing)?|excluding"
+    r"|if|no|not|without|prior|previous(?:ly)?|earlier|s/p|history|h/o|mean|max|maximum|limit)\s"
+    r"(?:.*\s)?(?:left|right|[lr]t?)\b"
+    r"|\b(?:left|right|[lr]t?)\s.*\b(?:spared|avoided|blocked|shielded|excluded|mean|max|maximum"
+    r"|dmax|limit|constraint|[vd]\d+)\b",
+    re.IGNORECASE,
+)
 # A segment that is a side and no more, as in "50 Gy in 25 fx to femur, left"
 _SIDE_ALONE = re.compile(r"(?i:left|right|bilateral|bilat|both|lt)|L|R|Rt")
 _SPINE = frozenset({"spine", "spinal"})  # "L spine" is the lumbar spine, not a left side
@@ -515,7 +533,7 @@ def _side_of(word: str, following: str | None, preceding: str | None, eye: bool)
     if eye and word in _EYE_SIDES:
         return _EYE_SIDES[word]
     side = _SIDE_NAMES.get(word.casefold())
-    if side is None or word.casefold() in ("left", "right", "bilateral"):
+    if side is None or word.casefold() in _PLAIN_SIDES:
         return side
     # The abbreviations are sides only in front of what they describe: "L breast", but not
     # "L4", "L spine", "RT to breast" (radiotherapy) or "R 0"; or, in capitals, right behind it.
@@ -559,6 +577,28 @@ def _read_target(words: list[str], eye: bool) -> tuple[str | None, list[str]]:
     if not 1 <= len(kept) <= 8 or not any(c.isalpha() for word in kept for c in word):
         return None, sides
     return _lower_first(" ".join(kept)), sides
+
+
+def _sides_of_target(words: list[str], target: str, eye: bool) -> list[str]:
+    """The sides in `words`, technique words taken out, where they name no place but `target`."""
+    if _NOT_TREATED.search(" ".join(words)):
+        return []
+    place, sides = _read_target(words, eye)
+    return sides if place is None or _compared(place) == _compared(target) else []
+
+
+def _turned(side: str, text: str, eye: bool) -> bool:
+    """Whether `text` also treats the side opposite to `side`, of whatever place.
+
+    "Bilateral" turns nothing: a left tonsil is treated with both sides of the neck.
+    """
+    opposite = {"left": "right", "right": "left"}.get(side)
+    for segment in _segments(text) if opposite else ():
+        # In small letters "rt" is radiotherapy, and one letter may be anything.
+        words = [word for word in segment.split() if word not in ("rt", "r", "l")]
+        if opposite in _read_target(words, eye)[1] and not _NOT_TREATED.search(segment):
+            return True
+    return False
 
 
 def _segments(text: str) -> list[str]:
@@ -615,6 +655,10 @@ def _read_words(
                 techniques.append(" ".join(words))
         elif _SIDE_ALONE.fullmatch(segment):
             sides.append(_SIDE_NAMES[segment.casefold()])
+        elif target is not None and (own := _sides_of_target(rest, target, eye)):
+            # "left tangents", or "right breast" said again; of both sides one may be boosted.
+            sides += own if "bilateral" not in sides else []
+            techniques.append(segment)
         elif target is None:
             target, found_sides = _read_target(rest, eye)
             sides += found_sides
@@ -733,10 +777,13 @@ def parse_regimen(text: str) -> Regimen | None:
     Gy boost") and dose levels; implants (one fraction); and sides also as L, Lt, R, Rt, bilat and,
     for eyes, OD, OS, OU. The first phase is the regimen, later ones are summed as its boost. A
     range of doses ("60-66 Gy") is not a dose, and a text of more than LONGEST characters is a whole
-    note and no regimen.
+    note and no regimen. What `mark_conflict` has added is read back as the conflict.
     """
     if len(text) > LONGEST:
         return None
+    if (marked := _MARKED.search(text)) is not None:
+        inner = parse_regimen(text[: marked.start()])
+        return inner and replace(inner, conflict=marked[1].replace(" ", "_"))
     eye = _EYE.search(text) is not None
     times_a_day = 2 if _BID.search(text) else 3 if _TID.search(text) else 1
     # The schedule goes first: "2 Gy BID x 30", and "twice a day" holds "a day".
@@ -766,7 +813,9 @@ def parse_regimen(text: str) -> Regimen | None:
         fractions = 1
     unit = plain[first.start : first.end] if first else ""
     conflict = first.conflict if first else None
-    if len(set(sides)) > 1:
+    if any(one != other for one, other in _FRACTION_RANGE.findall(plain)):
+        conflict = conflict or "dose_per_fraction"
+    if len(set(sides)) > 1 or (sides and _turned(sides[0], plain, eye)):
         conflict = conflict or "side"
     return Regimen(
         target=target,
@@ -851,18 +900,44 @@ def render_regimen(regimen: Regimen) -> str:
     return text
 
 
+_MARKED = re.compile(r"\s*\[contradicts itself: (dose per fraction|sum|other dose|side)\]$")
+
+
+def mark_conflict(regimen: Regimen) -> str:
+    """The canonical text, and behind it what the regimen contradicts itself about, which the
+    canonical text alone would hide: "... [contradicts itself: side]"."""
+    text = render_regimen(regimen)
+    if regimen.conflict is None:
+        return text
+    return f"{text} [contradicts itself: {regimen.conflict.replace('_', ' ')}]"
+
+
+def _compared(target: str | None) -> tuple[str, ...]:
+    """The words of a target as compared: case, order and small words do not matter."""
+    words = re.findall(r"[a-z0-9]+", (target or "").casefold())
+    return tuple(sorted(word for word in words if word not in _FILLER_WORDS))
+
+
 def _place(regimen: Regimen) -> tuple[str | None, tuple[str, ...]]:
-    """Side and target as compared: case, order of words and small words do not matter."""
-    words = re.findall(r"[a-z0-9]+", (regimen.target or "").casefold())
-    return regimen.side, tuple(sorted(word for word in words if word not in _FILLER_WORDS))
+    """Side and target as compared."""
+    return regimen.side, _compared(regimen.target)
+
+
+def contradicts(answer: Regimen, reference: Regimen) -> bool:
+    """Whether the answer contradicts itself, where the reference does not in the same way: which
+    of two sides or doses it means is not for the reader to choose."""
+    return answer.conflict not in (None, reference.conflict)
 
 
 def same_regimen(answer: Regimen, reference: Regimen) -> bool:
-    """Strict accuracy: same side, target and fractions, total dose within 0.5 Gy.
+    """Strict accuracy: same side, target and fractions, total dose within 0.5 Gy, and an answer
+    that does not contradict itself.
 
     Definition (a) of the project's domain notes, section 2.4. Technique, modality and boost are
     not compared; a field that neither states is the same.
     """
+    if contradicts(answer, reference):
+        return False
     doses = answer.total_dose_gy, reference.total_dose_gy
     if None in doses:
         same_dose = doses[0] == doses[1]
@@ -880,8 +955,11 @@ FIELDS = ("target", "side", "dose", "fractions", "technique", "boost")
 
 def stated_fields(regimen: Regimen) -> dict[str, object]:
     """FIELDS as compared, None where the regimen states none: words of target and technique without
-    case and order, total dose in Gy, boost as (dose in Gy, fractions)."""
+    case and order, total dose in Gy, boost as (dose in Gy, fractions). The side of a regimen with
+    both is "contradictory"."""
     side, target = _place(regimen)
+    if regimen.conflict == "side":
+        side = "contradictory"
     boost = None
     if regimen.boost_dose_gy is not None:
         boost = regimen.boost_dose_gy, regimen.boost_fractions
@@ -906,11 +984,14 @@ def same_field(name: str, one: object, other: object) -> bool:
 
 
 def alpha_beta_gy(regimen: Regimen) -> float:
-    """alpha/beta by target, as the domain notes choose: prostate 1.5, breast 4, else 10."""
-    words = set(_place(regimen)[1])
+    """alpha/beta by target, as the domain notes choose: prostate 1.5, breast 4, else 10.
+
+    The chest wall counts as breast, whose place it takes after mastectomy; a chest does not.
+    """
+    words = set(_compared(regimen.target))
     if words & {"prostate", "prostatic", "seminal"}:
         return 1.5
-    return 4.0 if words & {"breast", "chest"} else 10.0
+    return 4.0 if "breast" in words or {"chest", "wall"} <= words else 10.0
 
 
 def eqd2_gy(regimen: Regimen, alpha_beta: float) -> float | None:
@@ -943,10 +1024,12 @@ def equivalent_regimen(answer: Regimen, reference: Regimen) -> bool:
     class of fractionation, or strictly the same.
 
     Definition (b) of the project's domain notes, section 2.4. alpha/beta is that of the reference's
-    target.
+    target. An answer that contradicts itself is equivalent to none.
     """
     if same_regimen(answer, reference):
         return True
+    if contradicts(answer, reference):
+        return False
     ratio = alpha_beta_gy(reference)
     doses = eqd2_gy(answer, ratio), eqd2_gy(reference, ratio)
     return (
@@ -968,12 +1051,13 @@ class RegimenTask(Task):
         return " ".join(record.regimen.split()) if regimen is None else render_regimen(regimen)
 
     def parse(self, output: str) -> str | None:
-        """The canonical form of the first line that has a dose, else of the first line."""
+        """The canonical form of the first line that has a dose, else of the first line; a line
+        that contradicts itself is marked so (`mark_conflict`) and is never right."""
         lines = [line for line in answer_section(output).splitlines() if line.strip()]
         parsed = [parse_regimen(line) for line in lines]
         dosed = [regimen for regimen in parsed if regimen and regimen.total_dose_gy is not None]
         regimen = (dosed + parsed + [None])[0]
-        return None if regimen is None else render_regimen(regimen)
+        return None if regimen is None else mark_conflict(regimen)
 
     def correct(self, answer: str | None, reference: str) -> bool:
         """Strict accuracy (`same_regimen`); an unreadable reference is met by its very words."""
