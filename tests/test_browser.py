@@ -1,34 +1,53 @@
 """The report in a real browser: nothing leaves it, nothing breaks, filters do what they say.
 
 Chromium and its driver are no part of the package; where they are not installed these tests are
-skipped and say so.
+skipped and say so. Where they must be (CI=true, or RADONC_JAX_BROWSER=required as .ci/run has it)
+they fail instead.
 """
 
 import base64
+import dataclasses
+import importlib.util
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from reports import run_in_memory
 
 from radonc_jax.evaluation.findings import build_report
 from radonc_jax.evaluation.page import render_page
+from radonc_jax.evaluation.published import publish
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 DRIVER = shutil.which("chromedriver")
+MISSING = None
 if not BROWSER or not DRIVER:
-    pytest.skip(
-        "no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)",
-        allow_module_level=True,
-    )
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.common.exceptions import WebDriverException  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+    MISSING = "no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)"
+elif importlib.util.find_spec("selenium") is None:
+    MISSING = "selenium is not installed (pip install selenium)"
+REQUIRED = os.environ.get("CI") == "true" or os.environ.get("RADONC_JAX_BROWSER") == "required"
+if MISSING and not REQUIRED:
+    pytest.skip(MISSING, allow_module_level=True)
+if not MISSING:
+    from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+PICTURES = Path(__file__).parent.parent / "build" / "pictures"  # git leaves build/ out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_browser_is_there():
+    if MISSING:
+        pytest.fail(f"{MISSING}; here the page must be tested", pytrace=False)
+
 
 RIGHT = "Left breast, 50 Gy in 25 fractions, VMAT"
 WRONG_DOSE = "Left breast, 60 Gy in 25 fractions, VMAT"
@@ -36,20 +55,22 @@ WRONG_DOSE = "Left breast, 60 Gy in 25 fractions, VMAT"
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The page of three runs (5,000 codes among them), and the same without clinical text."""
+    """The page of three runs (5,000 codes among them), and that of their published form."""
     codes = [("C61", "C20", "C61"), ("C61", "", "C20"), ("C50.911", "C50.911", "C20")] * 1667
     modality = [("photon", "photon", "photon")] * 30 + [("proton", "photon", "<b>x</b>")] * 12
     regimens = [(RIGHT, "", RIGHT), (RIGHT, RIGHT, WRONG_DOSE), (RIGHT, "", "I do not know")] * 5
     sites = ["breast", "<i>lung</i>", None] * 5
+    modalities = run_in_memory(modality, "modality", name="modality")
+    ages = modalities.cases.assign(age=["35"] * 5 + ["55"] * 12 + ["65"] * 25)
     runs = [
         run_in_memory(regimens, sites=sites, name="regimens"),
-        run_in_memory(modality, "modality", name="modality"),
+        dataclasses.replace(modalities, cases=ages),
         run_in_memory(codes[:5000], "icd", name="codes"),
     ]
     folder = tmp_path_factory.mktemp("pages")
     content = build_report(runs, bootstrap=20)
-    for name, texts in (("report", True), ("public", False)):
-        page = render_page(content, runs, include_text=texts)
+    for name, report in (("report", content), ("public", publish(content))):
+        page = render_page(report, runs, include_text=report is content)
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
     return folder
 
@@ -188,6 +209,81 @@ def test_filters_narrow_the_list_down(browser, pages):
     assert state(browser).endswith(f"of {3 + 6 + 715}")
     write(browser, "most", "0.1")
     assert state(browser) == "No case is like that."
+
+
+def verdicts(item):
+    """What the list says of the original's and of the tuned model's answer to a case."""
+    return [word.text for word in item.find_elements(By.CSS_SELECTOR, ".verdict b")]
+
+
+@pytest.mark.parametrize(
+    ("result", "cases", "original", "tuned"),
+    [
+        # Of 15 regimens, 42 modalities and 5,000 codes; what cannot be read is wrong.
+        ("Tuned wrong", 10 + 12 + 3333, None, {"wrong", "cannot be read"}),
+        (
+            "Both wrong",
+            5 + 12 + 1667,
+            {"wrong", "cannot be read"},
+            {"wrong", "cannot be read"},
+        ),
+        ("Only tuned right", 5 + 1667, {"wrong", "cannot be read"}, {"right"}),
+        ("Right words, wrong dose or side", 5, {"right"}, {"wrong"}),
+    ],
+)
+def test_every_result_lists_the_cases_it_names(browser, pages, result, cases, original, tuned):
+    show(browser, pages / "report.html")
+    choose(browser, "by-result", result)
+    assert state(browser) == f"Cases 1 to {min(cases, 20)} of {cases:,}"
+    shown = [verdicts(item) for item in listed(browser)]
+    assert len(shown) == min(cases, 20)
+    for before, after in shown:
+        assert (original is None or before in original) and after in tuned
+    if result.startswith("Right words"):
+        assert all(WRONG_DOSE in item.text for item in listed(browser))
+
+
+def test_the_run_filter_lists_the_cases_of_one_run(browser, pages):
+    show(browser, pages / "report.html")
+    for run, cases in (("regimens", 15), ("modality", 42), ("codes", 5000)):
+        choose(browser, "by-run", run)
+        assert state(browser) == f"Cases 1 to {min(cases, 20)} of {cases:,}"
+        titles = [item.find_element(By.TAG_NAME, "h3").text for item in listed(browser)]
+        assert titles and all(title.endswith(f", {run}") for title in titles)
+    choose(browser, "by-task", "Modality")  # which this run was not asked
+    assert state(browser) == "No case is like that."
+    choose(browser, "by-run", "All")
+    assert state(browser) == "Cases 1 to 20 of 42"
+
+
+def test_the_published_page_shows_that_cells_are_hidden(browser, pages):
+    show(browser, pages / "public.html")
+    for element in browser.find_elements(By.TAG_NAME, "summary"):
+        browser.execute_script("arguments[0].click()", element)
+
+    def cells(task, *row):
+        """The cells of the first row of a task whose name is one of `row`."""
+        return browser.execute_script(
+            """const rows = [...document.querySelectorAll(`#task-${arguments[0]} tbody tr`)];
+            const found = rows.find(row => arguments[1].includes(row.cells[0].innerText));
+            return [...found.cells].slice(1).map(cell => cell.innerText);""",
+            task,
+            list(row),
+        )
+
+    dash = "\N{EN DASH}"
+    assert cells("modality", "Age: 0-39") == ["<11", dash, dash]
+    assert cells("modality", "Age: 50-59") == ["hidden", dash, dash]
+    assert cells("modality", "Age: 60-69")[0] == "25"
+    assert cells("regimen", "Site: hidden") == ["hidden", dash, dash]
+    # Of 15 references with a side the models have 5 and 10 right.
+    assert cells("regimen", "Side") == ["15", dash, dash]
+    words = browser.find_element(By.TAG_NAME, "main").text
+    assert "Left out: this report was written without clinical text." in words
+    page = (pages / "public.html").read_text()
+    for hidden in ("lung", "pwned", "case-1", RIGHT):
+        assert hidden not in page, hidden
+    assert browser.find_elements(By.ID, "filter") == []
 
 
 def test_pages_turn_by_keyboard_and_stop_at_the_ends(browser, pages):
@@ -376,9 +472,13 @@ def save_picture(browser, path, tries=3):
 
 
 def test_screenshot_and_print(own_browser, pages):
+    """Pictures of both pages for a person to look at: build/pictures/report.png, public.png."""
     browser = own_browser
-    picture = save_picture(browser, pages / "report.html")
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 20_000
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for name in ("report", "public"):
+        picture = save_picture(browser, pages / f"{name}.html")
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 20_000
+        (PICTURES / f"{name}.png").write_bytes(picture)
     printed = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})
     assert base64.b64decode(printed["data"])[:5] == b"%PDF-"
     show(browser, pages / "report.html", media="print")

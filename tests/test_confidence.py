@@ -12,7 +12,8 @@ from radonc_jax.evaluation import confidence
 
 def predictions(shares, correct, **fields):
     return [
-        {"case_id": f"c{i}", "logprob": math.log(p), "correct": bool(right)} | fields
+        {"case_id": f"c{i}", "patient_id": f"p{i}", "logprob": math.log(p), "correct": bool(right)}
+        | fields
         for i, (p, right) in enumerate(zip(shares, correct, strict=True))
     ]
 
@@ -28,6 +29,7 @@ def draw(n, seed, labels="abcd", sure=2.0):
         right = labels[int(rng.choice(len(labels), p=row))]
         cases.append(
             {
+                "patient_id": len(cases),
                 "reference": right,
                 "answer": given,
                 "correct": given == right,
@@ -45,8 +47,8 @@ def free(cases):
 def test_reliability_and_ece_by_hand():
     result = confidence.assess(predictions([0.95, 0.95, 0.95, 0.95, 0.15], [1, 1, 1, 0, 1]))
     assert result["reliability"] == [
-        {"confidence": pytest.approx(0.15), "accuracy": 1.0, "n": 1},
-        {"confidence": pytest.approx(0.95), "accuracy": 0.75, "n": 4},
+        {"confidence": pytest.approx(0.15), "accuracy": 1.0, "n": 1, "patients": 1},
+        {"confidence": pytest.approx(0.95), "accuracy": 0.75, "n": 4, "patients": 4},
     ]
     assert result["ece"] == pytest.approx((1 * 0.85 + 4 * 0.2) / 5)
     # A probability of 1 belongs to the last bin.

@@ -24,6 +24,7 @@ from radonc_jax.data.cohort import (
 )
 from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation import (
+    cells,
     findings,
     metrics,
     published,
@@ -32,6 +33,7 @@ from radonc_jax.evaluation import (
     run_folder,
     subgroups,
 )
+from radonc_jax.evaluation.page import render_page
 from radonc_jax.evaluation.report import write_report
 from radonc_jax.evaluation.verdict import judge_tuning
 from radonc_jax.tasks import select
@@ -211,18 +213,46 @@ def test_the_published_form_hides_small_cells_and_cases(report):
     assert report["tasks"]["icd"]["subgroups"] != public["tasks"]["icd"]["subgroups"]
 
 
-def test_small_classes_are_hidden_and_the_next_smallest_with_a_single_one():
-    rows = [{"label": name, "n": n, "f1": 0.5} for name, n in (("a", 3), ("b", 20), ("c", 90))]
-    hidden = subgroups.hide_small(rows, "")
-    assert hidden[0] == {"label": "a", "n": "<11", "f1": None}
-    assert hidden[1] == {"label": "b", "n": "hidden", "f1": None}
-    assert hidden[2] == rows[2]
-    two = subgroups.hide_small([*rows, {"label": "d", "n": 10, "f1": 1.0}], "")
-    assert two[1] == rows[1] and two[3]["n"] == "<11"
-    assert subgroups.hide_small(rows[1:], "") == rows[1:]
+def hidden_groups(*groups):
+    """Which groups (cases, or cases and patients) are hidden; patients have cases in one alone."""
+    made = [cells.Group(*(g if isinstance(g, tuple) else (g, g)), {}) for g in groups]
+    cells.protect(made, sum(group.patients for group in made))
+    return [group.hidden for group in made]
+
+
+def test_small_groups_are_hidden_and_the_next_smallest_with_a_single_one():
+    assert hidden_groups(3, 20, 90) == [True, True, False]
+    assert hidden_groups(3, 20, 90, 10) == [True, False, False, True]
+    assert hidden_groups(20, 90) == [False, False]
     # Two that are small even together are what the total leaves of the others.
-    few = subgroups.hide_small([*rows, {"label": "d", "n": 4, "f1": 1.0}], "")
-    assert [row["n"] for row in few] == ["<11", "hidden", 90, "<11"]
+    assert hidden_groups(3, 20, 90, 4) == [True, True, False, True]
+
+
+def test_groups_of_few_patients_are_hidden_however_many_cases_they_have():
+    assert hidden_groups((14, 1), (30, 30), (60, 55)) == [True, True, False]
+    assert hidden_groups((14, 11), (30, 30)) == [False, False]
+    assert hidden_groups((40, 6), (50, 7), (30, 30), (60, 60)) == [True, True, False, False]
+    assert hidden_groups((40, 4), (50, 5), (30, 30), (60, 60)) == [True, True, True, False]
+    # The same six patients in both: twelve in the sum, and too few.
+    same = [cells.Group(n, patients, {}) for n, patients in ((20, 6), (20, 6), (30, 30), (60, 60))]
+    cells.protect(same, 96)
+    assert [group.hidden for group in same] == [True, True, True, False]
+
+
+def unscored_groups(*groups):
+    made = [cells.Group(n, n, {"tuned": right}) for n, right in groups]
+    cells.protect(made, sum(group.n for group in made))
+    return [bool(group.unscored) for group in made]
+
+
+def test_a_score_over_a_known_number_of_cases_is_a_count():
+    assert unscored_groups((36, 0), (40, 40)) == [False, False]
+    assert unscored_groups((36, 12), (40, 20), (50, 30)) == [False, False, False]
+    # 4 right, or 4 wrong: all right answers less the others' would tell them.
+    assert unscored_groups((36, 4), (40, 20), (50, 30)) == [True, True, False]
+    assert unscored_groups((36, 32), (60, 40), (50, 38)) == [True, False, True]
+    # Few together are hidden with another that has some.
+    assert unscored_groups((36, 2), (40, 3), (50, 0), (60, 30)) == [True, True, False, True]
 
 
 def told(cells, total):
@@ -260,14 +290,19 @@ def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
             "recall": matrix[i][i] / sum(matrix[i]),
             "f1": 0.5,
             "support": sum(matrix[i]),
+            "patients": sum(matrix[i]),
         }
         for i, label in enumerate(labels)
     }
     found = {
+        "n": n,
+        "patients": n,
+        "accuracy": {"value": sum(matrix[i][i] for i in range(3)) / n},
         "per_class": classes,
         "confusion": {"labels": [*labels, "unparseable"], "matrix": matrix},
     }
-    published._publish_classes(found)
+    entry = dict.fromkeys(run.MODELS, found) | {"subgroups": [], "details": {}}
+    published._publish_groups(entry, {"tuned": found})
     shown, classes = found["confusion"]["matrix"], found["per_class"]
     rows = [c["support"] if isinstance(c["support"], int) else None for c in classes.values()]
     for i, c in enumerate(classes.values()):
@@ -283,8 +318,8 @@ def test_no_hidden_count_of_a_confusion_matrix_can_be_worked_out(name):
     lines += list(zip(zip(*shown, strict=True), [*sums, columns[-1]], strict=True))
     right = sum(matrix[i][i] for i in range(3))
     lines.append(([shown[i][i] for i in range(3)], right))
-    for cells, total in lines:
-        assert told(cells, total) == {}, name
+    for line, total in lines:
+        assert told(line, total) == {}, name
     assert all(count in (None, 0) or count >= 11 for row in shown for count in row)
     assert any(count is None for row in shown for count in row) and n > 0
     for i, total in enumerate(rows):
@@ -314,7 +349,8 @@ def test_no_other_small_count_stands_in_the_published_form(tmp_path, cohort):
         for model in filter(None, entry["confidence"].values()):
             covered = [round(60 * p["coverage"]) for p in model["risk_coverage"]]
             assert covered[-1] == 60 and covered[0] >= 11
-            assert min(np.diff(covered)) >= 11
+            assert all(step >= 11 for step in np.diff(covered))
+        assert small_parts(public, task) == {}
         if task == "icd":
             for m in run.MODELS:
                 counts = [kinds[m] for kinds in entry["details"]["errors"].values()]
@@ -341,7 +377,7 @@ def test_a_small_mcnemar_count_cannot_be_read_off_another_test():
 
 def test_a_small_bin_of_the_reliability_curve_cannot_be_worked_out():
     sizes = {0.95: 40, 0.55: 20, 0.15: 4}
-    answers = [("C61", "", "C61" if i % 3 else "C20") for i in range(sum(sizes.values()))]
+    answers = [("C61", "", "C61" if i % 2 else "C20") for i in range(sum(sizes.values()))]
     logprobs = [math.log(share) for share, n in sizes.items() for _ in range(n)]
     report = findings.build_report([run_in_memory(answers, "icd", logprobs=logprobs)], bootstrap=0)
     bins = report["tasks"]["icd"]["confidence"]["tuned"]["reliability"]
@@ -349,7 +385,8 @@ def test_a_small_bin_of_the_reliability_curve_cannot_be_worked_out():
     shown = published.publish(report)["tasks"]["icd"]["confidence"]["tuned"]["reliability"]
     # n and the accuracy less the two large bins would be the small one.
     hidden = {"confidence": None, "accuracy": None}
-    assert shown == [hidden | {"n": "<11"}, hidden | {"n": "hidden"}, bins[2]]
+    large = {key: value for key, value in bins[2].items() if key != "patients"}
+    assert shown == [hidden | {"n": "<11"}, hidden | {"n": "hidden"}, large]
 
 
 def test_few_unreadable_references_are_hidden():
@@ -359,6 +396,35 @@ def test_few_unreadable_references_are_hidden():
     assert report["tasks"]["regimen"]["details"]["unreadable_references"] == 3
     public = published.publish(report)
     assert public["tasks"]["regimen"]["details"]["unreadable_references"] is None
+
+
+def scored(what, n, score):
+    """A score over n cases as a whole and its part."""
+    if isinstance(n, int) and score is not None and score["value"] is not None:
+        yield what, n, round(n * score["value"])
+
+
+def scored_groups(what, rows, scores, n, right):
+    """The same of groups, and of what these leave of `right` among n where that tells something.
+
+    Args:
+      scores: of each row, {value} or None.
+    """
+    told = [part for row, s in zip(rows, scores, strict=True) for part in scored(what, row["n"], s)]
+    yield from told
+    left = n - sum(whole for _, whole, _ in told)
+    rights = right - sum(part for _, _, part in told)
+    if not left or not told:
+        return
+    sizes = [row["n"] for row in rows]
+    groups = len(rows) - len(told)  # and those whose group is not known
+    groups += all(isinstance(size, int) for size in sizes) and sum(sizes) < n
+    if (
+        groups == 1
+        or (0 < rights < 11 and any(part for _, _, part in told))
+        or (0 < left - rights < 11 and any(whole - part for _, whole, part in told))
+    ):
+        yield f"{what}, the rest", left, rights
 
 
 def wholes_and_parts(entry):
@@ -372,6 +438,11 @@ def wholes_and_parts(entry):
         if row is not None and isinstance(row["n"], int):
             yield name, n, row["n"]
             yield name, n - (unreadable or 0), row["n"]
+            for m in run.MODELS:
+                yield from scored(f"{name} right", row["n"], row[m])
+                if row[m] is not None and row[m].get("precision"):
+                    same = round(row["n"] * row[m]["value"])
+                    yield f"{name} precision", round(same / row[m]["precision"]), same
         elif row is not None:
             assert all(row[m] is None for m in run.MODELS)
     for m, share in details.get("high_rouge_wrong_share", {}).items():
@@ -380,20 +451,33 @@ def wholes_and_parts(entry):
                 yield "high ROUGE-1", whole, round(n * share["value"])
     if details.get("high_rouge_wrong_n") is not None:
         yield "high ROUGE-1", n - right["tuned"], details["high_rouge_wrong_n"]
+    for m in run.MODELS if "cost" in details else ():
+        if details["cost"][m] is not None:
+            total, wrong = round(n * details["cost"][m]["value"]), n - right[m]
+            if total not in (wrong, 3 * wrong):
+                for each in (1, 2, 3):
+                    yield "cost", math.inf, abs(total - each * wrong)
     for kinds in (entry["robustness"] or {}).values():
         for row in kinds.values():
             if isinstance(row["n"], int):
                 yield "robustness", n, row["n"]
+                yield from scored("robustness rate", row["n"], {"value": row["rate"]})
     for by in subgroups.ORDER:
-        rows = [row["n"] for row in entry["subgroups"] if row["by"] == by]
-        if rows and all(isinstance(count, int) for count in rows):
-            yield by, n, sum(rows)
-    for model in filter(None, entry["confidence"].values()):
-        covered = [round(n * point["coverage"]) for point in model["risk_coverage"]]
-        if (safe := model["coverage_at_5_percent_error"]) is not None:
-            yield "coverage at 5 % error", n, round(n * safe)
-            for count in covered:
-                yield "risk and coverage", max(count, round(n * safe)), min(count, round(n * safe))
+        rows = [row for row in entry["subgroups"] if row["by"] == by]
+        if rows and all(isinstance(row["n"], int) for row in rows):
+            yield by, n, sum(row["n"] for row in rows)
+        for m in run.MODELS:
+            yield from scored_groups(f"{by} right", rows, [row[m] for row in rows], n, right[m])
+    for m in run.MODELS:
+        rows = details.get("by_rarity") or []
+        yield from scored_groups("by rarity right", rows, [row[m] for row in rows], n, right[m])
+        classes = [{"n": row["support"], **row} for row in entry[m]["per_class"].values()]
+        scores = [None if c["recall"] is None else {"value": c["recall"]} for c in classes]
+        yield from scored_groups("class right", classes, scores, n, right[m])
+    for name, model in entry["confidence"].items():
+        if model is not None:
+            metrics = entry[name] if name in run.MODELS else entry["variants"][name]
+            yield from parts_of_confidence(model, n, round(n * metrics["accuracy"]["value"]))
     others = [*(entry["baseline_tests"] or {}).values(), *entry["variant_tests"].values()]
     for tests in (entry["tests"], *others):
         if tests["mcnemar"]["only_tuned"] is not None:
@@ -402,6 +486,46 @@ def wholes_and_parts(entry):
         for kind in ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient"):
             if tests[kind]["n_nonzero"] is not None:
                 yield kind, tests[kind]["n"], tests[kind]["n_nonzero"]
+
+
+def parts_of_confidence(model, n, right):
+    bins = model["reliability"]
+    accuracies = [None if b["accuracy"] is None else {"value": b["accuracy"]} for b in bins]
+    yield from scored_groups("reliability", bins, accuracies, n, right)
+    points = []
+    for point in model["risk_coverage"]:
+        cases = round(n * point["coverage"])
+        wrong = round(cases * point["risk"])
+        points.append((cases, wrong, cases - wrong))
+    for few, more in itertools.pairwise(points):
+        for part, whole in zip(few, more, strict=True):
+            yield "risk and coverage", whole, part
+    if (safe := model["coverage_at_5_percent_error"]) is not None:
+        cases = round(n * safe)
+        yield "coverage at 5 % error", n, cases
+        if 0 < cases < n:  # with one case more above 5 % are wrong
+            yield "wrong in coverage at 5 % error", n - right, cases // 20
+            for point in points:
+                for count, other in zip((cases, cases // 20), point, strict=False):
+                    yield "risk and coverage at 5 %", max(count, other), min(count, other)
+    if model["conformal"] and model["conformal"]["measured_coverage"] is not None:
+        sets = model["conformal"]
+        answered = round(n * sets["answered"])
+        missed = n - round(n * sets["measured_coverage"])
+        yield "conformal", n, answered
+        yield "conformal", n, missed
+        yield "conformal", n - right, missed
+        if sets["kind"] == "answer":
+            yield "conformal", answered, missed
+            yield "conformal", right, answered - missed
+
+
+def small_parts(report, task):
+    return {
+        what: (whole, part)
+        for what, whole, part in wholes_and_parts(report["tasks"][task])
+        if 0 < whole - part < 11 or 0 < part < 11
+    }
 
 
 SIDED, PLAIN = "Left breast, 50 Gy in 25 fractions", "Prostate, 70 Gy in 28 fractions"
@@ -424,28 +548,192 @@ def nearly_whole():
 
 
 def test_no_part_that_is_shown_leaves_a_small_count_of_its_whole(nearly_whole):
-    def small(report):
-        return {
-            what: (whole, part)
-            for what, whole, part in wholes_and_parts(report["tasks"]["regimen"])
-            if 0 < whole - part < 11 or 0 < part < 11
-        }
-
-    assert small(nearly_whole).keys() >= {
+    assert small_parts(nearly_whole, "regimen").keys() >= {
         "side", "dose", "allowed", "site", "robustness", "both right", "high ROUGE-1",
-        "unreadable references", "wilcoxon_rouge1",
+        "unreadable references", "wilcoxon_rouge1", "target right", "side precision",
     }  # fmt: skip
     public = published.publish(nearly_whole)
-    assert small(public) == {}
+    assert small_parts(public, "regimen") == {}
     entry = public["tasks"]["regimen"]
     assert entry["details"]["fields"]["side"]["n"] == "hidden"
     assert entry["details"]["fields"]["boost"]["n"] == 0
     assert entry["robustness"]["tuned"]["synonyms"] == {
         "n": "hidden", "rate": None, "low": None, "high": None, "expected": "same"
     }  # fmt: skip
-    assert [row["n"] for row in entry["subgroups"] if row["by"] == "site"] == ["hidden", "<11"]
+    sites = [row for row in entry["subgroups"] if row["by"] == "site"]
+    assert [(row["group"], row["n"], row["tuned"]) for row in sites] == [("hidden", "hidden", None)]
     assert entry["tests"]["mcnemar"]["only_original"] is None
     json.dumps(public, allow_nan=False)
+
+
+def rows_by(entry, by):
+    return {row["group"]: row for row in entry["subgroups"] if row["by"] == by}
+
+
+def test_the_accuracy_of_a_subgroup_does_not_tell_what_the_confusion_hides():
+    answers = [("photon", "", "photon")] * 4 + [("photon", "", "proton")] * 32
+    answers += [("proton", "", "proton")] * 28 + [("proton", "", "photon")] * 12
+    answers += [("electron", "", "electron")] * 30 + [("electron", "", "photon")] * 20
+    report = findings.build_report([run_in_memory(answers, "modality")], bootstrap=0)
+    told = small_parts(report, "modality")
+    assert told["modality right"] == told["class right"] == (36, 4)
+    public = published.publish(report)
+    assert small_parts(public, "modality") == {}
+    entry = public["tasks"]["modality"]
+    rows = rows_by(entry, "modality")
+    assert {name: row["n"] for name, row in rows.items()} == {
+        "photon": 36, "proton": 40, "electron": 50
+    }  # fmt: skip
+    # Had only the 4 of 36 been hidden, all right answers less the others' would tell them.
+    assert rows["photon"]["tuned"] is rows["proton"]["tuned"] is None
+    assert rows["electron"]["tuned"]["value"] == 30 / 50
+    assert rows["photon"]["original"]["value"] == 0  # none right tells no small count
+
+
+def test_a_site_of_one_code_does_not_tell_what_the_confusion_hides():
+    answers = [("C61", "", "C61")] * 12 + [("C61", "", "C20")] * 3 + [("C61", "", "C50.911")] * 20
+    answers += [("C20", "", "C20")] * 40 + [("C50.911", "", "C50.911")] * 60
+    sites = ["prostate"] * 35 + ["rectum"] * 40 + ["breast"] * 60
+    report = findings.build_report([run_in_memory(answers, "icd", sites=sites)], bootstrap=0)
+    entry = published.publish(report)["tasks"]["icd"]
+    assert entry["tuned"]["per_class"]["C61"]["recall"] is None  # or else 3 = 35 - 12 - 20
+    rows = rows_by(entry, "site")
+    assert rows["prostate"]["tuned"] is rows["rectum"]["tuned"] is None
+    assert rows["breast"]["tuned"]["value"] == 1 and rows["prostate"]["n"] == 35
+
+
+def test_conformal_shares_do_not_tell_a_small_count():
+    answers = [("C61", "", "C61")] * 290 + [("C61", "", "C20")] * 10
+    few = run_in_memory(answers, "icd")
+    few = dataclasses.replace(few, validation={"tuned": few.predictions["tuned"]})
+    report = findings.build_report([few], bootstrap=0)
+    sets = report["tasks"]["icd"]["confidence"]["tuned"]["conformal"]
+    assert sets["measured_coverage"] == 290 / 300
+    assert small_parts(report, "icd")["conformal"] == (300, 10)
+    public = published.publish(report)
+    assert small_parts(public, "icd") == {}
+    shown = public["tasks"]["icd"]["confidence"]["tuned"]["conformal"]
+    assert shown == sets | {"measured_coverage": None, "answered": None, "mean_size": None}
+    # 200 surely right, 100 wrong of which 29 are surer than the threshold: nothing is small.
+    answers = [("C61", "", "C61")] * 200 + [("C61", "", "C20")] * 100
+    logprobs = [-0.1] * 200 + [-0.5 - i / 50 for i in range(100)]
+    many = run_in_memory(answers, "icd", logprobs=logprobs)
+    many = dataclasses.replace(many, validation={"tuned": many.predictions["tuned"]})
+    report = findings.build_report([many], bootstrap=0)
+    sets = report["tasks"]["icd"]["confidence"]["tuned"]["conformal"]
+    assert (sets["answered"], sets["measured_coverage"]) == (229 / 300, 271 / 300)
+    shown = published.publish(report)["tasks"]["icd"]["confidence"]["tuned"]["conformal"]
+    assert shown == sets
+
+
+def test_other_shares_over_a_known_number_are_counts_too():
+    answers = [(SIDED, "", SIDED)] * 40 + [(SIDED, "", PLAIN)] * 20 + [(PLAIN, "", PLAIN)] * 40
+    found = run_in_memory(answers, sites=["breast_wbi"] * 60 + ["prostate"] * 40)
+    probes = {
+        "synonyms": {"n": 89, "rate": 85 / 89, "low": 0.9, "high": 1.0, "expected": "same"},
+        "side_flip": {"n": 50, "rate": 30 / 50, "low": 0.4, "high": 0.8, "expected": "flips"},
+    }
+    found = dataclasses.replace(found, robustness={"tuned": {"regimen": probes}})
+    report = findings.build_report([found], bootstrap=0)
+    assert small_parts(report, "regimen")["robustness rate"] == (89, 85)
+    public = published.publish(report)
+    assert small_parts(public, "regimen") == {}
+    shown = public["tasks"]["regimen"]["robustness"]["tuned"]
+    assert shown["synonyms"] == {
+        "n": 89, "rate": None, "low": None, "high": None, "expected": "same"
+    }  # fmt: skip
+    assert shown["side_flip"] == probes["side_flip"]
+    modality = [("photon", "", "photon")] * 40 + [("photon", "", "proton")] * 20
+    modality += [("photon", "", "HDR")] * 2
+    report = findings.build_report([run_in_memory(modality, "modality")], bootstrap=0)
+    # 20 of cost 1 and 2 of cost 3: 26 - 22 wrong ones tells the 2.
+    assert small_parts(report, "modality")["cost"] == (math.inf, 4)
+    cost = published.publish(report)["tasks"]["modality"]["details"]["cost"]
+    assert cost["tuned"] is None and cost["original"]["value"] == 1
+
+
+def test_groups_of_one_patient_are_hidden_and_sites_by_name_too():
+    answers = [("C20", "", "C20")] * 14 + [("C61", "", "C61")] * 30 + [("C50.911", "", "C61")] * 60
+    patients = ["one"] * 14 + [f"p{i}" for i in range(90)]
+    sites = ["Rectum, see J. Doe"] * 14 + ["prostate"] * 30 + ["breast"] * 60
+    found = run_in_memory(answers, "icd", patients=patients, sites=sites)
+    sexes = ["M"] * 44 + ["F"] * 57 + ["see J. Doe"] * 3
+    found = dataclasses.replace(found, cases=found.cases.assign(sex=sexes))
+    report = findings.build_report([found], bootstrap=0)
+    entry = report["tasks"]["icd"]
+    rows = rows_by(entry, "site")
+    assert [(row["n"], row["patients"]) for row in rows.values()] == [(14, 1), (60, 60), (30, 30)]
+    assert entry["tuned"]["per_class"]["C20"]["patients"] == 1
+    public = published.publish(report)
+    entry = public["tasks"]["icd"]
+    assert [(row["group"], row["n"]) for row in rows_by(entry, "site").values()] == [
+        ("breast", 60), ("hidden", "hidden")
+    ]  # fmt: skip
+    assert [(row["group"], row["n"]) for row in rows_by(entry, "sex").values()] == [
+        ("F", 57), ("hidden", "hidden")
+    ]  # fmt: skip
+    nothing = {"precision": None, "recall": None, "f1": None, "support": "hidden"}
+    assert entry["tuned"]["per_class"]["C20"] == entry["tuned"]["per_class"]["C61"] == nothing
+    page = render_page(public, [found], include_text=False)
+    for text in (json.dumps(public["tasks"]), page):
+        assert "J. Doe" not in text
+    assert "J. Doe" in render_page(report, [found])
+
+
+@pytest.mark.parametrize("task", ["regimen", "modality", "icd"])
+def test_no_small_count_can_be_worked_out_of_random_runs(task):
+    options = {
+        "regimen": [SIDED, PLAIN, SIDED.replace("Left", "Right"), PLAIN.replace("70", "60")],
+        "modality": ["photon", "proton", "electron", "brachytherapy"],
+        "icd": ["C61", "C20", "C50.911", "C34.11", "C18.9"],
+    }[task]
+    hidden = 0
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        n, share = int(rng.integers(40, 400)), rng.dirichlet(np.ones(len(options)))
+        right = rng.choice(options, n, p=share)
+
+        def given(right=right, rng=rng, n=n):
+            kind = rng.random(n)
+            other = np.where(kind < 0.9, rng.choice(options, n), "?")
+            return np.where(kind < rng.random(), right, other)
+
+        answers = list(zip(map(str, right), map(str, given()), map(str, given()), strict=True))
+        found = run_in_memory(
+            answers,
+            task,
+            patients=[f"p{i}" for i in rng.integers(n, size=n)],
+            sites=list(rng.choice(["a", "b", "c", None], n, p=[0.5, 0.3, 0.15, 0.05])),
+            logprobs=list(-rng.exponential(size=n)),
+        )
+        found = dataclasses.replace(found, validation={"tuned": found.predictions["tuned"]})
+        report = findings.build_report([found], bootstrap=0)
+        hidden += len(small_parts(report, task))
+        assert small_parts(published.publish(report), task) == {}, seed
+    assert hidden > 20
+
+
+@pytest.mark.parametrize("task", ["regimen", "modality", "icd"])
+def test_rarity_is_that_of_the_case_s_code_whatever_is_asked(task):
+    given = {"regimen": SIDED, "modality": "photon", "icd": "C20"}[task]
+    found = run_in_memory([(given, given, given)] * 20, task)
+    # As the extract may spell it, and where it names none.
+    codes = ["c20"] * 12 + (["C20"] if task == "icd" else ["C61"]) * 7
+    codes += ["C20"] if task == "icd" else ["unknown"]
+    held_out = [
+        dataclasses.replace(record, icd10=code)
+        for record, code in zip(found.held_out, codes, strict=True)
+    ]
+    training = [
+        dataclasses.replace(found.held_out[0], case_id=f"t{i}", icd10="C20" if i < 3 else "C61")
+        for i in range(10)
+    ]
+    found = dataclasses.replace(found, held_out=held_out, training=training)
+    entry = findings.build_report([found], bootstrap=0)["tasks"][task]
+    bins = {name: row["n"] for name, row in rows_by(entry, "rarity").items()}
+    assert bins == ({"1-5": 20} if task == "icd" else {"1-5": 12, "6-20": 7})
+    if task == "icd":
+        assert {row["bin"]: row["n"] for row in entry["details"]["by_rarity"]} == bins
 
 
 def test_a_few_that_both_models_have_right_or_whose_group_is_not_known_are_hidden():

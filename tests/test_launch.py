@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -117,3 +118,31 @@ def test_a_host_among_several_must_know_its_place(tmp_path, missing):
     hosts = dict(COORDINATOR="host0:8476", NUM_HOSTS="4", HOST_INDEX="2") | {missing: ""}
     result = launch_host(tmp_path, **hosts)
     assert result.returncode != 0 and missing in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize("variable", [None, "CI=true", "RADONC_JAX_BROWSER=required"])
+def test_a_missing_browser_fails_where_it_must_be_and_is_skipped_elsewhere(tmp_path, variable):
+    environment = os.environ | {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for name in ("CI", "RADONC_JAX_BROWSER", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
+    if variable:
+        environment |= [variable.split("=")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "tests/test_browser.py"]
+        + ["-k", "screenshot"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    told = "no Chromium with its driver here (Debian: apt-get install chromium chromium-driver)"
+    if variable is None:
+        assert "1 skipped" in done.stdout and told in done.stdout.replace("\n", "")
+        assert "error" not in done.stdout.casefold()
+    else:
+        assert done.returncode == 1 and f"{told}; here the page must be tested" in done.stdout
+
+
+def test_continuous_integration_requires_the_browser():
+    assert "export RADONC_JAX_BROWSER=required\n" in (ROOT / ".ci" / "run").read_text()

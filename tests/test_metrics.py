@@ -74,6 +74,7 @@ def test_golden_values_by_hand():
         "recall": 0.5,
         "f1": pytest.approx(2 / 3),
         "support": 2,
+        "patients": 2,
     }
     assert "brachytherapy" not in result["per_class"]
     assert result["confusion"] == {

@@ -68,7 +68,7 @@ def assess(
       hierarchical {precision, recall, f1: {model: ...}}: with A and R the steps from the chapter
       down to answer and reference, each with itself, sum |A and R| / sum |A|, sum |A and R| /
       sum |R| and their harmonic mean (Kiritchenko et al., AI 2006, LNCS 4013:395).
-      errors {kind: {model: count}}. by_rarity [{bin, n, model: ...}] or null.
+      errors {kind: {model: count}}. by_rarity [{bin, n, patients, model: ...}] or null.
     """
     result: dict = {
         "valid_leaf": {},
@@ -79,11 +79,15 @@ def assess(
     }
     bins: dict[str, np.ndarray] = {}
     if training_counts is not None:
-        references = [p["reference"] for p in next(iter(models.values()))]
+        first = next(iter(models.values()))
+        references, people = zip(*((p["reference"], p["patient_id"]) for p in first), strict=True)
         named = np.array([rarity_bin(training_counts[code]) for code in references])
         names = [rarity_bin(low) for low, _ in RARITY]
         bins = {name: named == name for name in names if (named == name).any()}
-        result["by_rarity"] = [{"bin": name, "n": int(bins[name].sum())} for name in bins]
+        result["by_rarity"] = [
+            {"bin": name, "n": int(chosen.sum()), "patients": len(set(np.array(people)[chosen]))}
+            for name, chosen in bins.items()
+        ]
     for model, predictions in models.items():
         patients = [p["patient_id"] for p in predictions]
         pairs = [(p["answer"], p["reference"]) for p in predictions]

@@ -46,14 +46,17 @@ def label_probabilities(logprobs: dict[str, float]) -> dict[str, float]:
     return {label: value / total for label, value in raw.items()}
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
-    """The bins that hold a case, from the lowest: [{confidence, accuracy, n}]."""
+def reliability(confidence: np.ndarray, correct: np.ndarray, patients: Sequence[str]) -> list[dict]:
+    """The bins that hold a case, from the lowest: [{confidence, accuracy, n, patients}], the last
+    two how many cases and different patients."""
+    patients = np.asarray(patients)
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     return [
         {
             "confidence": float(confidence[bins == i].mean()),
             "accuracy": float(correct[bins == i].mean()),
             "n": int((bins == i).sum()),
+            "patients": len(set(patients[bins == i])),
         }
         for i in np.unique(bins)
     ]
@@ -151,7 +154,7 @@ def assess(predictions: Sequence[dict], validation: Sequence[dict] | None = None
     if confidence is None or not len(confidence):
         return None
     correct = np.array([bool(prediction["correct"]) for prediction in predictions])
-    table = reliability(confidence, correct)
+    table = reliability(confidence, correct, [p["patient_id"] for p in predictions])
     coverage, risk = risk_coverage(confidence, correct)
     safe = coverage[risk <= 0.05]
     shown = np.unique(np.linspace(0, len(coverage) - 1, _POINTS).round().astype(int))

@@ -57,7 +57,7 @@ def assess(
     Args:
       models: name -> predictions of the same cases in the same order.
       sites: case id -> site, where known.
-      training_counts: cases of each reference answer in the training split, where known.
+      training_counts: cases of each ICD-10-CM code in the training split, where known.
     """
     if task == "regimen":
         return regimens.assess(models, sites, bootstrap=bootstrap, seed=seed)

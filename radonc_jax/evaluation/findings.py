@@ -15,6 +15,7 @@ from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.statistics import INTERVAL_METHOD, holm
 from radonc_jax.evaluation.verdict import UNTUNED, judge_tuning
 from radonc_jax.tasks import TASKS
+from radonc_jax.tasks.icd import normalise_code
 
 NOTICE = "Research use only, not for clinical decisions."
 
@@ -95,7 +96,7 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
     models = _aligned(run, task)
     metrics = {model: _scored(run, model, task, options) for model in models}
     baselines = _baselines(run, task)
-    counts = Counter(map(TASKS[task].reference, run.training)) if run.training else None
+    counts, rarity = _code_counts(run)
     rows = None
     if run.cases is not None:
         rows = {row["case_id"]: row for row in run.cases.to_dict("records")}
@@ -139,8 +140,19 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
             model: found[task] for model, found in run.robustness.items() if task in found
         }
         or None,
-        "subgroups": subgroups.assess(both, rows, counts, **options),
+        "subgroups": subgroups.assess(both, rows, rarity, **options),
     }
+
+
+def _code_counts(run: Run) -> tuple[Counter | None, dict[str, int] | None]:
+    """Training cases by ICD-10-CM code, and by held-out case how many of them have its code (of the
+    cases whose column holds one); of the cohort, whatever is asked. None where it is not at hand.
+    """
+    if not run.training:
+        return None, None
+    counts = Counter(normalise_code(record.icd10) for record in run.training)
+    codes = {record.case_id: normalise_code(record.icd10) for record in run.held_out}
+    return counts, {case: counts[code] for case, code in codes.items() if code is not None}
 
 
 def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
@@ -166,7 +178,8 @@ def _scored(run: Run, model: str, task: str, options: dict) -> dict:
     written = run.metrics[model][task]
     needed = (*scores.ROUGE_SCORES, *scores.CLASS_SCORES, "unparseable_share", "patients")
     same_intervals = written.get("interval_method") == INTERVAL_METHOD
-    if same_intervals and all(name in written for name in needed):
+    with_patients = all("patients" in row for row in written["per_class"].values())
+    if same_intervals and with_patients and all(name in written for name in needed):
         return written
     anew = scores.score(
         run.predictions[model][task], TASKS[task], split=run.split, model=model, **options

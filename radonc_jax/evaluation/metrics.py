@@ -21,6 +21,7 @@ of classes fixed and are centred on the value: see `statistics`.
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -168,7 +169,10 @@ def _classification(
         for name, samples in counts.samples(draw).items():
             ends = draw.centred_interval(result[name]["value"], samples, 0, 1)
             result[name]["low"], result[name]["high"] = ends
-    result["per_class"] = counts.per_class()
+    people = Counter(reference for reference, _ in set(zip(references, patients, strict=True)))
+    result["per_class"] = {
+        label: row | {"patients": people[label]} for label, row in counts.per_class().items()
+    }
     result["confusion"] = _confusion(references, answers, task)
     return result
 

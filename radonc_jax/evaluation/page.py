@@ -663,7 +663,7 @@ DEFINITIONS = {
     "chapter, block or category of the answer is the reference's; full: the code itself. Errors: "
     "too general is a code above the reference, too specific one below it; side only differs in "
     "nothing but the side; not a code is unreadable or not in the table; other is the rest. By "
-    "rarity: how many training cases have the reference's code.",
+    "rarity: how many training cases have the case's code, in the subgroups of every task.",
     "Hierarchical scores": "Over a code together with all codes above it: precision is the share "
     "of the answer's that are the reference's too, recall the reverse.",
     "Calibration": "Confidence is the probability that the model gives its own answer; where "
@@ -673,8 +673,9 @@ DEFINITIONS = {
     "error: the largest share of cases, most confident first, of which at most 5 % are wrong. "
     "Conformal sets hold the right answer in at least the stated share of cases if new cases are "
     "like those of the validation split.",
-    "Small groups": "Below 11 cases a share says little, and in a report without clinical text "
-    "such groups are not shown.",
+    "Small groups": "Of fewer than 11 patients or cases a share says little, and in a report "
+    "without clinical text such groups are not shown (nor, of a site or a sex, their names), nor "
+    "is a score, a share or a count that would tell a number of 1 to 10 right or wrong answers.",
 }
 
 

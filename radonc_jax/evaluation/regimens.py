@@ -175,6 +175,11 @@ def _is_dangerous(answer: Regimen | None, reference: Regimen) -> bool:
     )
 
 
+def _counts(chosen: np.ndarray, patients: Sequence[str]) -> dict[str, int]:
+    """How many cases are chosen (bool [N]), and how many patients these have."""
+    return {"n": int(chosen.sum()), "patients": len(set(np.asarray(patients)[chosen]))}
+
+
 def assess(
     models: Mapping[str, Sequence[dict]],
     sites: Mapping[str, str] | None = None,
@@ -189,10 +194,11 @@ def assess(
       sites: case id -> site, where the cohort tells it.
 
     Returns:
-      fields {name: {n, model: {value, low, high, precision, f1}}}: of the n cases whose reference
-      states the field, the share in which the answer has the same (recall), the share right
-      among the answers that state it, and their harmonic mean. strict and lenient accuracy
-      {model: ...}, over all cases. allowed {n, model: ...} over the cases of known sites, or null.
+      fields {name: {n, patients, model: {value, low, high, precision, f1}}}: of the n cases (of so
+      many patients) whose reference states the field, the share in which the answer has the same
+      (recall), the share right among the answers that state it, and their harmonic mean. strict and
+      lenient accuracy {model: ...}, over all cases. allowed {n, patients, model: ...} over the
+      cases of known sites, or null.
       high_rouge_wrong: ids of the tuned model's cases with ROUGE-1 of HIGH_ROUGE or more whose
       dose (first phase, fraction or boost), times a day or side is wrong or contradictory, the
       highest first; high_rouge_wrong_n, their number; high_rouge_wrong_share {model: ...}. A case
@@ -229,7 +235,7 @@ def assess(
             precision[name] = (
                 float((same & given & right).sum() / given.sum()) if given.any() else None
             )
-            result["fields"][name]["n"] = int(right.sum())
+            result["fields"][name] |= _counts(right, patients)
         columns["strict"] = np.array(
             [
                 bool(p["correct"]) if None in pair else same_regimen(*pair)
@@ -280,7 +286,7 @@ def assess(
         result["lenient"][model] = scores["lenient"]
         result["high_rouge_wrong_share"][model] = scores["hidden"]
         if "allowed" in scores:
-            result["allowed"] = result["allowed"] or {"n": int(within["allowed"].sum())}
+            result["allowed"] = result["allowed"] or _counts(within["allowed"], patients)
             result["allowed"][model] = scores["allowed"]
         if model == "tuned":
             found = [p for p, wrong in zip(predictions, hidden, strict=True) if wrong]

@@ -210,10 +210,10 @@ def probe(
         too long are left out and counted.
 
     Returns:
-      {perturbation: {n, left_out, rate, low, high, expected}}: the share of the n cases to which it
-      applies whose answer did what it must, `expected` being "flips" or "same", with its interval
-      by patient (rate null where n is 0); and the cases, {case_id, task, perturbation,
-      as_expected}.
+      {perturbation: {n, patients, left_out, rate, low, high, expected}}: the share of the n cases
+      (of so many patients) to which it applies whose answer did what it must, `expected` being
+      "flips" or "same", with its interval by patient (rate null where n is 0); and the cases,
+      {case_id, patient_id, task, perturbation, as_expected}.
 
     Raises:
       ValueError: a record has no prediction, or the decoder gives another number of answers.
@@ -269,6 +269,7 @@ def probe(
             )
         summary[name] = {
             "n": len(own),
+            "patients": len({case["patient_id"] for case in own}),
             "left_out": left_out[name],
             "rate": score["value"],
             "low": score["low"],

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from radonc_jax.evaluation import figures
+from radonc_jax.evaluation.cells import SMALLEST_CELL
 from radonc_jax.evaluation.explorer import Texts
 from radonc_jax.evaluation.figures import as_score, name_of
 from radonc_jax.evaluation.markup import (
@@ -361,7 +362,9 @@ def _subgroups(entry: Mapping, drawer: Drawer) -> str:
     rows = [(f"{_words(g['by'])}: {str(g['group']).replace('_', ' ')}", _pair(g)) for g in groups]
     # A dot of two cases says nothing; the table has them all.
     large = [
-        row for row, g in zip(rows, groups, strict=True) if isinstance(g["n"], int) and g["n"] >= 11
+        row
+        for row, g in zip(rows, groups, strict=True)
+        if isinstance(g["n"], int) and g["n"] >= SMALLEST_CELL and any(row[1].values())
     ]
     figure = ""
     if large:

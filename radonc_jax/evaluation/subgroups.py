@@ -1,15 +1,12 @@
 """Where does it fail: accuracy by site, modality, sex, age, length of the text and rarity."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from radonc_jax.evaluation.codes import RARITY, rarity_bin
 from radonc_jax.evaluation.statistics import bootstrap_means
-
-# Below this many cases a published cell could point at a person (the CMS cell size rule).
-SMALLEST_CELL = 11
 
 _AGES = ((0, 39), (40, 49), (50, 59), (60, 69), (70, 79), (80, None))
 _LENGTHS = ((0, 99), (100, 199), (200, 399), (400, 799), (800, None))  # characters
@@ -47,20 +44,21 @@ def group_of(by: str, case: Mapping[str, object]) -> str | None:
 def assess(
     models: Mapping[str, Sequence[dict]],
     cases: Mapping[str, Mapping[str, object]] | None,
-    training_counts: Counter | None = None,
+    rarity: Mapping[str, int] | None = None,
     *,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[dict]:
-    """[{by, group, n, model: accuracy {value, low, high}}], in ORDER, groups by name.
+    """[{by, group, n, patients, model: accuracy {value, low, high}}], in ORDER, groups by name.
 
-    Intervals are of a bootstrap of the group's own patients. A case whose group is not known is in
-    none. "rarity" is how often the case's reference answer stands in the training split.
+    `patients` is how many different ones the n cases have; intervals are of a bootstrap of these. A
+    case whose group is not known is in none.
 
     Args:
       models: name -> predictions of the same cases in the same order.
       cases: case id -> cohort row (site, modality, sex, age, diagnosis), where at hand.
-      training_counts: cases of each reference answer in the training split, where at hand.
+      rarity: case id -> number of training cases that have the case's ICD-10-CM code, whatever the
+        task, where at hand.
     """
     answered = next(iter(models.values()))
     groups: dict[str, dict[str, list[int]]] = {by: defaultdict(list) for by in ORDER}
@@ -68,9 +66,7 @@ def assess(
         case = None if cases is None else cases.get(prediction["case_id"])
         for by in ORDER:
             if by == "rarity":
-                count = None
-                if training_counts is not None:
-                    count = training_counts[prediction["reference"]]
+                count = None if rarity is None else rarity.get(prediction["case_id"])
                 group = None if count is None else rarity_bin(count)
             else:
                 group = None if case is None else group_of(by, case)
@@ -86,48 +82,17 @@ def assess(
             names.sort(key=[rarity_bin(low) for low, _ in RARITY].index)
         for name in names:
             chosen = groups[by][name]
+            patients = [answered[i]["patient_id"] for i in chosen]
             scores = bootstrap_means(
                 {
                     model: np.array([bool(predictions[i]["correct"]) for i in chosen])
                     for model, predictions in models.items()
                 },
-                [answered[i]["patient_id"] for i in chosen],
+                patients,
                 resamples=bootstrap,
                 seed=seed,
                 shares=tuple(models),
             )
-            rows.append({"by": by, "group": name, "n": len(chosen), **scores})
+            found = {"by": by, "group": name, "n": len(chosen), "patients": len(set(patients))}
+            rows.append(found | scores)
     return rows
-
-
-def hide_small(rows: Sequence[Mapping], key: str) -> list[dict]:
-    """Rows with their cells below SMALLEST_CELL hidden: n is "<11", every score None.
-
-    Where one cell alone would be hidden within its `key`, or all that are hidden together are still
-    below SMALLEST_CELL, the total would give them away; then the next smallest is hidden too. Rows
-    are told from others by row[key] ("by" of subgroups).
-    """
-    hidden: dict[object, set[int]] = defaultdict(set)
-    members: dict[object, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        members[row.get(key)].append(index)
-        if 0 < row["n"] < SMALLEST_CELL:
-            hidden[row.get(key)].add(index)
-    for group, chosen in hidden.items():
-        rest = [index for index in members[group] if index not in chosen and rows[index]["n"]]
-        rest.sort(key=lambda index: rows[index]["n"], reverse=True)
-        while rest and (
-            len(chosen) == 1 or sum(rows[index]["n"] for index in chosen) < SMALLEST_CELL
-        ):
-            chosen.add(rest.pop())
-    every = set().union(*hidden.values()) if hidden else set()
-    return [
-        {
-            name: value if name in (key, "group", "bin", "label") else None
-            for name, value in row.items()
-        }
-        | {"n": f"<{SMALLEST_CELL}" if row["n"] < SMALLEST_CELL else "hidden"}
-        if index in every
-        else dict(row)
-        for index, row in enumerate(rows)
-    ]
