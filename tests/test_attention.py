@@ -12,8 +12,56 @@ from radonc_jax import parallel
 from radonc_jax.models import attention
 from radonc_jax.models.attention import AttentionConfig, attend, choose_backend, see, self_test
 
-# What cuDNN is asked through, with the arithmetic of XLA: the layout is ours, and runs anywhere.
-XLA_IN_CUDNN_LAYOUT = functools.partial(attention._cudnn, implementation="xla")
+
+def forward_by_xla(query, key, value, lengths, window):
+    """JAX's public function, with its own log-sum-exp in float32."""
+
+    def run(query, key, value):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="xla",
+            return_residual=True,
+        )
+
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    return run(query, key, value)[0], run(*wide)[1].transpose(0, 2, 1)
+
+
+def backward_by_xla(query, key, value, lengths, window, output, log_sum_exp, gradient):
+    """Dao 2023, arXiv 2307.08691, section 3.1.2: from what the forward pass left, and no more."""
+    query_, key_, value_, output, gradient = (
+        x.astype(jnp.float32) for x in (query, key, value, output, gradient)
+    )
+    groups, scale = query.shape[2] // key.shape[2], query.shape[3] ** -0.5
+    key_, value_ = (jnp.repeat(x, groups, axis=2) for x in (key_, value_))
+    scores = scale * jnp.einsum("RPNH,RSNH->RNPS", query_, key_)
+    distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
+    seen = (distance >= 0) & (distance < (window or key.shape[1]))
+    seen = seen & (jnp.arange(key.shape[1]) < lengths[:, None, None])
+    weights = jnp.where(seen[:, None], jnp.exp(scores - log_sum_exp[..., None]), 0)
+    to_weights = jnp.einsum("RPNH,RSNH->RNPS", gradient, value_)
+    to_weights -= jnp.einsum("RPNH,RPNH->RNP", gradient, output)[..., None]
+    to_scores = scale * weights * to_weights
+
+    def summed(x):
+        return x.reshape(*key.shape[:3], groups, key.shape[3]).sum(3)
+
+    return (
+        jnp.einsum("RNPS,RSNH->RPNH", to_scores, key_).astype(query.dtype),
+        summed(jnp.einsum("RNPS,RPNH->RSNH", to_scores, query_)).astype(key.dtype),
+        summed(jnp.einsum("RNPS,RPNH->RSNH", weights, gradient)).astype(value.dtype),
+    )
+
+
+# The arithmetic of XLA in the place of cuDNN's: the layout is ours, and runs anywhere.
+XLA = attention.Kernels(forward_by_xla, backward_by_xla)
+XLA_IN_CUDNN_LAYOUT = functools.partial(attention._cudnn, kernels=XLA)
 
 
 @pytest.fixture
