@@ -108,8 +108,40 @@ def test_every_backend_is_the_slow_one(backend, window, cudnn_layout, monkeypatc
 
 
 def test_the_self_test_passes_what_is_right(cudnn_layout):
-    self_test("cudnn", jnp.bfloat16, 8, 2, 16)
-    self_test("splash", jnp.float32, 4, 2, 128, length=384, interpret=True)
+    assert self_test("cudnn", jnp.bfloat16, 8, 2, 16) == []
+    assert self_test("splash", jnp.float32, 4, 2, 128, length=384, interpret=True) == []
+
+
+def noisy():
+    """Kernels whose gradients differ from run to run as by another order of summing."""
+    draws = np.random.default_rng(0)
+
+    def backward(*arrays):
+        def noise(shape):
+            return 1e-3 * draws.standard_normal(shape).astype(np.float32)
+
+        def one(x):
+            drawn = jax.pure_callback(
+                lambda: noise(x.shape), jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            )
+            return (x * (1 + drawn)).astype(x.dtype)
+
+        return tuple(one(x) for x in backward_by_xla(*arrays))
+
+    return functools.partial(attention._cudnn, kernels=attention.Kernels(forward_by_xla, backward))
+
+
+def test_a_kernel_that_is_not_the_same_from_run_to_run_is_told_and_used(monkeypatch):
+    """cuDNN's gradients are so on GPUs, unless XLA is told to do without."""
+    facts = dict(platform="gpu", dtype=jnp.bfloat16, num_heads=4, num_kv_heads=2, head_dim=16)
+    monkeypatch.setattr(attention, "_cudnn", noisy())
+    backend, why = choose_backend("auto", **facts)
+    assert backend == "cudnn"
+    assert "query gradients, key gradients, value gradients differ in the last bits" in why
+    assert "xla_gpu_deterministic_ops" in why
+    monkeypatch.setattr(attention, "_cudnn", functools.partial(leaks_a_little, kernel=noisy()))
+    backend, why = choose_backend("auto", **facts)
+    assert backend == "xla" and "see each other" in why
 
 
 def leaks_across_segments(query, key, value, visible):
@@ -119,10 +151,10 @@ def leaks_across_segments(query, key, value, visible):
     return attention._xla(query, key, value, whole)
 
 
-def leaks_a_little(query, key, value, visible):
+def leaks_a_little(query, key, value, visible, kernel=XLA_IN_CUDNN_LAYOUT):
     """Right but for a trace of the whole row: within any tolerance, and still a leak."""
     trace = jnp.mean(value.astype(jnp.float32), axis=(1, 2), keepdims=True)
-    output = XLA_IN_CUDNN_LAYOUT(query, key, value, visible)
+    output = kernel(query, key, value, visible)
     return output + (1e-3 * trace).astype(output.dtype)
 
 

@@ -18,6 +18,10 @@ from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.models.lora import Partition
 from radonc_jax.training import meters, step
 
+ADVICE = (
+    'raise batch.microbatches, set train.recompute="mlp" or "layer", precision.base="int8" or '
+    '"nf4", or spread the model with mesh.fsdp'
+)
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -44,9 +48,7 @@ class StepProgram:
         if self.limit is not None and self.total > self.limit:
             raise ValueError(
                 f"the step needs {self.total / 2**30:.1f} GiB a device, which has "
-                f"{self.limit / 2**30:.1f}: raise batch.microbatches, set "
-                'train.recompute="mlp" or "layer", precision.base="int8" or "nf4", or spread the '
-                "model with mesh.fsdp"
+                f"{self.limit / 2**30:.1f}: {ADVICE}"
             )
 
     def __str__(self) -> str:
@@ -99,7 +101,11 @@ def compile_step(
     dtype,
     batch: dict[str, jax.ShapeDtypeStruct],
 ):
-    """The step of `train` for these shapes, compiled (`jax.stages.Compiled`); needs no arrays."""
+    """The step of `train` for these shapes, compiled (`jax.stages.Compiled`); needs no arrays.
+
+    Raises:
+      ValueError: the compiler refuses it, as a TPU's does when the step does not fit.
+    """
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -108,7 +114,14 @@ def compile_step(
     )
     jitted = step.jit_train_step(partition, optimizer, seed, mesh)
     with jax.set_mesh(mesh):
-        return jitted.lower(state, stored_shapes(partition, dtype, mesh), batch).compile()
+        lowered = jitted.lower(state, stored_shapes(partition, dtype, mesh), batch)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"the compiler refuses the step: {' '.join(str(error).split())[:300]}. If it does not "
+            f"fit: {ADVICE}"
+        ) from None
 
 
 def examine(compiled, device: jax.Device) -> StepProgram:
