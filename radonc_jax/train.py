@@ -99,7 +99,9 @@ def train(
     records = {split: cohort.load_records(config.cohort, split) for split in cohort.SPLITS}
     examples = {}
     for split in ("train", "validation"):
-        examples[split], report = _examples(config, tasks, tokenizer, records[split], split)
+        examples[split], report = batches.split_examples(
+            records[split], split, tasks, tokenizer, config.batch
+        )
         if main_process:
             print(f"{split}: {report}")
     longest = max(example.length for split in examples.values() for example in split)
@@ -113,7 +115,7 @@ def train(
     per_epoch = -(-len(examples["train"]) // config.batch.examples)
     epochs = -(-config.train.steps // per_epoch) if config.train.steps else config.train.epochs
     platform = mesh.devices.flat[0].platform
-    layout = _layout(architecture, platform, shards)
+    layout = preflight.row_layout(architecture, platform, shards)
     train_batches = batches.Batches(
         examples["train"], config.batch, epochs=epochs, seed=config.seed, **layout
     )
@@ -458,7 +460,9 @@ def compile_only(config: dict, topology: str) -> None:
     mesh = parallel.make_mesh(config.mesh, devices)
     parallel.check_heads(architecture.num_heads, architecture.num_kv_heads, mesh)
     shards = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
-    rows, length, answers, basis = _batch_to_compile(config, folder, architecture, shards)
+    rows, length, answers, basis = preflight.rows_to_compile(
+        config.task, config.cohort, folder, config.batch, config.seed, architecture, shards
+    )
     compute = huggingface.as_dtype(config.precision.compute)
     backend, why = attention.choose_backend(
         config.train.attention,
@@ -499,49 +503,6 @@ def compile_only(config: dict, topology: str) -> None:
         print(f"{kind}: {len(moved)} in the program, the largest of {max(moved) / 2**20:.1f} MiB")
     print(f"compiled in {time.monotonic() - began:.0f} s")
     program.check()
-
-
-def _batch_to_compile(config, folder: Path, architecture, shards: int) -> tuple[int, int, int, str]:
-    """Of a step on a TPU slice: rows of a microbatch, tokens and answer tokens of a row, and what
-    these rest on."""
-    from radonc_jax.data import batches, cohort
-    from radonc_jax.models import huggingface
-    from radonc_jax.tasks import select
-
-    parts, length = config.batch.microbatches, config.batch.sequence_length
-    at_hand = (Path(config.cohort) / "manifest.json").is_file()
-    if at_hand and any((folder / name).is_file() for name in hub.TOKENIZER_FILES[:2]):
-        records = cohort.load_records(config.cohort, "train")
-        tokenizer = huggingface.load_tokenizer(folder)
-        examples, _ = _examples(config, select(config.task), tokenizer, records, "train")
-        layout = _layout(architecture, "tpu", shards)
-        made = batches.Batches(examples, config.batch, epochs=1, seed=config.seed, **layout)
-        basis = f"batches of {config.cohort}"
-        return made.rows // parts, made.row_length, made.answer_capacity, basis
-    rows = -(-config.batch.examples // (parts * shards)) * shards
-    missing = "the model's tokenizer" if at_hand else f"a cohort in {config.cohort}"
-    return rows, length, length // 8, f"without {missing}, a full row for each example, at most"
-
-
-def _examples(config, tasks, tokenizer, records, split: str):
-    """(examples of a split, report on their lengths)."""
-    from radonc_jax.data import batches
-
-    if tasks[0].name != "text":
-        return batches.task_examples(records, tasks, tokenizer, config.batch)
-    documents = tasks[0].documents(records, table=split == "train")
-    return batches.text_examples(documents, tokenizer, config.batch)
-
-
-def _layout(architecture, platform: str, shards: int) -> dict:
-    """How rows are laid out for a kind of device; arguments of `Batches`."""
-    from radonc_jax.training import meters
-
-    return {
-        "row_multiple": shards,
-        "granule": 128 if platform == "tpu" else 8,
-        "attention_cost": meters.attention_cost(architecture),
-    }
 
 
 def _plan(batches, steps: int, config) -> str:

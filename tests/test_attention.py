@@ -107,6 +107,38 @@ def test_every_backend_is_the_slow_one(backend, window, cudnn_layout, monkeypatc
     assert np.isfinite(got).all()
 
 
+def test_a_kernel_is_given_no_gradient_beyond_the_end_of_a_segment():
+    """Of a full row, a half-empty one whose second segment is missing, and an empty one."""
+    segments = np.zeros((3, 12), np.int32)
+    segments[0], segments[1, :5] = np.repeat([1, 2], [4, 8]), 1
+    positions = np.zeros_like(segments)
+    positions[0], positions[1, :5] = (*range(4), *range(8)), range(5)
+    given = []
+
+    def backward(*arrays):
+        given.extend(np.asarray(x) for x in arrays[-3:])
+        return backward_by_xla(*arrays)
+
+    kernels = attention.Kernels(forward_by_xla, backward)
+    rng = np.random.default_rng(0)
+    query, key, value = jnp.asarray(rng.standard_normal((3, 3, 12, 2, 8)), jnp.float32)
+    config = AttentionConfig("cudnn", segments=2, segment_length=8)
+    visible = see(
+        jnp.asarray(positions), jnp.asarray(positions), jnp.asarray(segments), None, config
+    )
+    output, pullback = jax.vjp(
+        lambda *arrays: attention._cudnn(*arrays, visible, kernels), query, key, value
+    )
+    pullback(jnp.ones_like(output))
+    outputs, log_sum_exp, gradient = given
+    lengths = np.array([4, 8, 5, 0, 0, 0])
+    inside = np.arange(8) < lengths[:, None]
+    assert (gradient[inside] == 1).all() and (gradient[~inside] == 0).all()
+    weights_of_zero = np.exp(-log_sum_exp.transpose(0, 2, 1))
+    assert (weights_of_zero[inside] > 0).all() and (weights_of_zero[~inside] == 0).all()
+    assert np.isfinite(outputs).all() and (outputs[inside] != 0).all()
+
+
 def test_the_self_test_passes_what_is_right(cudnn_layout):
     assert self_test("cudnn", jnp.bfloat16, 8, 2, 16) == []
     assert self_test("splash", jnp.float32, 4, 2, 128, length=384, interpret=True) == []

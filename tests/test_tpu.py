@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,7 @@ from conftest import ROOT, command_environment
 from test_engine import ALL, assert_no_base_weights_move
 from test_parallel import SEVEN_B
 
-from configs import tiny_icd
-from radonc_jax import parallel, settings, train
+from radonc_jax import parallel
 from radonc_jax.data import batches, cohort
 from radonc_jax.data.batches import BatchConfig, Batches
 from radonc_jax.models import huggingface, lora
@@ -115,21 +113,21 @@ def test_the_command_prints_the_table(workspace):
 
 
 def test_rows_are_those_that_training_would_lay(workspace, tmp_path):
-    config = settings.from_mapping(
-        tiny_icd.get_config().to_dict()
-        | {"cohort": str(workspace.cohort)}
-        | {"batch": BatchConfig(64, 2, 256, True, "fail").__dict__}
-    )
     architecture = huggingface.read_config(workspace.model)
-    found = train._batch_to_compile(config, workspace.model, architecture, 4)
+    config = BatchConfig(64, 2, 512, True, "fail")
+
+    def rows(cohort, model, shards):
+        return preflight.rows_to_compile("icd", str(cohort), model, config, 7, architecture, shards)
+
+    found = rows(workspace.cohort, workspace.model, 4)
     tokenizer = huggingface.load_tokenizer(workspace.model)
-    records = cohort.load_records(config.cohort, "train")
-    examples, _ = batches.task_examples(records, select("icd"), tokenizer, config.batch)
+    records = cohort.load_records(workspace.cohort, "train")
+    examples, _ = batches.task_examples(records, select("icd"), tokenizer, config)
     made = Batches(
         examples,
-        config.batch,
+        config,
         epochs=1,
-        seed=config.seed,
+        seed=7,
         row_multiple=4,
         granule=128,
         attention_cost=meters.attention_cost(architecture),
@@ -142,14 +140,12 @@ def test_rows_are_those_that_training_would_lay(workspace, tmp_path):
 
     # Of what is not at hand, the most that it could be: 64 examples in 2 x 32 rows.
     (tmp_path / "config.json").write_bytes((workspace.model / "config.json").read_bytes())
-    most = train._batch_to_compile(config, tmp_path, architecture, 4)
-    assert most == (
-        *(32, 256, 32),
+    assert rows(workspace.cohort, tmp_path, 4) == (
+        *(32, 512, 64),
         "without the model's tokenizer, a full row for each example, at most",
     )
-    elsewhere = replace(config, cohort=str(tmp_path / "none"))
-    most = train._batch_to_compile(elsewhere, workspace.model, architecture, 3)
-    assert most[:3] == (33, 256, 32) and "without a cohort" in most[3]
+    most = rows(tmp_path / "none", workspace.model, 3)
+    assert most[:3] == (33, 512, 64) and "without a cohort" in most[3]
 
 
 def test_rows_that_splash_cannot_take_are_told_before_compiling():

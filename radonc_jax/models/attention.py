@@ -304,9 +304,9 @@ def _padded_backward(kernels: Kernels, saved, gradient):
     def on_device(arrays, rows):
         layout = _Padded(visible.window, *rows)
         *inputs, output, log_sum_exp, gradient = (layout.unpack(x) for x in arrays)
-        # Queries beyond the end get no weights, however a kernel comes to them, and no gradient.
+        # Queries beyond the end have no weights and no gradient, however a kernel goes about it.
         log_sum_exp = jnp.where(layout.inside, log_sum_exp, 1e30)[..., 0].transpose(0, 2, 1)
-        output, gradient = (jnp.where(layout.inside, x, 0) for x in (output, gradient))
+        gradient = jnp.where(layout.inside, gradient, 0)
         gradients = kernels.backward(
             *inputs, layout.lengths, layout.window, output, log_sum_exp, gradient
         )
