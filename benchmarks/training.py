@@ -12,7 +12,8 @@ examples in every step, same AdamW. Each way is a process of its own, and they t
 * peft packed         rows packed as here, isolated by positions and a block mask
 * peft compiled       padded to a multiple of 64, without checkpointing, torch.compile
 
-A useful token is one of an example; padding does not count. Prints a table and writes JSON.
+A useful token is one of an example; padding does not count. Prints a table and writes JSON, and
+fails if the ways' losses are not the same in every step, up to rounding.
 """
 
 import functools
@@ -60,6 +61,7 @@ SIZES = {
     ),
 }
 RANK, ALPHA, RATE = 16, 32, 2e-4
+LOSS_TOLERANCE = {"30m": 1e-5, "7b": 1e-2}  # relative: the rounding of float32 and of bfloat16
 
 
 def main(argv):
@@ -322,6 +324,18 @@ def train_peft(way, folder):
     return found | {"peak_bytes": peak, "device": name, "torch": torch.__version__}
 
 
+def differing_losses(results, tolerance) -> list[str]:
+    """Ways of which some loss is not that of the first way in the same step."""
+    runs = [(way, run["losses"]) for way, turns in results.items() for run in turns]
+    expected = runs[0][1] if runs else []
+    ways = [
+        way
+        for way, losses in runs
+        if len(losses) != len(expected) or not np.allclose(losses, expected, tolerance, 0)
+    ]
+    return list(dict.fromkeys(ways))
+
+
 def report(results, failures):
     from radonc_jax import tracking
 
@@ -360,7 +374,11 @@ def report(results, failures):
         "environment": tracking.environment(),
     }
     Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
+    different = differing_losses(results, LOSS_TOLERANCE[_SIZE.value])
+    content["differing_losses"] = different
     tracking.write_json(Path(_OUTPUT.value), content)
+    if different:
+        sys.exit(f"error: other losses than those of {next(iter(table))}: {', '.join(different)}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ PACKAGES = (
     "optax",
     "orbax-checkpoint",
     "transformers",
+    "peft",
     "tokenizers",
     "qwix",
     "safetensors",

@@ -99,13 +99,9 @@ def train(
     records = {split: cohort.load_records(config.cohort, split) for split in cohort.SPLITS}
     examples = {}
     for split in ("train", "validation"):
-        if generates:
-            examples[split], report = batches.task_examples(
-                records[split], tasks, tokenizer, config.batch
-            )
-        else:
-            documents = tasks[0].documents(records[split], table=split == "train")
-            examples[split], report = batches.text_examples(documents, tokenizer, config.batch)
+        examples[split], report = batches.split_examples(
+            records[split], split, tasks, tokenizer, config.batch
+        )
         if main_process:
             print(f"{split}: {report}")
     longest = max(example.length for split in examples.values() for example in split)
@@ -119,11 +115,7 @@ def train(
     per_epoch = -(-len(examples["train"]) // config.batch.examples)
     epochs = -(-config.train.steps // per_epoch) if config.train.steps else config.train.epochs
     platform = mesh.devices.flat[0].platform
-    layout = {
-        "row_multiple": shards,
-        "granule": 128 if platform == "tpu" else 8,
-        "attention_cost": meters.attention_cost(architecture),
-    }
+    layout = preflight.row_layout(architecture, platform, shards)
     train_batches = batches.Batches(
         examples["train"], config.batch, epochs=epochs, seed=config.seed, **layout
     )
@@ -458,56 +450,64 @@ def train(
 def compile_only(config: dict, topology: str) -> None:
     """Compiles the step of `config` for a TPU slice that need not be there: what it needs.
 
-    The model's folder needs its `config.json` alone. Rows are full ones of
-    `batch.sequence_length`, one a device and microbatch, an eighth of their tokens answers.
+    The model's folder needs its `config.json` alone. With its tokenizer and the cohort at hand, the
+    batch is the one that `train` would make there; else each example has a full row of
+    `batch.sequence_length`, which is the most that it could be, an eighth of its tokens answers.
 
     Raises:
       ValueError: the slice is not known, or the step does not fit it.
     """
-    import jax
-
     from radonc_jax import parallel, settings
-    from radonc_jax.models import huggingface, lora
-    from radonc_jax.models.attention import AttentionConfig
+    from radonc_jax.models import attention, huggingface, lora
     from radonc_jax.models.decoder import Execution
     from radonc_jax.training import preflight
     from radonc_jax.training.optimizer import make_optimizer
 
     config = settings.from_mapping(config)
     parallel.quiet_third_parties()
-    architecture = huggingface.read_config(hub.resolve(config.model))
+    folder = hub.resolve(config.model)
+    architecture = huggingface.read_config(folder)
     devices = preflight.topology_devices(topology)
     mesh = parallel.make_mesh(config.mesh, devices)
     parallel.check_heads(architecture.num_heads, architecture.num_kv_heads, mesh)
-    backend = "xla" if config.train.attention == "xla" or architecture.head_dim % 128 else "splash"
+    shards = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+    rows, length, answers, basis = preflight.rows_to_compile(
+        config.task, config.cohort, folder, config.batch, config.seed, architecture, shards
+    )
+    compute = huggingface.as_dtype(config.precision.compute)
+    backend, why = attention.choose_backend(
+        config.train.attention,
+        platform="tpu",
+        dtype=compute,
+        num_heads=architecture.num_heads,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        row_lengths=[length],
+        proven=False,
+    )
     partition = lora.partition(
         architecture,
         config.adapter,
-        huggingface.as_dtype(config.precision.compute),
+        compute,
         config.precision.quantized,
-        Execution(AttentionConfig(backend), config.train.recompute),
+        Execution(attention.AttentionConfig(backend), config.train.recompute),
     )
-    rows = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
-    length = config.batch.sequence_length
-    batch = preflight.batch_shapes(mesh, config.batch.microbatches, rows, length, length // 8)
-    began = time.monotonic()
-    try:
-        compiled = preflight.compile_step(
-            partition,
-            make_optimizer(config.optimizer, 100),
-            config.seed,
-            mesh,
-            huggingface.as_dtype(config.precision.stored),
-            batch,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"{topology}: the compiler refuses the step: {' '.join(str(error).split())[:300]}"
-        ) from None
-    program = preflight.examine(compiled, devices[0])
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(f"{topology}: {mesh.size} {devices[0].device_kind} as {sizes}, attention: {backend}")
-    print(f"{config.batch.microbatches} x {rows} rows of {length} tokens a step")
+    print(
+        f"{topology}: {mesh.size} {devices[0].device_kind} as {sizes}, attention: {backend} ({why})"
+    )
+    print(f"{config.batch.microbatches} x {rows} rows of {length} tokens a step: {basis}")
+    batch = preflight.batch_shapes(mesh, config.batch.microbatches, rows, length, answers)
+    began = time.monotonic()
+    compiled = preflight.compile_step(
+        partition,
+        make_optimizer(config.optimizer, 100),
+        config.seed,
+        mesh,
+        huggingface.as_dtype(config.precision.stored),
+        batch,
+    )
+    program = preflight.examine(compiled, devices[0])
     print(program)
     for kind in sorted({kind for kind, _ in program.moved}):
         moved = [size for other, size in program.moved if other == kind]

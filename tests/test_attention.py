@@ -12,8 +12,56 @@ from radonc_jax import parallel
 from radonc_jax.models import attention
 from radonc_jax.models.attention import AttentionConfig, attend, choose_backend, see, self_test
 
-# What cuDNN is asked through, with the arithmetic of XLA: the layout is ours, and runs anywhere.
-XLA_IN_CUDNN_LAYOUT = functools.partial(attention._cudnn, implementation="xla")
+
+def forward_by_xla(query, key, value, lengths, window):
+    """JAX's public function, with its own log-sum-exp in float32."""
+
+    def run(query, key, value):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="xla",
+            return_residual=True,
+        )
+
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    return run(query, key, value)[0], run(*wide)[1].transpose(0, 2, 1)
+
+
+def backward_by_xla(query, key, value, lengths, window, output, log_sum_exp, gradient):
+    """Dao 2023, arXiv 2307.08691, section 3.1.2: from what the forward pass left, and no more."""
+    query_, key_, value_, output, gradient = (
+        x.astype(jnp.float32) for x in (query, key, value, output, gradient)
+    )
+    groups, scale = query.shape[2] // key.shape[2], query.shape[3] ** -0.5
+    key_, value_ = (jnp.repeat(x, groups, axis=2) for x in (key_, value_))
+    scores = scale * jnp.einsum("RPNH,RSNH->RNPS", query_, key_)
+    distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
+    seen = (distance >= 0) & (distance < (window or key.shape[1]))
+    seen = seen & (jnp.arange(key.shape[1]) < lengths[:, None, None])
+    weights = jnp.where(seen[:, None], jnp.exp(scores - log_sum_exp[..., None]), 0)
+    to_weights = jnp.einsum("RPNH,RSNH->RNPS", gradient, value_)
+    to_weights -= jnp.einsum("RPNH,RPNH->RNP", gradient, output)[..., None]
+    to_scores = scale * weights * to_weights
+
+    def summed(x):
+        return x.reshape(*key.shape[:3], groups, key.shape[3]).sum(3)
+
+    return (
+        jnp.einsum("RNPS,RSNH->RPNH", to_scores, key_).astype(query.dtype),
+        summed(jnp.einsum("RNPS,RPNH->RSNH", to_scores, query_)).astype(key.dtype),
+        summed(jnp.einsum("RNPS,RPNH->RSNH", weights, gradient)).astype(value.dtype),
+    )
+
+
+# The arithmetic of XLA in the place of cuDNN's: the layout is ours, and runs anywhere.
+XLA = attention.Kernels(forward_by_xla, backward_by_xla)
+XLA_IN_CUDNN_LAYOUT = functools.partial(attention._cudnn, kernels=XLA)
 
 
 @pytest.fixture
@@ -59,9 +107,73 @@ def test_every_backend_is_the_slow_one(backend, window, cudnn_layout, monkeypatc
     assert np.isfinite(got).all()
 
 
+def test_a_kernel_is_given_no_gradient_beyond_the_end_of_a_segment():
+    """Of a full row, a half-empty one whose second segment is missing, and an empty one."""
+    segments = np.zeros((3, 12), np.int32)
+    segments[0], segments[1, :5] = np.repeat([1, 2], [4, 8]), 1
+    positions = np.zeros_like(segments)
+    positions[0], positions[1, :5] = (*range(4), *range(8)), range(5)
+    given = []
+
+    def backward(*arrays):
+        given.extend(np.asarray(x) for x in arrays[-3:])
+        return backward_by_xla(*arrays)
+
+    kernels = attention.Kernels(forward_by_xla, backward)
+    rng = np.random.default_rng(0)
+    query, key, value = jnp.asarray(rng.standard_normal((3, 3, 12, 2, 8)), jnp.float32)
+    config = AttentionConfig("cudnn", segments=2, segment_length=8)
+    visible = see(
+        jnp.asarray(positions), jnp.asarray(positions), jnp.asarray(segments), None, config
+    )
+    output, pullback = jax.vjp(
+        lambda *arrays: attention._cudnn(*arrays, visible, kernels), query, key, value
+    )
+    pullback(jnp.ones_like(output))
+    outputs, log_sum_exp, gradient = given
+    lengths = np.array([4, 8, 5, 0, 0, 0])
+    inside = np.arange(8) < lengths[:, None]
+    assert (gradient[inside] == 1).all() and (gradient[~inside] == 0).all()
+    weights_of_zero = np.exp(-log_sum_exp.transpose(0, 2, 1))
+    assert (weights_of_zero[inside] > 0).all() and (weights_of_zero[~inside] == 0).all()
+    assert np.isfinite(outputs).all() and (outputs[inside] != 0).all()
+
+
 def test_the_self_test_passes_what_is_right(cudnn_layout):
-    self_test("cudnn", jnp.bfloat16, 8, 2, 16)
-    self_test("splash", jnp.float32, 4, 2, 128, length=384, interpret=True)
+    assert self_test("cudnn", jnp.bfloat16, 8, 2, 16) == []
+    assert self_test("splash", jnp.float32, 4, 2, 128, length=384, interpret=True) == []
+
+
+def noisy():
+    """Kernels whose gradients differ from run to run as by another order of summing."""
+    draws = np.random.default_rng(0)
+
+    def backward(*arrays):
+        def noise(shape):
+            return 1e-3 * draws.standard_normal(shape).astype(np.float32)
+
+        def one(x):
+            drawn = jax.pure_callback(
+                lambda: noise(x.shape), jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            )
+            return (x * (1 + drawn)).astype(x.dtype)
+
+        return tuple(one(x) for x in backward_by_xla(*arrays))
+
+    return functools.partial(attention._cudnn, kernels=attention.Kernels(forward_by_xla, backward))
+
+
+def test_a_kernel_that_is_not_the_same_from_run_to_run_is_told_and_used(monkeypatch):
+    """cuDNN's gradients are so on GPUs, unless XLA is told to do without."""
+    facts = dict(platform="gpu", dtype=jnp.bfloat16, num_heads=4, num_kv_heads=2, head_dim=16)
+    monkeypatch.setattr(attention, "_cudnn", noisy())
+    backend, why = choose_backend("auto", **facts)
+    assert backend == "cudnn"
+    assert "query gradients, key gradients, value gradients differ in the last bits" in why
+    assert "xla_gpu_deterministic_ops" in why
+    monkeypatch.setattr(attention, "_cudnn", functools.partial(leaks_a_little, kernel=noisy()))
+    backend, why = choose_backend("auto", **facts)
+    assert backend == "xla" and "see each other" in why
 
 
 def leaks_across_segments(query, key, value, visible):
@@ -71,10 +183,10 @@ def leaks_across_segments(query, key, value, visible):
     return attention._xla(query, key, value, whole)
 
 
-def leaks_a_little(query, key, value, visible):
+def leaks_a_little(query, key, value, visible, kernel=XLA_IN_CUDNN_LAYOUT):
     """Right but for a trace of the whole row: within any tolerance, and still a leak."""
     trace = jnp.mean(value.astype(jnp.float32), axis=(1, 2), keepdims=True)
-    output = XLA_IN_CUDNN_LAYOUT(query, key, value, visible)
+    output = kernel(query, key, value, visible)
     return output + (1e-3 * trace).astype(output.dtype)
 
 

@@ -1,6 +1,7 @@
 """A run folder: whose run it is, and what of its metrics survives a kill."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,6 +75,18 @@ def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
     got = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected = [{"step": step, "split": "train", **values} for step in (3, 4)]
     assert got == lines[:4] + expected
+
+
+def test_the_time_left_is_told_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    """From the steps of this start alone: ten of them in half a minute, twenty to go."""
+    now = 100.0
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: now))
+    run = tracking.Run(tmp_path, CONFIG, main=True)
+    run.start(10, 40)
+    now = 130.0
+    run.log(20, "train", {"loss": 0.25, "tokens_per_second": 10.4}, show=True)
+    run.close()
+    assert "step 20/40: loss 0.2500, 10 tokens/s, 60 s left\n" in capsys.readouterr().out
 
 
 def test_another_process_than_the_main_one_writes_nothing(tmp_path):

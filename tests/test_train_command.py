@@ -20,6 +20,7 @@ import radonc_jax
 from radonc_jax import loading
 from radonc_jax.data import batches, cohort
 from radonc_jax.evaluation import run as evaluation
+from radonc_jax.models import huggingface
 from radonc_jax.tasks import select
 from radonc_jax.tasks.icd import is_leaf
 
@@ -80,6 +81,14 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
     assert manifest["environment"]["versions"]["jax"]
     entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "split", "loss", "tokens", "tokens_per_second"} <= set(entries[0])
+    # The first five steps are an epoch; padding is no token of an example.
+    config = loading.read_settings(workdir)
+    tokenizer = huggingface.load_tokenizer(workspace.model)
+    records = cohort.load_records(workspace.cohort, "train")
+    examples, _ = batches.task_examples(records, select("icd"), tokenizer, config.batch)
+    trained = [entry["tokens"] for entry in entries if entry["split"] == "train"]
+    assert 4 * 32 < len(examples) <= 5 * 32 and len(trained) == 6
+    assert sum(trained[:5]) == sum(example.length for example in examples)
     rates = [entry["learning_rate"] for entry in entries if entry["split"] == "train"]
     # Six steps are too few for a warm-up: half a cosine from 2e-3 down.
     expected = [1e-3 * (1 + math.cos(math.pi * number / 6)) for number in range(6)]

@@ -175,6 +175,16 @@ def text_examples(
     return kept, report
 
 
+def split_examples(
+    records, split: str, tasks, tokenizer, config: BatchConfig
+) -> tuple[list[Example], LengthReport]:
+    """A split's examples, of its tasks or as plain text; errors as of these two."""
+    if tasks[0].name != "text":
+        return task_examples(records, tasks, tokenizer, config)
+    documents = tasks[0].documents(records, table=split == "train")
+    return text_examples(documents, tokenizer, config)
+
+
 @dataclass(frozen=True)
 class Preflight:
     """What a tokenizer and a length limit would mean for a cohort, before any training.

@@ -20,20 +20,20 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from radonc_jax import parallel
-from radonc_jax.models.attention import (
-    AttentionConfig,
-    attend,
-    is_flash_forward,
-    see,
-)
+from radonc_jax.models.attention import CUDNN_NAMES, AttentionConfig, attend, see
 from radonc_jax.models.products import few_rows, matmul_precision, ordered_sum
 
 # What the backward pass keeps per layer, by how much it may compute again. "nothing": no matrix
 # product with the weights runs twice. "mlp": gate and up do, which are two thirds of what is kept.
-# "layer": all but the last product of each layer do, from the layer's input alone.
+# "layer": all but the last product of each layer do, from the layer's input alone. "direction" and
+# "norm" are DoRA's, whose gradients ask for what every adapted weight gives: with "mlp" all of its
+# products run twice.
 SAVED_NAMES = {
-    "nothing": ("query", "key", "value", "attention", "residual", "gate", "up"),
-    "mlp": ("query", "key", "value", "attention", "residual"),
+    "nothing": (
+        *("query", "key", "value", "attention", "residual", "gate", "up"),
+        *("direction", "norm"),
+    ),
+    "mlp": ("query", "key", "value", "attention", "residual", "norm"),
     "layer": (),
 }
 
@@ -46,6 +46,15 @@ PROJECTIONS = {
     "gate_proj": "mlp",
     "up_proj": "mlp",
     "down_proj": "mlp",
+}
+# The names of what is made from their outputs without a further product with the weights.
+OUTPUT_NAMES = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "residual",
+    "gate_proj": "gate",
+    "up_proj": "up",
 }
 
 
@@ -177,10 +186,21 @@ class Execution:
     Attributes:
       attention: of packed rows.
       recompute: what the backward pass computes again, to save memory; a key of `SAVED_NAMES`.
+      implied: names that need not be kept beside "direction", from which they follow; set by
+        `lora.inject`.
     """
 
     attention: AttentionConfig = AttentionConfig()
     recompute: str = "nothing"
+    implied: tuple[str, ...] = ()
+
+    @property
+    def saved_names(self) -> tuple[str, ...]:
+        """What the backward pass is given of each layer, by checkpoint name."""
+        names = SAVED_NAMES[self.recompute]
+        if "direction" in names:
+            names = tuple(name for name in names if name not in self.implied)
+        return names
 
 
 class Embedding(nnx.Module):
@@ -448,12 +468,12 @@ class Decoder(nnx.Module):
             return run(x, rope, places, visible, cache, layer, asking, first(layer))
 
         if cache is None:
-            names = SAVED_NAMES[self.execution.recompute]
-            policy = jax.checkpoint_policies.save_only_these_names(*names)
-            if names:
-                policy = jax.checkpoint_policies.save_from_both_policies(policy, is_flash_forward)
-            run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
-            run_last = jax.checkpoint(run_last, policy=policy)
+            names = self.execution.saved_names
+            keep = jax.checkpoint_policies.save_only_these_names
+            run_last = jax.checkpoint(run_last, policy=keep(*names))
+            if names and attention.backend == "cudnn":
+                names = (*(name for name in names if name != "attention"), *CUDNN_NAMES)
+            run_layer = jax.checkpoint(run_layer, policy=keep(*names), prevent_cse=False)
         last = config.num_layers - 1
         inputs = (jnp.arange(last), jax.tree.map(lambda stack: stack[:last], rest))
         carry, _ = jax.lax.scan(run_layer, (x, cache), inputs)

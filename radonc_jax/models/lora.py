@@ -12,9 +12,17 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from radonc_jax.models import quantize
-from radonc_jax.models.decoder import PROJECTIONS, Decoder, Execution, Linear, ModelConfig
+from radonc_jax.models.decoder import (
+    OUTPUT_NAMES,
+    PROJECTIONS,
+    Decoder,
+    Execution,
+    Linear,
+    ModelConfig,
+)
 from radonc_jax.models.products import COLUMNS, matmul_precision
 from radonc_jax.parallel import path_name
 
@@ -154,8 +162,12 @@ class LoRALinear(nnx.Module):
         # of the backward pass (section 4.3 of the DoRA paper).
         merged = merge_kernel(self.base.weight(jnp.float32), self.a[...], self.b[...], self.scale)
         norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=-1))
-        ratio = self.magnitude[...] / norm
-        direction = self.base(adapter_input) if dropped else base_output
+        ratio = self.magnitude[...] / checkpoint_name(norm, "norm")
+        # The magnitude's gradient asks for the direction, so that it is kept (`SAVED_NAMES`).
+        if dropped:
+            direction = checkpoint_name(self.base(adapter_input), "direction")
+        else:
+            direction = base_output = checkpoint_name(base_output, "direction")
         # One is taken off in float32, before rounding.
         change = (ratio - 1).astype(x.dtype)
         return base_output + change * direction + ratio.astype(x.dtype) * update
@@ -224,6 +236,9 @@ def inject(model: Decoder, config: LoRAConfig) -> Decoder:
             f"{count} of {len(config.targets)} projections could take an adapter; "
             "is there one already?"
         )
+    if config.dora and not config.dropout:
+        names = tuple(OUTPUT_NAMES[name] for name in config.targets if name in OUTPUT_NAMES)
+        model.execution = replace(model.execution, implied=names)
     return model
 
 

@@ -7,6 +7,7 @@ for a TPU topology that is not there.
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from radonc_jax import parallel
+from radonc_jax.data import batches, cohort
+from radonc_jax.models import hub, huggingface
 from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.models.lora import Partition
+from radonc_jax.tasks import select
 from radonc_jax.training import meters, step
 
+ADVICE = (
+    'raise batch.microbatches, set train.recompute="mlp" or "layer", precision.base="int8" or '
+    '"nf4", or spread the model with mesh.fsdp'
+)
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -44,9 +52,7 @@ class StepProgram:
         if self.limit is not None and self.total > self.limit:
             raise ValueError(
                 f"the step needs {self.total / 2**30:.1f} GiB a device, which has "
-                f"{self.limit / 2**30:.1f}: raise batch.microbatches, set "
-                'train.recompute="mlp" or "layer", precision.base="int8" or "nf4", or spread the '
-                "model with mesh.fsdp"
+                f"{self.limit / 2**30:.1f}: {ADVICE}"
             )
 
     def __str__(self) -> str:
@@ -55,6 +61,49 @@ class StepProgram:
             f"memory per device: {self.total / 2**30:.2f} GiB{limit} "
             f"({self.arguments / 2**30:.2f} of it weights, adapter, optimiser and batch)"
         )
+
+
+def row_layout(architecture: ModelConfig, platform: str, shards: int) -> dict:
+    """How rows are laid out for `shards` devices of a kind; arguments of `data.batches.Batches`."""
+    return {
+        "row_multiple": shards,
+        "granule": 128 if platform == "tpu" else 8,
+        "attention_cost": meters.attention_cost(architecture),
+    }
+
+
+def rows_to_compile(
+    task: str,
+    folder: str,
+    model: Path,
+    config: batches.BatchConfig,
+    seed: int,
+    architecture: ModelConfig,
+    shards: int,
+) -> tuple[int, int, int, str]:
+    """The rows of a step on `shards` TPU chips, which need not be there.
+
+    Args:
+      task: name.
+      folder, model: cohort and model; where that or the model's tokenizer is not there, each
+        example is given a full row, an eighth of its tokens answers.
+      config, seed: of the run.
+
+    Returns:
+      rows of a microbatch, tokens and places for answer tokens of a row, and what these rest on.
+    """
+    parts, length = config.microbatches, config.sequence_length
+    at_hand = (Path(folder) / "manifest.json").is_file()
+    if at_hand and any((model / name).is_file() for name in hub.TOKENIZER_FILES[:2]):
+        records = cohort.load_records(folder, "train")
+        tokenizer = huggingface.load_tokenizer(model)
+        examples, _ = batches.split_examples(records, "train", select(task), tokenizer, config)
+        layout = row_layout(architecture, "tpu", shards)
+        made = batches.Batches(examples, config, epochs=1, seed=seed, **layout)
+        return made.rows // parts, made.row_length, made.answer_capacity, f"batches of {folder}"
+    rows = -(-config.examples // (parts * shards)) * shards
+    missing = "the model's tokenizer" if at_hand else f"a cohort in {folder}"
+    return rows, length, length // 8, f"without {missing}, a full row for each example, at most"
 
 
 def batch_shapes(
@@ -99,7 +148,11 @@ def compile_step(
     dtype,
     batch: dict[str, jax.ShapeDtypeStruct],
 ):
-    """The step of `train` for these shapes, compiled (`jax.stages.Compiled`); needs no arrays."""
+    """The step of `train` for these shapes, compiled (`jax.stages.Compiled`); needs no arrays.
+
+    Raises:
+      ValueError: the compiler refuses it, as a TPU's does when the step does not fit.
+    """
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -108,7 +161,14 @@ def compile_step(
     )
     jitted = step.jit_train_step(partition, optimizer, seed, mesh)
     with jax.set_mesh(mesh):
-        return jitted.lower(state, stored_shapes(partition, dtype, mesh), batch).compile()
+        lowered = jitted.lower(state, stored_shapes(partition, dtype, mesh), batch)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"the compiler refuses the step: {' '.join(str(error).split())[:300]}. If it does not "
+            f"fit: {ADVICE}"
+        ) from None
 
 
 def examine(compiled, device: jax.Device) -> StepProgram:
