@@ -69,6 +69,22 @@ def two_processes(*command):
     ]
 
 
+def told_to_end(message, moment, how, *arguments):
+    """What a run tells that ends as told; `tests/told.py` has the moments."""
+    result = subprocess.run(
+        [sys.executable, "tests/told.py", moment, how, *arguments],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 75, result.stderr[-2000:]
+    told = f"told to end: {message}; the same command goes on from the last checkpoint"
+    assert told in result.stderr.splitlines(), result.stderr[-2000:]
+    return result.stdout
+
+
 def wait_for_step(step, workdir, *processes):
     deadline = time.monotonic() + 300
     while (step, "train") not in losses_or_none(workdir):
@@ -159,39 +175,43 @@ def test_a_process_alone_told_to_end_saves_where_it_is(quiet, workspace, tmp_pat
     assert losses(workdir) == losses(quiet[0])
 
 
-# `train`, which is told to end while its last step runs.
-TOLD_AT_THE_END = """
-import os, signal
-from radonc_jax import command, train, tracking
-
-log = tracking.Run.log
-
-def log_and_tell(self, step, split, values, *, show):
-    log(self, step, split, values, show=show)
-    if step == 6 and split == "validation":
-        os.kill(os.getpid(), signal.SIGTERM)
-
-tracking.Run.log = log_and_tell
-command.run(train.main)
-"""
+@pytest.mark.slow
+def test_told_to_end_at_any_moment_it_saves_first_and_goes_on_from_there(
+    quiet, workspace, tmp_path
+):
+    workdir = tmp_path / "run"
+    arguments = [*workspace.arguments, *SHORT, f"--workdir={workdir}"]
+    told_to_end("no step was under way", "weights", "alone", *arguments)
+    assert not workdir.exists()
+    told_to_end("step 3 of 6 is saved", "validation", "alone", *arguments)
+    assert {key for key in losses(workdir) if key[1] == "validation"} == set()
+    assert (workdir / "checkpoints" / "3").is_dir() and not (workdir / "best.json").exists()
+    # The sync point of several processes that are told in the last step but one is the last step.
+    output = told_to_end("step 6 of 6 is saved", "before the last step", "several", *arguments)
+    assert "resumed at step 3 of 6" in output
+    assert (3, "validation") in losses(workdir) and (6, "validation") not in losses(workdir)
+    output = told_to_end("all steps are saved", "last validation", "alone", *arguments)
+    assert "resumed at step 6 of 6" in output
+    assert not (workdir / "evaluation").exists()
+    assert losses(workdir) == losses(quiet[0])
+    assert (workdir / "best.json").read_text() == (quiet[0] / "best.json").read_text()
 
 
 @pytest.mark.slow
-def test_told_to_end_at_the_last_step_it_ends_too(quiet, workspace, tmp_path):
+def test_told_to_end_in_the_final_evaluation_it_keeps_its_answers(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    shutil.rmtree(workdir / "evaluation")
     arguments = [*workspace.arguments, *SHORT, f"--workdir={workdir}"]
-    result = subprocess.run(
-        [sys.executable, "-c", TOLD_AT_THE_END, *arguments],
-        cwd=ROOT,
-        env=command_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 75, result.stderr[-2000:]
-    assert "told to end: all steps are saved" in result.stderr
-    assert not (workdir / "evaluation").exists()
-    assert losses(workdir) == losses(quiet[0])
+    journal = workdir / "evaluation/test/original/.answers.jsonl"
+    told_to_end("no step was under way", "answers", "alone", *arguments)
+    kept = journal.read_text()
+    assert kept and not (journal.parent / "predictions.jsonl").exists()
+    told_to_end("the answers so far are kept", "answers", "several", *arguments)
+    assert journal.read_text().startswith(kept)
+    assert journal.read_text().count("\n") == kept.count("\n") + 1
+    run_command("train", *arguments)
+    assert_same_end(workdir, quiet[0])
 
 
 @pytest.mark.slow
