@@ -147,7 +147,7 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     compute = huggingface.as_dtype(config.precision.compute)
     both = (train_batches, validation_batches)
     # Each process tests its own device, and all must compile the same program.
-    backend, why = _agree(
+    backend, why = preflight.common_backend(
         parallel.on_all(
             lambda: attention.choose_backend(
                 config.train.attention,
@@ -551,14 +551,6 @@ def compile_only(config: dict, topology: str) -> None:
         print(f"{kind}: {len(moved)} in the program, the largest of {max(moved) / 2**20:.1f} MiB")
     print(f"compiled in {time.monotonic() - began:.0f} s")
     program.check()
-
-
-def _agree(chosen: list) -> tuple[str, str]:
-    """The attention backend of all processes and why, from those that each would take."""
-    for number, (backend, why) in enumerate(chosen):
-        if backend == "xla" and any(other != "xla" for other, _ in chosen):
-            return backend, f"process {number}: {why}"
-    return tuple(chosen[0])
 
 
 def _plan(batches, steps: int, config) -> str:

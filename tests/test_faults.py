@@ -108,9 +108,10 @@ def assert_same_end(workdir, quiet):
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, tmp_path):
     moments = random.Random(7)
-    runs, kills = 1, 0
+    runs, kills, resumed = 1, 0, 0
     workdir = tmp_path / "run1"
     while kills < KILLS:
+        saved = newest_checkpoint(workdir)
         process = begin(workspace, workdir)
         try:
             process.wait(moments.uniform(0.2, 1.0) * quiet[1])
@@ -119,12 +120,88 @@ def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, 
             kills += 1
         output = process.communicate()[0]
         assert process.returncode in (0, -signal.SIGKILL), output[-3000:]
+        if "parameters train" in output:  # it got to its first step
+            assert saved == 0 or f"resumed at step {saved} of 6" in output, output[-3000:]
+            resumed += saved > 0
         if process.returncode == 0:  # it got to its end before the blow: another one
             assert_same_end(workdir, quiet[0])
             runs += 1
             workdir = tmp_path / f"run{runs}"
-    run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    saved = newest_checkpoint(workdir)
+    result = run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    assert saved == 0 or f"resumed at step {saved} of 6" in result.stdout
+    assert resumed or saved, "no blow fell after a checkpoint"
     assert_same_end(workdir, quiet[0])
+
+
+def newest_checkpoint(workdir):
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+# `train`, where the disk is full, or the process is killed, while step 2 is being written.
+CUT_OFF = """
+import os, resource, signal, sys
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
+from radonc_jax import command, train
+from radonc_jax.training.checkpoint import Checkpoints
+
+how = sys.argv.pop(1)
+save, finalize = Checkpoints.save, AtomicRenameTemporaryPath.finalize
+
+def save_on_a_full_disk(self, step, state, progress):
+    if step == 2:
+        self.wait()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
+    try:
+        save(self, step, state, progress)
+        self.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+async def finalize_or_die(self, *arguments, **options):
+    if self._final_path.name == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await finalize(self, *arguments, **options)
+
+if how == "full":
+    Checkpoints.save = save_on_a_full_disk
+else:
+    AtomicRenameTemporaryPath.finalize = finalize_or_die
+command.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_cut_off_in_a_write_it_goes_on_from_the_last_whole_checkpoint(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = [*workspace.arguments, *SHORT, "--config.final_evaluation=False"]
+
+    def cut_off(how):
+        return subprocess.run(
+            [sys.executable, "-c", CUT_OFF, how, *arguments, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=command_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    result = cut_off("full")
+    assert result.returncode == 1
+    assert "checkpoint 2 could not be written" in last_line(result)
+    assert "the last whole one is 1. Make room there" in last_line(result)
+    result = cut_off("killed")
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    assert "resumed at step 1 of 6" in result.stdout
+    assert list((workdir / "checkpoints").glob("2.*")) and newest_checkpoint(workdir) == 1
+    result = run_command("train", *arguments, f"--workdir={workdir}")
+    assert "checkpoint 2 was not written to its end" in result.stdout
+    assert "resumed at step 1 of 6" in result.stdout
+    assert not list((workdir / "checkpoints").glob("*.*"))
+    assert losses(workdir) == losses(quiet[0])
+    assert (workdir / "best.json").read_text() == (quiet[0] / "best.json").read_text()
 
 
 @pytest.mark.slow
