@@ -405,6 +405,31 @@ def test_a_dry_run_fails_where_the_step_does_not_fit(workspace):
     assert "memory per device" in result.stdout
 
 
+# `train`, where the platform's own attention passes its self-test on one of two processes alone.
+FAILS_ON_ONE = """
+from radonc_jax import command, parallel, train
+from radonc_jax.models import attention
+
+attention.choose_backend = lambda *_, **__: (
+    ("cudnn", "passed") if parallel.is_main_process() else ("xla", "failed its self-test")
+)
+command.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_processes_take_an_attention_that_all_of_them_can_use(workspace):
+    arguments = [*workspace.arguments, *SHORT, "--dry_run"]
+    processes = two_processes("-c", FAILS_ON_ONE, *arguments)
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "attention: xla (process 1: failed its self-test)" in outputs[0]
+
+
 def test_a_trace_of_some_steps_is_written(workspace, tmp_path):
     workdir = tmp_path / "run"
     arguments = ["train", *workspace.arguments, *SHORT, f"--workdir={workdir}"]
