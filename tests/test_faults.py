@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, command_environment, run_command
 from test_train_command import SHORT, last_line, losses, losses_or_none
 
+UNBUFFERED = {"PYTHONUNBUFFERED": "1"}  # so that what a process told outlives it
 KILLS = int(os.environ.get("RADONC_KILLS", "3"))
 
 
@@ -39,7 +40,7 @@ def begin(workspace, workdir, *arguments, devices=1):
     return subprocess.Popen(
         [sys.executable, *command(workspace, workdir, *arguments)],
         cwd=ROOT,
-        env=command_environment(devices),
+        env=command_environment(devices) | UNBUFFERED,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -182,7 +183,7 @@ def test_cut_off_in_a_write_it_goes_on_from_the_last_whole_checkpoint(quiet, wor
         return subprocess.run(
             [sys.executable, "-c", CUT_OFF, how, *arguments, f"--workdir={workdir}"],
             cwd=ROOT,
-            env=command_environment(),
+            env=command_environment() | UNBUFFERED,
             capture_output=True,
             text=True,
             timeout=300,
