@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,23 @@ from radonc_jax.settings import Settings
 from radonc_jax.tasks import Task, icd, select
 
 JOURNAL = ".answers.jsonl"  # while answers are being given; token ids, as private as predictions
+
+
+@dataclass(frozen=True)
+class WatchfulDecoder(TextDecoder):
+    """A decoder that can be stopped between two answers.
+
+    Attributes:
+      between: called after each answer, when the journal has it; what it raises ends the decoding.
+        Equally often on all processes.
+    """
+
+    between: Callable[[], None] = lambda: None
+
+    def _run(self, *arguments):
+        for answered in super()._run(*arguments):
+            yield answered
+            self.between()
 
 
 def allowed_codes(

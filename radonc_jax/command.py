@@ -9,8 +9,11 @@ from absl import app, flags
 PREEMPTED = 75  # the exit code of a run that was told to end and has saved: "try again"
 
 
-class Preempted(Exception):
-    """The process was told to end and has saved its work; the message says how far it was."""
+class Preempted(BaseException):
+    """The process was told to end and has saved its work; the message says how far it was.
+
+    As `KeyboardInterrupt`, it is none of the errors that a piece of work may have and be spared.
+    """
 
 
 def run(main: Callable[[], None], *, stopped: str = "stopped") -> None:

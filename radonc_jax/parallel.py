@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,35 +95,6 @@ def initialize() -> None:
     jax.distributed.initialize(
         address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
     )
-
-
-class Preemption:
-    """SIGTERM, which announces that a machine is taken away, as a question between two steps.
-
-    A process alone catches the signal itself; of several, JAX's service tells all of them of a
-    signal to one, and names a step at which all of them stop.
-    """
-
-    def __init__(self):
-        self._told = False
-
-    def __enter__(self) -> "Preemption":
-        if not several_processes():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, number, frame):
-        self._told = True
-
-    def reached(self, step: int) -> bool:
-        """Whether to save and stop after this step; asked once a step by every process."""
-        if several_processes():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
-
-    def __exit__(self, *_):
-        # From here on the signal ends the process again.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if several_processes() else self._before)
 
 
 def is_main_process() -> bool:
@@ -295,3 +265,30 @@ def on_main(action):
         kind = getattr(builtins, told["kind"], RuntimeError)
         raise kind(told["message"])
     return told["result"]
+
+
+def on_all(action) -> list:
+    """What `action` returns on each process, for JSON, in every process. All of them must call.
+
+    Args:
+      action: called without arguments.
+
+    Raises:
+      ValueError: `action` raised one on some process; that of the first, named, is raised in all.
+    """
+    if not several_processes():
+        return [action()]
+    try:
+        told = {"result": action()}
+    except ValueError as error:
+        told = {"message": str(error)}
+    content = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int64(len(content)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(content)] = content
+    gathered = multihost_utils.process_allgather(padded)
+    every = [json.loads(row[:size].tobytes()) for row, size in zip(gathered, sizes, strict=True)]
+    for number, one in enumerate(every):
+        if "message" in one:
+            raise ValueError(f"process {number}: {one['message']}")
+    return [one["result"] for one in every]

@@ -225,6 +225,14 @@ class Run:
             left = spent / (step - self._first) * (self._steps - step)
             print(f"step {step}/{self._steps}: {shown}, {left:.0f} s left", flush=True)
 
+    def logged(self, step: int, split: str) -> dict[str, float] | None:
+        """What stands in `metrics.jsonl` of a step; None if nothing does. On the main process."""
+        for line in (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if (entry.pop("step"), entry.pop("split")) == (step, split):
+                return entry
+        return None
+
     def advance(self) -> None:
         if self._bar is not None:
             self._bar.update()

@@ -4,7 +4,7 @@
 
 Started again with the same arguments, it resumes where it was; a finished run only answers what
 has not been answered. One command per host: all of them run this same program. Told to end
-(SIGTERM), it saves a checkpoint and exits with code 75.
+(SIGTERM), it saves what was done and exits with code 75.
 
     ... --dry_run                           what it would do and need; no weights are read
     ... --compile_only --topology=v5e:4x4   memory and traffic on a TPU slice that is not there
@@ -60,17 +60,30 @@ def train(
 
     Raises:
       ValueError, FileNotFoundError: something does not fit; nothing has been trained then.
-      FloatingPointError: a loss or gradient was not finite; the last checkpoint is whole.
-      command.Preempted: SIGTERM came; a checkpoint has been written.
+      FloatingPointError: a loss, a gradient or a trained array was not finite; the last checkpoint
+        is whole.
+      command.Preempted: SIGTERM came; what was done is on the disk.
     """
+    from radonc_jax import parallel, settings
+    from radonc_jax.training.preemption import Preemption
+
+    config = settings.from_mapping(config)
+    traced = _steps_to_trace(profile)
+    parallel.initialize()
+    with Preemption() as preemption:
+        _train(config, workdir, dry_run, traced, preemption)
+
+
+def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
+    """`train`, its settings read and its processes joined; all of them ask `preemption` alike."""
     import jax
     import jax.numpy as jnp
     import numpy as np
+    import optax
 
     from radonc_jax import loading, parallel, settings, tracking
-    from radonc_jax.answering import answer_split, constraints, variant
+    from radonc_jax.answering import WatchfulDecoder, answer_split, constraints, variant
     from radonc_jax.data import batches, cohort
-    from radonc_jax.decoding.text import TextDecoder
     from radonc_jax.evaluation import run as evaluation
     from radonc_jax.evaluation.report import describe, write_report
     from radonc_jax.models import attention, huggingface, lora
@@ -79,11 +92,7 @@ def train(
     from radonc_jax.training import checkpoint, meters, preflight, step
     from radonc_jax.training.optimizer import make_optimizer, make_schedule
 
-    config = settings.from_mapping(config)
-    traced = _steps_to_trace(profile)
-
     # ---- devices and model description: cheap checks first -------------------------------------
-    parallel.initialize()
     parallel.quiet_third_parties()
     main_process = parallel.is_main_process()
     mesh = parallel.make_mesh(config.mesh)
@@ -129,14 +138,19 @@ def train(
     tracking.check_folder(workdir, config.as_dict())
     compute = huggingface.as_dtype(config.precision.compute)
     both = (train_batches, validation_batches)
-    backend, why = attention.choose_backend(
-        config.train.attention,
-        platform=platform,
-        dtype=compute,
-        num_heads=architecture.num_heads,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        row_lengths=[b.row_length for b in both],
+    # Each process tests its own device, and all must compile the same program.
+    backend, why = preflight.common_backend(
+        parallel.on_all(
+            lambda: attention.choose_backend(
+                config.train.attention,
+                platform=platform,
+                dtype=compute,
+                num_heads=architecture.num_heads,
+                num_kv_heads=architecture.num_kv_heads,
+                head_dim=architecture.head_dim,
+                row_lengths=[b.row_length for b in both],
+            )
+        )
     )
     execution = Execution(
         attention.AttentionConfig(
@@ -156,15 +170,18 @@ def train(
     shapes, placements = step.state_shardings(partition, optimizer, mesh)
     scheduler = None
 
-    def decoder(trainable, frozen, progress=None) -> TextDecoder:
-        return TextDecoder(
+    def decoder(trainable, frozen, done: str = "", progress=None) -> WatchfulDecoder:
+        """`done` is told if the run is to end between two answers."""
+        over_length = config.batch.over_length
+        return WatchfulDecoder(
             scheduler,
             tokenizer,
             trainable,
             frozen,
-            config.batch.over_length,
+            over_length,
             progress,
             trained=batches.prompt_room(config.batch.sequence_length),
+            between=lambda: preemption.check(done),
         )
 
     if generates:
@@ -250,6 +267,7 @@ def train(
     if main_process:
         cohort.keep_copy(config.cohort, workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
+    preemption.check("no step was under way")
     restored = checkpoints.restore_newest(shapes, placements)
     if restored is not None:
         start, state, progress = restored
@@ -298,21 +316,36 @@ def train(
     def place(batch):
         return parallel.put(batch, mesh, None, parallel.BATCH_AXES)
 
-    def validate(trainable) -> dict[str, float]:
-        sums = [
-            jax.device_get(evaluation_step(trainable, base, place(validation_batches[number])))
-            for number in range(validation_batches.steps)
-        ]
-        total = sum(float(s["loss_sum"]) for s in sums)
-        values = {"loss": total / sum(float(s["answer_tokens"]) for s in sums)}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the validation loss is {values['loss']}: lower optimizer.learning_rate"
+    norm_of = jax.jit(optax.tree.norm, out_shardings=parallel.replicated(mesh))
+
+    def not_finite(number: int, what: str, cases: list[str]) -> FloatingPointError:
+        """The error that ends the run; the ids of the cases, which may be many, go to a file."""
+        path = workdir / "not_finite.json"
+        if main_process:
+            tracking.write_json(path, {"step": number, "what": what, "cases": cases})
+        return FloatingPointError(
+            f"step {number}: {what}; the ids of its {len(cases)} cases are in {path}. Lower "
+            "optimizer.learning_rate (in another --workdir), or look at these cases"
+        )
+
+    def validate(number: int, trainable) -> dict[str, float]:
+        saved = f"step {number} of {steps} is saved"
+        loss_sum = answer_tokens = 0.0
+        for index in range(validation_batches.steps):
+            sums = jax.device_get(
+                evaluation_step(trainable, base, place(validation_batches[index]))
             )
+            if not math.isfinite(sums["loss_sum"]):
+                what = f"validation loss {sums['loss_sum']}"
+                raise not_finite(number, what, validation_batches.case_ids(index))
+            loss_sum += float(sums["loss_sum"])
+            answer_tokens += float(sums["answer_tokens"])
+            preemption.check(saved)
+        values = {"loss": loss_sum / answer_tokens}
         if config.train.metric != "loss":
             chosen = records["validation"][: config.train.validation_cases or None]
             result = evaluation.evaluate(
-                decoder(trainable, base),
+                decoder(trainable, base, saved),
                 chosen,
                 tasks,
                 split="validation",
@@ -339,12 +372,8 @@ def train(
         nonlocal clock
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not all(math.isfinite(value) for value in values.values()):
-            raise FloatingPointError(
-                f"step {number}: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
-                f"its cases: {', '.join(train_batches.case_ids(number - 1)[:8])}, ... "
-                f"No checkpoint was written of it. Lower optimizer.learning_rate (in another "
-                "--workdir), or look at these cases"
-            )
+            what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+            raise not_finite(number, what, train_batches.case_ids(number - 1))
         now = time.monotonic()
         tokens = train_batches.useful_tokens(number - 1)
         values |= {
@@ -362,14 +391,30 @@ def train(
         run.log(number, "train", values, show=show)
         run.advance()
 
+    def judge(number: int, trainable) -> None:
+        """Validates a saved step, unless a run that was cut off has done so, and notes the best."""
+        values = parallel.on_main(lambda: run.logged(number, "validation"))
+        if values is None:
+            values = validate(number, trainable)
+            run.log(number, "validation", values, show=True)
+        progress.judge(
+            number,
+            values[config.train.metric],
+            sign=settings.METRICS[config.train.metric],
+            patience=config.train.patience,
+        )
+        checkpoints.name_best(progress)
+
     # Closed whatever happens: a checkpoint on its way to the disk is finished first.
     with (
+        preemption.deferred(),
         jax.set_mesh(mesh),
         contextlib.closing(run),
         contextlib.closing(checkpoints),
-        parallel.Preemption() as preemption,
         contextlib.ExitStack() as tracing,
     ):
+        if progress.validation_due:
+            judge(start, state.trainable)
         pending = None
         for number in range(start + 1, steps + 1):
             if progress.stopped_early:
@@ -385,28 +430,25 @@ def train(
                 jax.block_until_ready(state)
                 tracing.close()
             evaluates = number == steps or _every(number, config.train.evaluate_every)
-            told_to_end = preemption.reached(number) and number < steps
+            told_to_end = preemption.reached()
             if evaluates or told_to_end or _every(number, config.train.save_every):
-                finish(*pending)  # raises before anything not finite is saved
+                # Nothing that is not finite is saved: it would end every run that goes on from it.
+                finish(*pending)
                 pending = None
-                if evaluates:
-                    values = validate(state.trainable)
-                    run.log(number, "validation", values, show=True)
-                    metric = config.train.metric
-                    progress.judge(
-                        number,
-                        values[metric],
-                        sign=settings.METRICS[metric],
-                        patience=config.train.patience,
-                    )
+                norm = float(norm_of(state.trainable))
+                if not math.isfinite(norm):
+                    what = f"norm of the trained arrays {norm}"
+                    raise not_finite(number, what, train_batches.case_ids(number - 1))
+                # Before the validation, which may take longer than a machine is left.
+                progress.validation_due = evaluates
                 checkpoints.save(number, state, progress)
                 if told_to_end:
                     checkpoints.wait()
                     raise command.Preempted(f"step {number} of {steps} is saved")
+                if evaluates:
+                    judge(number, state.trainable)
                 clock = time.monotonic()
-        if preemption.reached(steps + 1):  # at the last step, or in a validation
-            checkpoints.wait()
-            raise command.Preempted("all steps are saved")
+        preemption.check("all steps are saved")  # told in the last validation
 
     # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------
     manifest["base_fingerprint_after"] = step.fingerprint(base)
@@ -433,7 +475,7 @@ def train(
         }
         for constrained in [None, closed] if closed else [None]:
             answer_split(
-                decoder(arrays, base, f"{model}, test"),
+                decoder(arrays, base, "the answers so far are kept", f"{model}, test"),
                 records["test"],
                 tasks,
                 split="test",

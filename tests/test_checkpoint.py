@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import ROOT, command_environment
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from radonc_jax import parallel
 from radonc_jax.training import checkpoint
@@ -130,6 +133,84 @@ def test_a_damaged_checkpoint_is_set_aside(part, harm, tmp_path, capsys):
     manager.save(2, state_at(2), progress)
     manager.close()
     assert steps_of(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"best_step": 2', '"best_step": 3'),
+        ('"best_value": 0.2', '"best_value": 0.3'),
+        ('"bad_evaluations": 0', '"bad_evaluations": 1'),
+        ('"stopped_early": false', '"stopped_early": true'),
+        ('"validation_due": true', '"validation_due": false'),
+        ('"trainable": "', '"trainable": "0'),
+        ('"optimizer": "', '"0ptimizer": "'),
+        ('"progress": "', '"progress": "0'),
+    ],
+)
+def test_a_progress_that_is_not_the_one_that_was_saved_is_found(before, after, tmp_path, capsys):
+    manager, progress = Checkpoints(tmp_path), Progress()
+    for step in (1, 2):
+        progress.judge(step, step / 10, sign=1, patience=9)
+        progress.validation_due = True
+        manager.save(step, state_at(step), progress)
+    manager.close()
+    (path,) = (tmp_path / "checkpoints" / "2" / "progress").glob("metadata")
+    content = json.dumps(json.loads(path.read_text()))
+    assert content.count(before) == 1
+    path.write_text(content.replace(before, after))
+    _, progress, _ = reopened(tmp_path, 1)
+    assert progress == Progress(best_step=1, best_value=0.1, validation_due=True)
+    assert "checkpoint 2 is damaged" in capsys.readouterr().out
+
+
+def test_a_step_that_is_judged_after_it_was_saved_is_kept_and_named(tmp_path):
+    manager, progress = Checkpoints(tmp_path), Progress()
+    for step, value in ((1, 0.1), (2, 0.7), (3, 0.2), (4, 0.3), (5, 0.1)):
+        progress.validation_due = True
+        manager.save(step, state_at(step), progress)
+        progress.judge(step, value, sign=1, patience=9)
+        assert not progress.validation_due
+        manager.name_best(progress)
+        best = json.loads((tmp_path / "best.json").read_text())
+        assert best["step"] == min(step, 2)
+        assert (tmp_path / "checkpoints" / str(best["step"])).is_dir()
+    manager.close()
+    assert checkpoint.find_step(tmp_path, "best") == 2
+    # What is restored is from before the judgement, which is made again.
+    _, progress, manager = reopened(tmp_path, 5)
+    manager.close()
+    assert progress == Progress(2, 0.7, bad_evaluations=2, validation_due=True)
+
+
+def test_saving_returns_before_the_checkpoint_is_on_the_disk(tmp_path, monkeypatch):
+    go_on, finalize = threading.Event(), AtomicRenameTemporaryPath.finalize
+
+    async def slow(self, *arguments, **options):
+        assert go_on.wait(60)
+        return await finalize(self, *arguments, **options)
+
+    monkeypatch.setattr(AtomicRenameTemporaryPath, "finalize", slow)
+    manager = Checkpoints(tmp_path)
+    manager.save(1, state_at(1), Progress())
+    assert not (tmp_path / "checkpoints" / "1").exists()
+    go_on.set()
+    manager.close()
+    assert steps_of(tmp_path) == [1]
+
+
+def test_of_a_half_written_checkpoint_is_told_and_it_goes(tmp_path, capsys):
+    manager = Checkpoints(tmp_path)
+    manager.save(1, state_at(1), Progress())
+    manager.close()
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "1", half)
+    assert capsys.readouterr().out == ""
+    _, _, manager = reopened(tmp_path, 1)
+    manager.save(2, state_at(2), Progress())
+    manager.close()
+    assert "checkpoint 2 was not written to its end" in capsys.readouterr().out
+    assert not half.exists() and steps_of(tmp_path) == [1, 2]
 
 
 def test_arrays_that_are_whole_but_not_those_that_were_saved_are_found(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, command_environment, run_command
 from test_train_command import SHORT, last_line, losses, losses_or_none
 
+UNBUFFERED = {"PYTHONUNBUFFERED": "1"}  # so that what a process told outlives it
 KILLS = int(os.environ.get("RADONC_KILLS", "3"))
 
 
@@ -39,7 +40,7 @@ def begin(workspace, workdir, *arguments, devices=1):
     return subprocess.Popen(
         [sys.executable, *command(workspace, workdir, *arguments)],
         cwd=ROOT,
-        env=command_environment(devices),
+        env=command_environment(devices) | UNBUFFERED,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,6 +70,22 @@ def two_processes(*command):
     ]
 
 
+def told_to_end(message, moment, how, *arguments):
+    """What a run tells that ends as told; `tests/told.py` has the moments."""
+    result = subprocess.run(
+        [sys.executable, "tests/told.py", moment, how, *arguments],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 75, result.stderr[-2000:]
+    told = f"told to end: {message}; the same command goes on from the last checkpoint"
+    assert told in result.stderr.splitlines(), result.stderr[-2000:]
+    return result.stdout
+
+
 def wait_for_step(step, workdir, *processes):
     deadline = time.monotonic() + 300
     while (step, "train") not in losses_or_none(workdir):
@@ -92,9 +109,10 @@ def assert_same_end(workdir, quiet):
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, tmp_path):
     moments = random.Random(7)
-    runs, kills = 1, 0
+    runs, kills, resumed = 1, 0, 0
     workdir = tmp_path / "run1"
     while kills < KILLS:
+        saved = newest_checkpoint(workdir)
         process = begin(workspace, workdir)
         try:
             process.wait(moments.uniform(0.2, 1.0) * quiet[1])
@@ -103,12 +121,90 @@ def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, 
             kills += 1
         output = process.communicate()[0]
         assert process.returncode in (0, -signal.SIGKILL), output[-3000:]
+        if "parameters train" in output:  # it got to its first step
+            assert saved == 0 or f"resumed at step {saved} of 6" in output, output[-3000:]
+            resumed += saved > 0
         if process.returncode == 0:  # it got to its end before the blow: another one
             assert_same_end(workdir, quiet[0])
             runs += 1
             workdir = tmp_path / f"run{runs}"
-    run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    saved = newest_checkpoint(workdir)
+    result = run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
+    assert saved == 0 or f"resumed at step {saved} of 6" in result.stdout
+    assert resumed or saved, "no blow fell after a checkpoint"
     assert_same_end(workdir, quiet[0])
+
+
+def newest_checkpoint(workdir):
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+# `train`, where the disk is full, or the process is killed, while step 2 is being written.
+CUT_OFF = """
+import os, resource, signal, sys
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
+from radonc_jax import command, train
+from radonc_jax.training.checkpoint import Checkpoints
+
+how = sys.argv.pop(1)
+save, finalize = Checkpoints.save, AtomicRenameTemporaryPath.finalize
+
+def save_on_a_full_disk(self, step, state, progress):
+    if step == 2:
+        self.wait()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
+    try:
+        save(self, step, state, progress)
+        self.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+async def finalize_or_die(self, *arguments, **options):
+    if self._final_path.name == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await finalize(self, *arguments, **options)
+
+if how == "full":
+    Checkpoints.save = save_on_a_full_disk
+else:
+    AtomicRenameTemporaryPath.finalize = finalize_or_die
+command.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_cut_off_in_a_write_it_goes_on_from_the_last_whole_checkpoint(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = [*workspace.arguments, *SHORT, "--config.final_evaluation=False"]
+
+    def cut_off(how):
+        return subprocess.run(
+            [sys.executable, "-c", CUT_OFF, how, *arguments, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=command_environment() | UNBUFFERED,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    result = cut_off("full")
+    assert result.returncode == 1
+    # Orbax tells of it too, at length; ours is the last line.
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: checkpoint ") and "could not be written under" in error
+    assert "File too large" in error and "the last whole one is 1. Make room there" in error
+    result = cut_off("killed")
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    assert "resumed at step 1 of 6" in result.stdout
+    assert list((workdir / "checkpoints").glob("2.*")) and newest_checkpoint(workdir) == 1
+    result = run_command("train", *arguments, f"--workdir={workdir}")
+    assert "checkpoint 2 was not written to its end" in result.stdout
+    assert "resumed at step 1 of 6" in result.stdout
+    assert not list((workdir / "checkpoints").glob("*.*"))
+    assert losses(workdir) == losses(quiet[0])
+    assert (workdir / "best.json").read_text() == (quiet[0] / "best.json").read_text()
 
 
 @pytest.mark.slow
@@ -159,39 +255,43 @@ def test_a_process_alone_told_to_end_saves_where_it_is(quiet, workspace, tmp_pat
     assert losses(workdir) == losses(quiet[0])
 
 
-# `train`, which is told to end while its last step runs.
-TOLD_AT_THE_END = """
-import os, signal
-from radonc_jax import command, train, tracking
-
-log = tracking.Run.log
-
-def log_and_tell(self, step, split, values, *, show):
-    log(self, step, split, values, show=show)
-    if step == 6 and split == "validation":
-        os.kill(os.getpid(), signal.SIGTERM)
-
-tracking.Run.log = log_and_tell
-command.run(train.main)
-"""
+@pytest.mark.slow
+def test_told_to_end_at_any_moment_it_saves_first_and_goes_on_from_there(
+    quiet, workspace, tmp_path
+):
+    workdir = tmp_path / "run"
+    arguments = [*workspace.arguments, *SHORT, f"--workdir={workdir}"]
+    told_to_end("no step was under way", "weights", "alone", *arguments)
+    assert not workdir.exists()
+    told_to_end("step 3 of 6 is saved", "validation", "alone", *arguments)
+    assert {key for key in losses(workdir) if key[1] == "validation"} == set()
+    assert (workdir / "checkpoints" / "3").is_dir() and not (workdir / "best.json").exists()
+    # The sync point of several processes that are told in the last step but one is the last step.
+    output = told_to_end("step 6 of 6 is saved", "before the last step", "several", *arguments)
+    assert "resumed at step 3 of 6" in output
+    assert (3, "validation") in losses(workdir) and (6, "validation") not in losses(workdir)
+    output = told_to_end("all steps are saved", "last validation", "alone", *arguments)
+    assert "resumed at step 6 of 6" in output
+    assert not (workdir / "evaluation").exists()
+    assert losses(workdir) == losses(quiet[0])
+    assert (workdir / "best.json").read_text() == (quiet[0] / "best.json").read_text()
 
 
 @pytest.mark.slow
-def test_told_to_end_at_the_last_step_it_ends_too(quiet, workspace, tmp_path):
+def test_told_to_end_in_the_final_evaluation_it_keeps_its_answers(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    shutil.rmtree(workdir / "evaluation")
     arguments = [*workspace.arguments, *SHORT, f"--workdir={workdir}"]
-    result = subprocess.run(
-        [sys.executable, "-c", TOLD_AT_THE_END, *arguments],
-        cwd=ROOT,
-        env=command_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 75, result.stderr[-2000:]
-    assert "told to end: all steps are saved" in result.stderr
-    assert not (workdir / "evaluation").exists()
-    assert losses(workdir) == losses(quiet[0])
+    journal = workdir / "evaluation/test/original/.answers.jsonl"
+    told_to_end("no step was under way", "answers", "alone", *arguments)
+    kept = journal.read_text()
+    assert kept and not (journal.parent / "predictions.jsonl").exists()
+    told_to_end("the answers so far are kept", "answers", "several", *arguments)
+    assert journal.read_text().startswith(kept)
+    assert journal.read_text().count("\n") == kept.count("\n") + 1
+    run_command("train", *arguments)
+    assert_same_end(workdir, quiet[0])
 
 
 @pytest.mark.slow
@@ -306,6 +406,31 @@ def test_a_dry_run_fails_where_the_step_does_not_fit(workspace):
     assert result.returncode == 1
     assert "GiB a device, which has 0.0: raise batch.microbatches" in last_line(result)
     assert "memory per device" in result.stdout
+
+
+# `train`, where the platform's own attention passes its self-test on one of two processes alone.
+FAILS_ON_ONE = """
+from radonc_jax import command, parallel, train
+from radonc_jax.models import attention
+
+attention.choose_backend = lambda *_, **__: (
+    ("cudnn", "passed") if parallel.is_main_process() else ("xla", "failed its self-test")
+)
+command.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_processes_take_an_attention_that_all_of_them_can_use(workspace):
+    arguments = [*workspace.arguments, *SHORT, "--dry_run"]
+    processes = two_processes("-c", FAILS_ON_ONE, *arguments)
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "attention: xla (process 1: failed its self-test)" in outputs[0]
 
 
 def test_a_trace_of_some_steps_is_written(workspace, tmp_path):

@@ -15,6 +15,7 @@ from radonc_jax import parallel
 from radonc_jax.models import lora
 from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.parallel import MeshConfig, make_mesh, partition_spec
+from radonc_jax.training import preflight
 
 SEVEN_B = ModelConfig(32000, 32, 4096, 32, 8, 128, 14336, 1e-5, 1e4, None, 4096, False, 32768)
 
@@ -146,7 +147,7 @@ def test_heads_must_divide_by_the_tensor_axis():
     parallel.check_heads(32, 8, mesh)
 
 
-def test_what_the_main_process_has_every_process_gets():
+def test_what_one_process_has_every_process_gets():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,6 +164,15 @@ try:
 except PermissionError as error:
     print(error, end=' ')
 own = b'3 answers' if main else b''
+def refuse_elsewhere():
+    if not main:
+        raise ValueError('not here')
+    return 'here'
+try:
+    parallel.on_all(refuse_elsewhere)
+except ValueError as error:
+    print(error, end=' ')
+print(parallel.on_all(lambda: ['x' * (9 - 8 * main), main]), end=' ')
 print(parallel.from_main(own), parallel.from_main(b''), parallel.on_main(lambda: [main]))
 """
     processes = [
@@ -176,4 +186,13 @@ print(parallel.from_main(own), parallel.from_main(b''), parallel.on_main(lambda:
         for index in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    assert outputs == ["not for you b'3 answers' b'' [True]"] * 2
+    gathered = "process 1: not here [['x', True], ['xxxxxxxxx', False]]"
+    assert outputs == [f"not for you {gathered} b'3 answers' b'' [True]"] * 2
+
+
+def test_where_one_process_cannot_use_a_backend_none_does():
+    fast, failed = ["cudnn", "passed its self-test"], ["xla", "cudnn attention failed"]
+    assert preflight.common_backend([fast, fast]) == ("cudnn", "passed its self-test")
+    assert preflight.common_backend([fast, failed]) == ("xla", "process 1: cudnn attention failed")
+    assert preflight.common_backend([failed, fast]) == ("xla", "process 0: cudnn attention failed")
+    assert preflight.common_backend([["xla", "as asked"]] * 2) == ("xla", "as asked")

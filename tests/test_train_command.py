@@ -13,6 +13,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, command_environment, run_command
 
@@ -95,7 +96,15 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
     assert rates == pytest.approx(expected, rel=1e-5)
     assert list((workdir / "tensorboard").glob("events*"))
     best = json.loads((workdir / "best.json").read_text())
-    assert (workdir / "checkpoints" / str(best["step"])).is_dir()
+    folder = workdir / "checkpoints" / str(best["step"])
+    assert folder.is_dir()
+    # Adapters alone are saved: not one array of the base, and not its bytes.
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder / "trainable").item_metadata.tree
+    assert saved and all(name.endswith(("_proj.a", "_proj.b")) for name in saved)
+    shapes = [array.shape for array in saved.values()]
+    assert sum(map(math.prod, shapes)) == manifest["parameters"]["trainable"]
+    assert all(4 in shape for shape in shapes)  # the rank
 
 
 def test_a_run_ends_with_its_scores_and_the_place_of_its_report(quiet):
@@ -428,7 +437,7 @@ def test_a_run_is_not_resumed_on_another_cohort_or_base(quiet, workspace, tmp_pa
         loading.load_run(workdir)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(workspace, tmp_path):
+def test_an_adapter_that_left_the_numbers_is_not_saved(workspace, tmp_path):
     workdir = tmp_path / "run"
     result = run_command(
         "train",
@@ -440,9 +449,87 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(workspace, t
         check=False,
     )
     assert result.returncode == 1
-    assert last_line(result).startswith("error: step 2: loss nan")
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
+    assert last_line(result).startswith("error: step 1: norm of the trained arrays inf; ")
+    assert not list((workdir / "checkpoints").iterdir())
     assert losses(workdir).keys() == {(1, "train")}
+
+
+# `train`, with a number that is none in the loss or the gradient of step 5, or in a validation.
+NOT_FINITE = """
+import sys
+import numpy as np
+from radonc_jax import command, train
+from radonc_jax.data.batches import Batches
+from radonc_jax.training import step
+
+where = sys.argv.pop(1)
+begin, get, jit_train_step = Batches.__init__, Batches.__getitem__, step.jit_train_step
+
+def begin_noting(self, *arguments, seed, **options):
+    self.validates = seed is None
+    begin(self, *arguments, seed=seed, **options)
+
+def get_spoilt(self, number):
+    batch = get(self, number)
+    if (self.validates, number) == {"loss": (False, 4), "validation": (True, 0)}.get(where):
+        batch["weights"] = batch["weights"] * np.float32("nan")
+    return batch
+
+def jit_spoilt(*arguments):
+    run = jit_train_step(*arguments)
+    def spoilt(state, base, batch):
+        last = int(state.step) == 4
+        state, metrics = run(state, base, batch)
+        return state, metrics | ({"gradient_norm": np.float32("inf")} if last else {})
+    return spoilt
+
+Batches.__init__, Batches.__getitem__ = begin_noting, get_spoilt
+if where == "gradient":
+    step.jit_train_step = jit_spoilt
+command.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_number_that_is_none_stops_the_run_and_its_last_checkpoint_goes_on(
+    quiet, workspace, tmp_path
+):
+    workdir = tmp_path / "run"
+    arguments = [*workspace.arguments, *SHORT, "--config.final_evaluation=False"]
+    expected = losses(quiet[0])
+    config = loading.read_settings(quiet[0])
+    tokenizer = radonc_jax.load(str(workspace.model), dtype="float32").tokenizer
+    train, validation = (
+        batches.task_examples(
+            cohort.load_records(workspace.cohort, split), select("icd"), tokenizer, config.batch
+        )[0]
+        for split in ("train", "validation")
+    )
+    order = batches.Batches(train, config.batch, epochs=2, seed=config.seed, row_multiple=1)
+    for where, step, what, cases in (
+        ("validation", 3, "validation loss nan", [example.case_id for example in validation]),
+        ("loss", 5, "loss nan, gradient norm nan", order.case_ids(4)),
+        ("gradient", 5, f"loss {expected[5, 'train']}, gradient norm inf", order.case_ids(4)),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", NOT_FINITE, where, *arguments, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=command_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 1
+        path = workdir / "not_finite.json"
+        told = f"error: step {step}: {what}; the ids of its {len(cases)} cases are in {path}. "
+        assert last_line(result).startswith(told)
+        content = json.loads(path.read_text())
+        assert (content["step"], content["what"]) == (step, what)
+        assert len(cases) > 8 and sorted(content["cases"]) == sorted(cases)
+    # Steps 3, which was saved before its validation, and 4 have been restored so far.
+    result = run_command("train", *arguments, f"--workdir={workdir}")
+    assert "resumed at step 4 of 6" in result.stdout
+    assert losses(workdir) == expected
 
 
 # `train`, with a fingerprint that tells of another base when it is taken for the second time.
@@ -650,10 +737,107 @@ def test_early_stopping_survives_a_restart(workspace, tmp_path):
     expected = losses(workdir)
     assert {step for step, split in expected if split == "train"} == {1, 2, 3}
     assert json.loads((workdir / "best.json").read_text()) == {"step": 1, "value": 0.0}
-    # Back to step 2, as if killed there: one bad validation is already counted.
+    # Back to step 2, as if killed there: one bad validation is already counted. Of several
+    # processes that are told in the validation that ends it, all end.
     shutil.rmtree(workdir / "checkpoints" / "3")
+    result = subprocess.run(
+        [sys.executable, "tests/told.py", "third validation", "several", *arguments],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 75 and "told to end: all steps are saved" in result.stderr
+    assert losses(workdir) == expected
     run_command("train", *arguments)
     assert losses(workdir) == expected
+
+
+@pytest.mark.slow
+def test_the_accuracy_of_a_validation_is_that_of_its_answers(workspace, tmp_path):
+    """A model that has learnt to answer "photon" is right in some of the cases."""
+    workdir, asked = tmp_path / "run", 7
+    run_command(
+        "train",
+        *workspace.arguments,
+        "--config.task=modality",
+        "--config.trainable=full",
+        "--config.optimizer.learning_rate=3e-3",
+        "--config.train.steps=12",
+        f"--config.train.validation_cases={asked}",
+        "--config.final_evaluation=False",
+        f"--workdir={workdir}",
+    )
+    run_command("evaluate", f"--workdir={workdir}", "--split=validation")
+    path = workdir / "evaluation/validation/tuned/predictions.jsonl"
+    (answers,) = evaluation.read_predictions(path).values()
+    right = [answer["correct"] for answer in answers]
+    expected = sum(right[:asked]) / asked
+    # Neither all cases nor those of another split have this accuracy.
+    test = [case.modality == "photon" for case in cohort.load_records(workspace.cohort, "test")]
+    assert expected not in (0, 1, sum(right) / len(right), sum(test[:asked]) / asked)
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["split"], last["step"]) == ("validation", 12)
+    assert last["accuracy"] == pytest.approx(expected)
+    best = json.loads((workdir / "best.json").read_text())
+    assert best == {"step": 12, "value": last["accuracy"]}
+
+
+# `train`, with these accuracies of its validations; null kills it instead.
+SCORED = """
+import json, os, signal, sys
+from radonc_jax import command, train
+from radonc_jax.evaluation import run
+
+scores = json.loads(sys.argv.pop(1))
+
+def evaluate(*_, split, **__):
+    assert split == "validation"
+    score = scores.pop(0)
+    if score is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"task": "icd", "accuracy": {"value": score}}
+
+run.evaluate = evaluate
+command.run(train.main)
+assert not scores
+"""
+
+
+@pytest.mark.slow
+def test_the_best_step_is_that_of_the_highest_accuracy_killed_or_not(workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = (
+        *workspace.arguments,
+        "--config.train.steps=3",
+        "--config.train.evaluate_every=1",
+        "--config.final_evaluation=False",
+        f"--workdir={workdir}",
+    )
+
+    def scored(*scores):
+        return subprocess.run(
+            [sys.executable, "-c", SCORED, json.dumps(scores), *arguments],
+            cwd=ROOT,
+            env=command_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    result = scored(0.1, 0.3, None)
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    # As if killed before step 3 was saved: the validation of step 2, which is not in its
+    # checkpoint, was made and is not made again.
+    shutil.rmtree(workdir / "checkpoints" / "3", ignore_errors=True)
+    result = scored(0.2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "resumed at step 2 of 3" in result.stdout
+    assert json.loads((workdir / "best.json").read_text()) == {"step": 2, "value": 0.3}
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [(e["step"], e["accuracy"]) for e in entries if e["split"] == "validation"]
+    assert logged == [(1, 0.1), (2, 0.3), (3, 0.2)]
 
 
 @pytest.mark.long

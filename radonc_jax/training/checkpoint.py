@@ -7,6 +7,7 @@ damaged later is set aside, and the one before is used. Kept are the two newest 
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -25,6 +26,7 @@ from radonc_jax.parallel import path_name
 from radonc_jax.training.step import TrainState, checksums, fingerprint, join_checksums
 
 PRINTS = "fingerprints"
+TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's, of a checkpoint that is being written
 
 
 @dataclass
@@ -36,12 +38,15 @@ class Progress:
       best_value: of the metric there.
       bad_evaluations: validations since then without an improvement, for early stopping.
       stopped_early: whether patience ran out.
+      validation_due: whether the step of the checkpoint is validated after it was saved; what is
+        said above is then from before.
     """
 
     best_step: int | None = None
     best_value: float | None = None
     bad_evaluations: int = 0
     stopped_early: bool = False
+    validation_due: bool = False
 
     def judge(self, step: int, value: float, *, sign: int, patience: int) -> None:
         """Notes whether a validation is the best so far, and whether patience has run out.
@@ -57,6 +62,12 @@ class Progress:
         else:
             self.bad_evaluations += 1
         self.stopped_early = 0 < patience <= self.bad_evaluations
+        self.validation_due = False
+
+    def digest(self) -> str:
+        """A hash of all fields."""
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class _KeepBest:
@@ -75,6 +86,14 @@ class _KeepBest:
         return [checkpoint.step in (self.step, self._before) for checkpoint in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX's service whether the run is to end: that counts questions, and the run
+    itself asks them (`preemption.Preemption`)."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
@@ -84,7 +103,8 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._best = _KeepBest()
         self._failed = False
-        self._manager = ocp.CheckpointManager(
+        self._tell_of_half_written()
+        self._manager = _Manager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(2), self._best]),
@@ -92,15 +112,26 @@ class Checkpoints:
             ),
         )
 
+    def _tell_of_half_written(self) -> None:
+        """A run killed in a write has left a part of a checkpoint, which Orbax removes now."""
+        if not parallel.is_main_process():
+            return
+        for path in sorted((self._workdir / "checkpoints").glob(f"*{TMP_DIR_SUFFIX}*")):
+            number = path.name.partition(".")[0]
+            print(
+                f"checkpoint {number} was not written to its end: the part that there is goes",
+                flush=True,
+            )
+
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
         """Starts writing a checkpoint; arrays are copied before this returns.
 
         Raises:
           OSError: it, or the one before, could not be written.
         """
-        is_best = progress.best_step is not None and progress.best_step != self._best.step
-        self._best.note(progress.best_step)
+        is_best = self._note(progress)
         prints = {name: fingerprint(getattr(state, name)) for name in ("trainable", "optimizer")}
+        prints["progress"] = progress.digest()
         with self._writing(step):
             self._manager.save(
                 step,
@@ -110,11 +141,23 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(dataclasses.asdict(progress) | {PRINTS: prints}),
                 ),
             )
-            if is_best:
-                # best.json names whole checkpoints only.
-                self._manager.wait_until_finished()
         if is_best:
-            write_best(self._workdir, progress)
+            self._write_best(progress)
+
+    def name_best(self, progress: Progress) -> None:
+        """Keeps the best checkpoint, once it was judged, and names it in best.json; as `save`."""
+        if self._note(progress):
+            self._write_best(progress)
+
+    def _note(self, progress: Progress) -> bool:
+        """Whether there is another best checkpoint than before."""
+        changed = progress.best_step is not None and progress.best_step != self._best.step
+        self._best.note(progress.best_step)
+        return changed
+
+    def _write_best(self, progress: Progress) -> None:
+        self.wait()  # best.json names whole checkpoints only
+        write_best(self._workdir, progress)
 
     @contextlib.contextmanager
     def _writing(self, step: int | None = None):
@@ -204,11 +247,11 @@ class Checkpoints:
             _unnamed(shapes.trainable, restored.trainable),
             _unnamed(shapes.optimizer, restored.optimizer),
         )
-        progress = dict(restored.progress)
-        for name, expected in progress.pop(PRINTS, {}).items():  # older runs have none
-            if fingerprint(getattr(state, name), expected) != expected:
-                raise ValueError(f"the {name} arrays are not those that were saved")
-        return state, Progress(**progress)
+        progress, expected = _read_progress(restored.progress)
+        for part in expected:
+            if fingerprint(getattr(state, part), expected[part]) != expected[part]:
+                raise ValueError(f"the {part} arrays are not those that were saved")
+        return state, progress
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk; raises as `save`."""
@@ -233,6 +276,20 @@ def _attempt(read, *arguments) -> tuple:
         return None, _short(error)
 
 
+def _read_progress(content: dict) -> tuple[Progress, dict[str, str]]:
+    """The progress in a checkpoint and the fingerprints of its arrays by part, older ones of which
+    lack; ValueError or TypeError if it is damaged."""
+    content = dict(content)
+    expected = dict(content.pop(PRINTS, {}))
+    digest = expected.pop("progress", None)
+    progress = Progress(**content)
+    if digest not in (None, progress.digest()):
+        raise ValueError("the progress is not the one that was saved")
+    if unknown := expected.keys() - {"trainable", "optimizer"}:
+        raise ValueError(f"there are fingerprints of {sorted(unknown)}")
+    return progress, expected
+
+
 def _read_through(folder: Path, shapes: TrainState) -> None:
     """Reads a checkpoint on this process alone, an array at a time; raises if it is damaged."""
     this = jax.process_index()
@@ -244,7 +301,7 @@ def _read_through(folder: Path, shapes: TrainState) -> None:
         return ocp.Checkpointer(handler, multiprocessing_options=options)
 
     with reader(ocp.JsonCheckpointHandler(multiprocessing_options=options)) as checkpointer:
-        expected = checkpointer.restore(folder / "progress").get(PRINTS, {})
+        _, expected = _read_progress(checkpointer.restore(folder / "progress"))
     with reader(ocp.PyTreeCheckpointHandler(multiprocessing_options=options)) as checkpointer:
         for part in ("trainable", "optimizer"):
             told, sums = expected.get(part), []

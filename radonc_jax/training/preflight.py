@@ -6,6 +6,7 @@ for a TPU topology that is not there.
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +139,17 @@ def stored_shapes(partition: Partition, dtype, mesh: Mesh):
 
     placements = parallel.shardings(partition.frozen, mesh)
     return jax.tree_util.tree_map_with_path(stored, partition.frozen, placements)
+
+
+def common_backend(chosen: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """The attention backend that all processes take and why, from what each would take: "xla" as
+    soon as one cannot use another, since two programs would wait for each other for ever."""
+    if len({backend for backend, _ in chosen}) > 1:
+        for number, (backend, why) in enumerate(chosen):
+            if backend == "xla":
+                return backend, f"process {number}: {why}"
+    backend, why = chosen[0]
+    return backend, why
 
 
 def compile_step(
