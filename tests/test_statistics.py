@@ -1,5 +1,6 @@
 """Intervals and tests against scipy, closed forms and simulation."""
 
+import itertools
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 from scipy import stats
 
 from radonc_jax.evaluation import comparison, statistics
+from radonc_jax.evaluation.page import DEFINITIONS
 from radonc_jax.evaluation.verdict import standing
 
 
@@ -39,24 +41,92 @@ def test_wilcoxon_exact_by_hand():
     assert statistics.wilcoxon_one_sided([1, 2, 3, 4], [2, 4, 6, 8])["p_value"] == 1
 
 
-def test_wilcoxon_agrees_with_scipy_and_leaves_ties_out():
-    rng = np.random.default_rng(400)
-    original, tuned = rng.integers(0, 2, (2, 400)).astype(float)
-    difference = tuned - original
+@pytest.mark.parametrize("n", [400, 1000])
+def test_wilcoxon_of_many_cases_agrees_with_scipy_and_leaves_ties_out(n):
+    rng = np.random.default_rng(n)
+    original, tuned = rng.integers(0, 11, (2, n)) / 10
+    difference = (tuned - original).round(12)
     expected = stats.wilcoxon(difference, alternative="greater", zero_method="wilcox")
     result = statistics.wilcoxon_one_sided(tuned, original)
-    assert result["n"] == 400
-    assert result["n_nonzero"] == np.count_nonzero(difference)
+    assert result["n"] == n
+    assert result["n_nonzero"] == np.count_nonzero(difference) > statistics.EXACT_CASES
     assert result["statistic"] == expected.statistic
     assert result["p_value"] == pytest.approx(expected.pvalue, rel=1e-12)
+    assert result["method"] == "normal"
 
 
-def test_wilcoxon_is_exact_on_few_cases_that_differ_among_many_that_tie():
-    original = np.array([1] * 3 + [0] * 8 + [1] * 500)
-    tuned = np.array([0] * 3 + [1] * 8 + [1] * 500)
-    # With right and wrong alone all ranks tie, and the exact test is the sign test.
-    expected = stats.binom.sf(7, 11, 0.5)
-    assert statistics.wilcoxon_one_sided(tuned, original)["p_value"] == pytest.approx(expected)
+@pytest.mark.parametrize("n", [3, 12, 50, 120])
+def test_wilcoxon_without_ties_is_scipys_exact_test(n):
+    rng = np.random.default_rng(n)
+    for shift in (-0.3, 0, 0.3):
+        tuned, original = rng.normal(shift, 1, n), rng.normal(0, 1, n)
+        expected = stats.wilcoxon(tuned - original, alternative="greater", method="exact")
+        result = statistics.wilcoxon_one_sided(tuned, original)
+        assert result["statistic"] == expected.statistic
+        assert result["p_value"] == pytest.approx(expected.pvalue, rel=1e-9)
+        assert result["method"] == "exact"
+
+
+@pytest.mark.parametrize("n", [1, 4, 9, 14])
+def test_wilcoxon_with_ties_is_what_enumeration_of_all_signs_gives(n):
+    rng = np.random.default_rng(n)
+    signs = np.array(list(itertools.product((-1, 1), repeat=n)))
+    for _ in range(5):
+        difference = rng.choice([-1, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1], n)
+        ranks = stats.rankdata(np.abs(difference))
+        sums = (ranks * (signs > 0)).sum(1)
+        statistic = ranks[difference > 0].sum()
+        result = statistics.wilcoxon_one_sided(difference, np.zeros(n))
+        assert result["statistic"] == statistic
+        assert result["p_value"] == pytest.approx(np.mean(sums >= statistic), rel=1e-12)
+
+
+def test_wilcoxon_changes_little_where_it_is_no_longer_enumerated(monkeypatch):
+    rng = np.random.default_rng(5)
+    for shift in (-0.1, 0, 0.1, 0.2):
+        difference = rng.normal(shift, 1, statistics.EXACT_CASES).round(1)
+        difference[difference == 0] = 0.1
+        exact = statistics.wilcoxon_one_sided(difference, 0 * difference)
+        with monkeypatch.context() as patch:
+            patch.setattr(statistics, "EXACT_CASES", 0)
+            normal = statistics.wilcoxon_one_sided(difference, 0 * difference)
+        assert (exact["method"], normal["method"]) == ("exact", "normal")
+        assert exact["p_value"] == pytest.approx(normal["p_value"], abs=2e-3, rel=0.02)
+
+
+def test_the_definitions_say_where_wilcoxon_is_not_exact():
+    assert f"more than {statistics.EXACT_CASES} cases differ" in DEFINITIONS["Wilcoxon p"]
+
+
+def right_or_wrong(only_tuned, only_original):
+    """Of many cases on which the models agree, these that only one of them gets right."""
+    tuned = np.array([1] * only_tuned + [0] * only_original + [1] * 500)
+    original = np.array([0] * only_tuned + [1] * only_original + [1] * 500)
+    return statistics.wilcoxon_one_sided(tuned, original)["p_value"]
+
+
+def test_wilcoxon_of_right_and_wrong_is_the_binomial():
+    # All ranks tie, and the exact test is the sign test.
+    by_hand = sum(math.comb(11, k) for k in range(8, 12)) / 2**11
+    assert right_or_wrong(8, 3) == pytest.approx(by_hand)
+    for only in ((11, 4), (11, 3), (31, 19), (400, 350)):
+        assert right_or_wrong(*only) == pytest.approx(stats.binom.sf(only[0] - 1, sum(only), 0.5))
+
+
+@pytest.mark.parametrize("values", [(1,), (1, 0.5)], ids=["right or wrong", "with one half"])
+def test_wilcoxon_keeps_its_level_exactly_on_14_to_50_cases_that_differ(values):
+    """The chance of p <= 0.05 where each case is as likely for either model, summed up exactly."""
+    for n in range(14, 51):
+        level, half = 0.0, len(values) - 1  # one difference of one half beside n - 1 of one
+        for wins in range(n - half + 1):
+            for sign in (1, -1)[: half + 1]:
+                difference = np.ones(n)
+                difference[wins : n - half] = -1
+                if half:
+                    difference[-1] = sign / 2
+                if statistics.wilcoxon_one_sided(difference, np.zeros(n))["p_value"] <= 0.05:
+                    level += math.comb(n - half, wins) / 2**n
+        assert 0.017 < level <= 0.05, n
 
 
 def test_wilcoxon_of_equal_models_is_defined():

@@ -610,11 +610,13 @@ DEFINITIONS = {
     "F1 to be expected in 93 to 97 of 100 test splits with 15 classes in 300 cases, but in about "
     "90 with 28 classes in 100 cases, 11 of them with a single case.",
     "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; "
-    "cases on which the models tie are left out. Holm adjusts over the tests of the same kind in "
-    "this report: all of tuned against original, all against simple baselines, all against the "
-    "original model with examples or constrained, all between the tuned models of two runs. By "
-    "patient: of each patient's mean, since the cases of a patient are not independent. A p near "
-    "1 says that the tuned model is worse or no better.",
+    "cases on which the models tie are left out. It is exact, ties between ranks included (of right "
+    "and wrong the binomial test), but for a normal approximation where more than 300 cases differ "
+    "by unequal amounts. Holm adjusts over the tests of the same kind in this report: all of tuned "
+    "against original, all against simple baselines, all against the original model with examples "
+    "or constrained, all between the tuned models of two runs. By patient: of each patient's mean, "
+    "since the cases of a patient are not independent. A p near 1 says that the tuned model is "
+    "worse or no better.",
     "Difference": "Tuned less the other model on the same cases, with its paired interval.",
     "McNemar p": "Exact two-sided test on the cases that only one of the two models gets right: it "
     "asks for a difference in either direction, and where tuning made things worse it is small "
