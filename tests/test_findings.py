@@ -992,7 +992,7 @@ def test_an_older_evaluation_is_scored_anew(icd_run, cohort):
     assert after["tuned"] == before["tuned"]
 
 
-@pytest.mark.parametrize("method", [None, 0])
+@pytest.mark.parametrize("method", [None, 1])
 def test_intervals_of_another_definition_are_made_anew(icd_run, method):
     before = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
     path = icd_run / "evaluation" / "test" / "tuned" / "metrics.json"

@@ -259,17 +259,69 @@ def test_interval_is_the_central_95_percent_and_wider_for_few_patients():
     assert many.interval(np.full(3, np.nan)) == (None, None)
 
 
-@pytest.mark.parametrize(("patients", "each"), [(40, 3), (120, 1)])
-def test_intervals_of_means_cover(patients, each):
+def simulated_coverage(mean, patients, each, *, share, likeness=1 / 7, runs=2000):
+    """How often the interval holds the mean; the cases of a patient have one chance to be right,
+    from a beta distribution in which they correlate by `likeness`."""
     rng = np.random.default_rng(4)
     index = np.repeat(np.arange(patients), each)
-    covered = 0
-    for number in range(1000):
-        chance = np.repeat(rng.beta(4, 2, patients), each)  # cases of a patient share their chance
-        values = rng.random(patients * each) < chance
-        result = statistics.bootstrap_mean(values, index, resamples=300, seed=number)
-        covered += result["low"] <= 2 / 3 <= result["high"]
-    assert 0.93 <= covered / 1000 <= 0.97
+    size = 1 / likeness - 1
+    chance = rng.beta(mean * size, (1 - mean) * size, (runs, patients))
+    values = rng.random((runs, patients * each)) < np.repeat(chance, each, axis=1)
+    names = [str(run) for run in range(runs)]
+    columns = dict(zip(names, values, strict=True))
+    found = statistics.bootstrap_means(columns, index, shares=names if share else ())
+    return np.mean([f["low"] <= mean <= f["high"] for f in found.values()])
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(("patients", "each"), [(40, 3), (120, 1)])
+def test_intervals_of_means_cover(patients, each, share):
+    assert 0.93 <= simulated_coverage(2 / 3, patients, each, share=share) <= 0.97
+
+
+@pytest.mark.parametrize(("patients", "each"), [(40, 3), (141, 3)])
+@pytest.mark.parametrize("mean", [0.9, 0.95, 0.98])
+def test_intervals_of_shares_cover_near_1(mean, patients, each):
+    assert 0.935 <= simulated_coverage(mean, patients, each, share=True) <= 0.97
+
+
+def test_intervals_of_shares_are_too_narrow_where_few_patients_hold_all_errors():
+    covered = simulated_coverage(0.95, 40, 3, share=True, likeness=0.5)
+    assert 0.91 <= covered <= 0.93
+    assert "but in about 92 where a few of 40 patients" in DEFINITIONS["95 % interval"]
+
+
+@pytest.mark.parametrize(("n", "most"), [(40, 0.981), (120, 0.972), (422, 0.97)])
+def test_intervals_of_shares_cover_exactly_computed(n, most):
+    """One case a patient: the interval depends on the number of right answers alone."""
+    values = np.arange(n)[:, None] < np.arange(n + 1)
+    names = [str(k) for k in range(n + 1)]
+    columns = dict(zip(names, values.T, strict=True))
+    found = statistics.bootstrap_means(columns, np.arange(n), shares=names)
+    low, high = (np.array([found[name][end] for name in names]) for end in ("low", "high"))
+    covered = {
+        mean: stats.binom.pmf(np.arange(n + 1), n, mean)[(low <= mean) & (mean <= high)].sum()
+        for mean in (0.5, 0.67, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98)
+    }
+    assert 0.935 <= min(covered.values()) <= max(covered.values()) <= most, covered
+
+
+def test_interval_of_a_share_is_wilsons_for_independent_cases():
+    rng = np.random.default_rng(0)
+    values = np.arange(422) < 400
+    found = statistics.bootstrap_mean(values, np.arange(422), resamples=20_000, share=True)
+    expected = stats.binomtest(400, 422).proportion_ci(0.95, method="wilson")
+    assert (found["low"], found["high"]) == pytest.approx(
+        (expected.low, expected.high), abs=0.03 * (expected.high - expected.low)
+    )
+    # Three cases alike are worth one; a graded score spreads less than right and wrong.
+    triple = statistics.bootstrap_mean(
+        np.repeat(values, 3), np.repeat(np.arange(422), 3), resamples=20_000, share=True
+    )
+    assert triple == pytest.approx(found)
+    graded = statistics.bootstrap_mean(rng.beta(9, 1, 422), np.arange(422), share=True)
+    spread = math.sqrt(0.9 * 0.1 / 11 / 422)  # of a mean of Beta(9, 1)
+    assert graded["high"] - graded["low"] == pytest.approx(2 * 1.966 * spread, rel=0.15)
 
 
 def test_a_constant_share_is_not_called_certain():

@@ -13,7 +13,7 @@ from scipy import stats
 
 LEVEL = 0.95
 # Counted up whenever an interval is defined anew: scores written before are then scored again.
-INTERVAL_METHOD = 1
+INTERVAL_METHOD = 2
 EXACT_CASES = 300  # that differ; enumerating the Wilcoxon test takes 20 ms there, and grows cubed
 _CHUNK_ENTRIES = 4_000_000  # weights held at once: 32 MB
 _KEPT_ENTRIES = 200_000_000  # draws kept from one use to the next, at most: 400 MB
@@ -115,6 +115,32 @@ class PatientBootstrap:
         low, high = np.quantile(samples, [tail, 1 - tail])
         return float(low), float(high)
 
+    def share_interval(
+        self, value: float, samples: np.ndarray, patients: int | None = None
+    ) -> tuple[float, float]:
+        """Wilson's 95 % interval of a mean of scores from 0 to 1, with the samples' variance.
+
+        All u with |value - u| <= t sqrt(V(u)), V(u) = V u (1 - u) / (value (1 - value)): the
+        variance V of the samples [B] tells by its ratio to the binomial one how many independent
+        cases these are worth, n = value (1 - value) / V, and the score interval of n cases holds
+        (Wilson, J Am Stat Assoc 1927;22:209; effective size as Korn and Graubard, Survey
+        Methodology 1998;24:193). For few patients V is that over P / (P - 1) and t is Student's,
+        with P - 1 degrees of freedom, as `interval` is widened. The simulations in the tests show
+        the coverage near 1, where the percentile interval falls to about 90 %. Where no sample
+        differs from another: see `constant_interval`.
+        """
+        count = self.count if patients is None else patients
+        if count == 1 or _alike(samples):
+            return constant_interval(value, count)
+        t = float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
+        n = value * (1 - value) / (float(samples.var()) * count / (count - 1))
+        centre, half = (
+            value + t**2 / (2 * n),
+            t * math.sqrt(value * (1 - value) / n + (t / n) ** 2 / 4),
+        )
+        low, high = ((centre + end) / (1 + t**2 / n) for end in (-half, half))
+        return max(low, 0.0), min(high, 1.0)
+
     def centred_interval(
         self, value: float, samples: np.ndarray, least: float, most: float
     ) -> tuple[float, float]:
@@ -176,9 +202,8 @@ def bootstrap_means(
 
     Args:
       resamples: 0 leaves the intervals out (None).
-      shares: names of columns within 0 and 1. Where the patients of such a column are all alike,
-        or one alone, no resample differs from the mean; see `constant_interval` (0 of 20 patients:
-        0 to 0.168).
+      shares: names of columns within 0 and 1; their intervals are `share_interval`, the others'
+        the percentile `interval`.
       within: bool [N] for the columns that are averaged over some of the cases only. With none
         of them the value is None.
     """
@@ -200,8 +225,8 @@ def bootstrap_means(
         if resamples:
             count = len(np.unique(draw.index[inside[:, i]]))
             drawn = samples[~np.isnan(samples[:, i]), i]
-            if name in shares and (count == 1 or (len(drawn) and _alike(drawn))):
-                low, high = constant_interval(value, count)
+            if name in shares and (len(drawn) or count == 1):
+                low, high = draw.share_interval(value, drawn, count)
             else:
                 low, high = draw.interval(drawn, count)
         result[name] = {"value": value, "low": low, "high": high}
@@ -218,8 +243,8 @@ def bootstrap_mean(
 ) -> dict[str, float | None]:
     """`bootstrap_means` of one column: {value, low, high}.
 
-    `share`: the values lie within 0 and 1. Of other values of a single patient, or of patients all
-    alike, the interval is the mean itself: there is nothing to resample.
+    `share`: the values lie within 0 and 1, and the interval is `share_interval`. Of other values of
+    a single patient, or of patients all alike, it is the mean itself: there is nothing to resample.
     """
     return bootstrap_means(
         {"mean": values},
