@@ -184,6 +184,25 @@ def test_the_test_by_patient_keeps_its_level_where_cases_of_a_patient_agree():
     assert by_patient / 100 < 0.12 < 0.2 < by_case / 100
 
 
+@pytest.mark.parametrize("each", [1, 4])
+def test_the_test_by_patient_of_two_sides(each):
+    # 2 patients whose cases only the original gets right, 7 of whom only the tuned model does.
+    original = np.repeat([1] * 2 + [0] * 7 + [1] * 11, each)
+    tuned = np.repeat([0] * 2 + [1] * 7 + [1] * 11, each)
+    given = (
+        predictions(answers, patients=[f"p{i // each}" for i in range(len(answers))])
+        for answers in (original, tuned)
+    )
+    tests = comparison.compare_models(*given, bootstrap=200)
+    by_patient = tests["wilcoxon_by_patient"]
+    assert by_patient["p_value"] == pytest.approx(stats.binom.sf(6, 9, 0.5))
+    assert by_patient["p_two_sided"] == pytest.approx(statistics.mcnemar_exact(2, 7))
+    assert (by_patient["n"], tests["wilcoxon"]["n"]) == (20, 20 * each)
+    if each == 1:
+        assert tests["wilcoxon"]["p_value"] == by_patient["p_value"]
+        assert tests["mcnemar"]["p_value"] == by_patient["p_two_sided"]
+
+
 def test_effect_sizes_by_hand():
     # Ranks of |1|, |2|, |3|, |-4|: three in favour (6 of 10), one against (4 of 10).
     assert statistics.rank_biserial([1, 2, 3, 0], [0, 0, 0, 4]) == pytest.approx(0.2)
@@ -412,6 +431,17 @@ def test_few_cases_that_differ_decide_nothing():
     assert standing(comparison.compare_models(wrong, right)) == "better"
     assert standing(comparison.compare_models(right, wrong)) == "worse"
     assert standing(comparison.compare_models(wrong, right, bootstrap=0)) == "unclear"
+
+
+@pytest.mark.parametrize(("gained", "stands"), [(5, "unclear"), (6, "better")])
+def test_few_patients_that_differ_decide_nothing(gained, stands):
+    """Their cases say the same, so more of them do not make the gain sure."""
+    patients = [f"p{i // 4}" for i in range(120)]
+    wrong = predictions([0] * 4 * gained + [1] * (120 - 4 * gained), patients=patients)
+    tests = comparison.compare_models(wrong, predictions([1] * 120, patients=patients))
+    assert tests["difference"]["low"] > 0 and tests["mcnemar"]["p_value"] < 1e-5
+    assert tests["wilcoxon_by_patient"]["p_two_sided"] == pytest.approx(2 * 0.5**gained)
+    assert standing(tests) == stands
 
 
 def test_models_that_never_differ():
