@@ -798,6 +798,16 @@ def test_groups_of_a_case():
     assert ages == ["0-39", "40-49", "80+", None, None]
 
 
+def tests_with(difference, mcnemar=0.02, wilcoxon=0.01, **by_patient):
+    """Of 100 cases of a patient each; `by_patient` tells another number of patients, n, and p."""
+    return {
+        "difference": difference,
+        "wilcoxon": {"p_value": wilcoxon, "n": 100},
+        "wilcoxon_by_patient": {"p_value": wilcoxon, "p_two_sided": mcnemar, "n": 100} | by_patient,
+        "mcnemar": {"p_value": mcnemar},
+    }
+
+
 def entry_with(tuned, baseline, difference, low, high):
     score = {"value": tuned, "low": None, "high": None}
     interval = {"value": difference, "low": low, "high": high}
@@ -805,12 +815,8 @@ def entry_with(tuned, baseline, difference, low, high):
         "original": {"accuracy": {"value": 0.1}},
         "tuned": {"accuracy": score, "n": 100, "unparseable": 0},
         "baselines": {"lookup": {"accuracy": {"value": baseline}}},
-        "baseline_tests": {"lookup": {"difference": interval, "mcnemar": {"p_value": 0.02}}},
-        "tests": {
-            "difference": interval,
-            "wilcoxon": {"p_value": 0.01},
-            "mcnemar": {"p_value": 0.02},
-        },
+        "baseline_tests": {"lookup": tests_with(interval)},
+        "tests": tests_with(interval),
         "details": {},
         "ceiling": None,
     }
@@ -843,10 +849,7 @@ def test_the_verdict_says_plainly_who_wins():
                 "tuned_constrained": {"accuracy": {"value": 0.9}},  # no rival: it is tuned
             },
             "variant_tests": {
-                name: {
-                    "difference": {"value": 0.3, "low": low, "high": high},
-                    "mcnemar": {"p_value": 0.02},
-                }
+                name: tests_with({"value": 0.3, "low": low, "high": high})
                 for name in ("original_constrained", "original_examples")
             },
         }
@@ -856,7 +859,7 @@ def test_the_verdict_says_plainly_who_wins():
         assert said in judged["sentences"][2] and len(judged["sentences"]) == 4
     # Of other cases: the most accurate baseline is beaten, a less accurate one is not told apart.
     several = entry_with(0.8, 0.6, 0.2, 0.1, 0.3)
-    unclear = {"difference": {"value": 0.3, "low": -0.1, "high": 0.7}, "mcnemar": {"p_value": 0.3}}
+    unclear = tests_with({"value": 0.3, "low": -0.1, "high": 0.7}, mcnemar=0.3)
     several["baselines"]["tfidf"] = {"accuracy": {"value": 0.5}}
     several["baseline_tests"]["tfidf"] = unclear
     several["variants"], several["variant_tests"] = (
@@ -880,7 +883,7 @@ def test_the_verdict_says_plainly_who_wins():
         "one-sided Wilcoxon p = 0.0100). The Wilcoxon test finds a gain, but McNemar's exact "
         "two-sided test does not (p = 0.1250)."
     )
-    few["tests"]["wilcoxon"]["p_holm"] = 0.06
+    few["tests"]["wilcoxon_by_patient"]["p_holm"] = 0.06
     said = judge_tuning("icd", few)["sentences"][0]
     assert said.endswith("p = 0.0100, after Holm p = 0.0600), which chance alone could explain.")
     assert "chance" not in better["sentences"][0] and "but" not in better["sentences"][0]
@@ -888,6 +891,33 @@ def test_the_verdict_says_plainly_who_wins():
     none = entry_with(0.8, 0.5, 0.3, 0.2, 0.4) | {"baselines": None, "baseline_tests": None}
     assert judge_tuning("icd", none)["tuned_beats_baseline"] is None
     assert "a gain, but the interval of the difference holds 0." in unsure["sentences"][0]
+
+
+def test_the_verdict_rests_on_the_test_by_patient_where_patients_have_several_cases():
+    """By case all is sure, of 100 cases of 20 patients."""
+    interval = {"value": 0.3, "low": 0.2, "high": 0.4}
+    unsure, one_sided, sure = (
+        tests_with(interval, 1e-9, 1e-9, n=20, p_value=p, p_two_sided=2 * p, p_holm=2 * p)
+        for p in (0.06, 0.03, 0.004)
+    )
+    entry = entry_with(0.8, 0.5, 0.3, 0.2, 0.4)
+    for tests, said in (
+        (
+            unsure,
+            "one-sided Wilcoxon by patient p = 0.0600, after Holm p = 0.1200), which chance alone "
+            "could explain.",
+        ),
+        (sure, "one-sided Wilcoxon by patient p = 0.0040, after Holm p = 0.0080)."),
+        (
+            one_sided
+            | {"wilcoxon_by_patient": one_sided["wilcoxon_by_patient"] | {"p_holm": 0.03}},
+            "one-sided Wilcoxon by patient p = 0.0300). The Wilcoxon test by patient finds a gain, "
+            "but the same test of two sides does not (p = 0.0600).",
+        ),
+    ):
+        judged = judge_tuning("icd", entry | {"tests": tests, "baseline_tests": {"lookup": tests}})
+        assert judged["sentences"][0].endswith(said)
+        assert judged["tuned_beats_baseline"] is (tests is sure)
 
 
 def test_where_no_answer_is_right_nothing_is_weighed():
@@ -1280,7 +1310,7 @@ def test_an_older_evaluation_is_scored_anew(icd_run, cohort):
     assert after["tuned"] == before["tuned"]
 
 
-@pytest.mark.parametrize("method", [None, 0])
+@pytest.mark.parametrize("method", [None, 1])
 def test_intervals_of_another_definition_are_made_anew(icd_run, method):
     before = findings.build_report([run_folder.read_run(icd_run)], bootstrap=50)["tasks"]["icd"]
     path = icd_run / "evaluation" / "test" / "tuned" / "metrics.json"

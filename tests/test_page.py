@@ -335,6 +335,37 @@ def test_the_first_screen_and_the_task_agree_on_how_sure_the_gain_is():
     )
 
 
+def test_significance_rests_on_patients_where_they_have_several_cases():
+    # 3 of 12 patients of 4 cases each: 12 cases differ, and by case p is 2^-12, by patient 2^-3.
+    answers = [("C61", "", "C61")] * 12 + [("C61", "C61", "C61")] * 36
+    several = run_in_memory(answers, "icd", patients=[f"p{i // 4}" for i in range(48)])
+    alone = run_in_memory(answers, "icd", name="alone")
+    page = render(several)
+    text = shown(page)
+    first = shown(page[: page.index('id="paper"')])
+    assert "not significant (one-sided Wilcoxon by patient at 5 %, after Holm)" in first
+    assert "p (Wilcoxon, by patient)" in first and "p is one-sided (Wilcoxon, by patient)" in first
+    assert "0.1250" in first and "0.0002" not in first
+    assert "one-sided Wilcoxon by patient p = 0.1250), which chance alone could explain" in text
+    tests = text[text.index("Tests The Wilcoxon test asks") :]
+    assert "by patient after Holm" in tests
+    # By case, after Holm; McNemar's of two sides, twice; by patient, after Holm, of two sides.
+    assert re.search(r"0\.0002 0\.0002 0 12 0\.0005 0\.0005 .* 0\.1250 0\.1250 0\.2500", tests)
+    # Beside a run of one case a patient Holm is over the tests by patient, and named so.
+    both = build_report([several, alone], bootstrap=20)["tasks"]["icd"]
+    p = both["further_runs"][0]["tests"]["wilcoxon_by_patient"]["p_holm"]
+    assert p == pytest.approx(2 * 2**-12)
+    first = shown(render(several, alone)).partition("The paper")[0]
+    assert (
+        "the gain is significant (one-sided Wilcoxon by patient at 5 %, after Holm) in 1 of"
+        in first
+    )
+    # One case a patient: nothing is said of it.
+    assert "by patient" not in shown(render(alone)).partition("Definitions Accuracy")[0].replace(
+        "95 % interval by patient", ""
+    )
+
+
 def test_a_published_report_hides_small_groups(tmp_path):
     answers = [("C61", "C61", "C61")] * 20 + [("C34.11", "C34.11", "C34.11")] * 12
     answers += [("C20", "C61", "C50.911")] * 7 + [("C19", "C61", "C50.911")] * 6

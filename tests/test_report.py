@@ -209,7 +209,8 @@ def test_compare_command(tmp_path, cohort):
     )
     lines = done.stdout.splitlines()
     scores = [icd[model]["accuracy"]["value"] for model in ("original", "tuned")]
-    told = "icd: accuracy {:.3f} original, {:.3f} tuned, n 48, one-sided".format(*scores)
+    told = "icd: accuracy {:.3f} original, {:.3f} tuned, n 48, ".format(*scores)
+    told += "one-sided Wilcoxon by patient p = "  # of whom each has two cases
     assert [line.startswith(told) for line in lines] == [False, True, False, False]
     assert lines[2].startswith("icd: icd (2) tuned against icd tuned: ")
     assert lines[3] == f"report: {tmp_path / 'report' / 'report.html'}"

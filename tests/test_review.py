@@ -146,6 +146,17 @@ def test_missing_ratings_and_constant_raters_are_defined(kit):
     assert result["kappa"][0]["harm"] == {"n": 19, "kappa": None}
 
 
+def test_a_share_of_acceptable_answers_is_not_called_certain(kit):
+    key, folder = kit
+    path = write_ratings(folder / "all.csv", key, lambda item, model: (4, 0, 1))
+    acceptable = review.score_ratings({"A": review.read_ratings(path, key)}, key, bootstrap=50)[
+        "models"
+    ]["tuned"]["acceptable"]
+    patients = len({item["patient_id"] for item in key["items"]})
+    assert acceptable["value"] == acceptable["high"] == 1
+    assert acceptable["low"] == pytest.approx(0.025 ** (1 / patients))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

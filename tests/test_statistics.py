@@ -1,5 +1,6 @@
 """Intervals and tests against scipy, closed forms and simulation."""
 
+import itertools
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 from scipy import stats
 
 from radonc_jax.evaluation import comparison, statistics
+from radonc_jax.evaluation.page import DEFINITIONS
 from radonc_jax.evaluation.verdict import standing
 
 
@@ -39,24 +41,92 @@ def test_wilcoxon_exact_by_hand():
     assert statistics.wilcoxon_one_sided([1, 2, 3, 4], [2, 4, 6, 8])["p_value"] == 1
 
 
-def test_wilcoxon_agrees_with_scipy_and_leaves_ties_out():
-    rng = np.random.default_rng(400)
-    original, tuned = rng.integers(0, 2, (2, 400)).astype(float)
-    difference = tuned - original
+@pytest.mark.parametrize("n", [400, 1000])
+def test_wilcoxon_of_many_cases_agrees_with_scipy_and_leaves_ties_out(n):
+    rng = np.random.default_rng(n)
+    original, tuned = rng.integers(0, 11, (2, n)) / 10
+    difference = (tuned - original).round(12)
     expected = stats.wilcoxon(difference, alternative="greater", zero_method="wilcox")
     result = statistics.wilcoxon_one_sided(tuned, original)
-    assert result["n"] == 400
-    assert result["n_nonzero"] == np.count_nonzero(difference)
+    assert result["n"] == n
+    assert result["n_nonzero"] == np.count_nonzero(difference) > statistics.EXACT_CASES
     assert result["statistic"] == expected.statistic
     assert result["p_value"] == pytest.approx(expected.pvalue, rel=1e-12)
+    assert result["method"] == "normal"
 
 
-def test_wilcoxon_is_exact_on_few_cases_that_differ_among_many_that_tie():
-    original = np.array([1] * 3 + [0] * 8 + [1] * 500)
-    tuned = np.array([0] * 3 + [1] * 8 + [1] * 500)
-    # With right and wrong alone all ranks tie, and the exact test is the sign test.
-    expected = stats.binom.sf(7, 11, 0.5)
-    assert statistics.wilcoxon_one_sided(tuned, original)["p_value"] == pytest.approx(expected)
+@pytest.mark.parametrize("n", [3, 12, 50, 120])
+def test_wilcoxon_without_ties_is_scipys_exact_test(n):
+    rng = np.random.default_rng(n)
+    for shift in (-0.3, 0, 0.3):
+        tuned, original = rng.normal(shift, 1, n), rng.normal(0, 1, n)
+        expected = stats.wilcoxon(tuned - original, alternative="greater", method="exact")
+        result = statistics.wilcoxon_one_sided(tuned, original)
+        assert result["statistic"] == expected.statistic
+        assert result["p_value"] == pytest.approx(expected.pvalue, rel=1e-9)
+        assert result["method"] == "exact"
+
+
+@pytest.mark.parametrize("n", [1, 4, 9, 14])
+def test_wilcoxon_with_ties_is_what_enumeration_of_all_signs_gives(n):
+    rng = np.random.default_rng(n)
+    signs = np.array(list(itertools.product((-1, 1), repeat=n)))
+    for _ in range(5):
+        difference = rng.choice([-1, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1], n)
+        ranks = stats.rankdata(np.abs(difference))
+        sums = (ranks * (signs > 0)).sum(1)
+        statistic = ranks[difference > 0].sum()
+        result = statistics.wilcoxon_one_sided(difference, np.zeros(n))
+        assert result["statistic"] == statistic
+        assert result["p_value"] == pytest.approx(np.mean(sums >= statistic), rel=1e-12)
+
+
+def test_wilcoxon_changes_little_where_it_is_no_longer_enumerated(monkeypatch):
+    rng = np.random.default_rng(5)
+    for shift in (-0.1, 0, 0.1, 0.2):
+        difference = rng.normal(shift, 1, statistics.EXACT_CASES).round(1)
+        difference[difference == 0] = 0.1
+        exact = statistics.wilcoxon_one_sided(difference, 0 * difference)
+        with monkeypatch.context() as patch:
+            patch.setattr(statistics, "EXACT_CASES", 0)
+            normal = statistics.wilcoxon_one_sided(difference, 0 * difference)
+        assert (exact["method"], normal["method"]) == ("exact", "normal")
+        assert exact["p_value"] == pytest.approx(normal["p_value"], abs=2e-3, rel=0.02)
+
+
+def test_the_definitions_say_where_wilcoxon_is_not_exact():
+    assert f"more than {statistics.EXACT_CASES} cases differ" in DEFINITIONS["Wilcoxon p"]
+
+
+def right_or_wrong(only_tuned, only_original):
+    """Of many cases on which the models agree, these that only one of them gets right."""
+    tuned = np.array([1] * only_tuned + [0] * only_original + [1] * 500)
+    original = np.array([0] * only_tuned + [1] * only_original + [1] * 500)
+    return statistics.wilcoxon_one_sided(tuned, original)["p_value"]
+
+
+def test_wilcoxon_of_right_and_wrong_is_the_binomial():
+    # All ranks tie, and the exact test is the sign test.
+    by_hand = sum(math.comb(11, k) for k in range(8, 12)) / 2**11
+    assert right_or_wrong(8, 3) == pytest.approx(by_hand)
+    for only in ((11, 4), (11, 3), (31, 19), (400, 350)):
+        assert right_or_wrong(*only) == pytest.approx(stats.binom.sf(only[0] - 1, sum(only), 0.5))
+
+
+@pytest.mark.parametrize("values", [(1,), (1, 0.5)], ids=["right or wrong", "with one half"])
+def test_wilcoxon_keeps_its_level_exactly_on_14_to_50_cases_that_differ(values):
+    """The chance of p <= 0.05 where each case is as likely for either model, summed up exactly."""
+    for n in range(14, 51):
+        level, half = 0.0, len(values) - 1  # one difference of one half beside n - 1 of one
+        for wins in range(n - half + 1):
+            for sign in (1, -1)[: half + 1]:
+                difference = np.ones(n)
+                difference[wins : n - half] = -1
+                if half:
+                    difference[-1] = sign / 2
+                if statistics.wilcoxon_one_sided(difference, np.zeros(n))["p_value"] <= 0.05:
+                    level += math.comb(n - half, wins) / 2**n
+        assert 0.017 < level <= 0.05, n
 
 
 def test_wilcoxon_of_equal_models_is_defined():
@@ -112,6 +182,25 @@ def test_the_test_by_patient_keeps_its_level_where_cases_of_a_patient_agree():
         by_case += tests["wilcoxon"]["p_value"] < 0.05
         by_patient += tests["wilcoxon_by_patient"]["p_value"] < 0.05
     assert by_patient / 100 < 0.12 < 0.2 < by_case / 100
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_the_test_by_patient_of_two_sides(each):
+    # 2 patients whose cases only the original gets right, 7 of whom only the tuned model does.
+    original = np.repeat([1] * 2 + [0] * 7 + [1] * 11, each)
+    tuned = np.repeat([0] * 2 + [1] * 7 + [1] * 11, each)
+    given = (
+        predictions(answers, patients=[f"p{i // each}" for i in range(len(answers))])
+        for answers in (original, tuned)
+    )
+    tests = comparison.compare_models(*given, bootstrap=200)
+    by_patient = tests["wilcoxon_by_patient"]
+    assert by_patient["p_value"] == pytest.approx(stats.binom.sf(6, 9, 0.5))
+    assert by_patient["p_two_sided"] == pytest.approx(statistics.mcnemar_exact(2, 7))
+    assert (by_patient["n"], tests["wilcoxon"]["n"]) == (20, 20 * each)
+    if each == 1:
+        assert tests["wilcoxon"]["p_value"] == by_patient["p_value"]
+        assert tests["mcnemar"]["p_value"] == by_patient["p_two_sided"]
 
 
 def test_effect_sizes_by_hand():
@@ -189,17 +278,69 @@ def test_interval_is_the_central_95_percent_and_wider_for_few_patients():
     assert many.interval(np.full(3, np.nan)) == (None, None)
 
 
-@pytest.mark.parametrize(("patients", "each"), [(40, 3), (120, 1)])
-def test_intervals_of_means_cover(patients, each):
+def simulated_coverage(mean, patients, each, *, share, likeness=1 / 7, runs=2000):
+    """How often the interval holds the mean; the cases of a patient have one chance to be right,
+    from a beta distribution in which they correlate by `likeness`."""
     rng = np.random.default_rng(4)
     index = np.repeat(np.arange(patients), each)
-    covered = 0
-    for number in range(1000):
-        chance = np.repeat(rng.beta(4, 2, patients), each)  # cases of a patient share their chance
-        values = rng.random(patients * each) < chance
-        result = statistics.bootstrap_mean(values, index, resamples=300, seed=number)
-        covered += result["low"] <= 2 / 3 <= result["high"]
-    assert 0.93 <= covered / 1000 <= 0.97
+    size = 1 / likeness - 1
+    chance = rng.beta(mean * size, (1 - mean) * size, (runs, patients))
+    values = rng.random((runs, patients * each)) < np.repeat(chance, each, axis=1)
+    names = [str(run) for run in range(runs)]
+    columns = dict(zip(names, values, strict=True))
+    found = statistics.bootstrap_means(columns, index, shares=names if share else ())
+    return np.mean([f["low"] <= mean <= f["high"] for f in found.values()])
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(("patients", "each"), [(40, 3), (120, 1)])
+def test_intervals_of_means_cover(patients, each, share):
+    assert 0.93 <= simulated_coverage(2 / 3, patients, each, share=share) <= 0.97
+
+
+@pytest.mark.parametrize(("patients", "each"), [(40, 3), (141, 3)])
+@pytest.mark.parametrize("mean", [0.9, 0.95, 0.98])
+def test_intervals_of_shares_cover_near_1(mean, patients, each):
+    assert 0.935 <= simulated_coverage(mean, patients, each, share=True) <= 0.97
+
+
+def test_intervals_of_shares_are_too_narrow_where_few_patients_hold_all_errors():
+    covered = simulated_coverage(0.95, 40, 3, share=True, likeness=0.5)
+    assert 0.91 <= covered <= 0.93
+    assert "but in about 92 where a few of 40 patients" in DEFINITIONS["95 % interval"]
+
+
+@pytest.mark.parametrize(("n", "most"), [(40, 0.981), (120, 0.972), (422, 0.97)])
+def test_intervals_of_shares_cover_exactly_computed(n, most):
+    """One case a patient: the interval depends on the number of right answers alone."""
+    values = np.arange(n)[:, None] < np.arange(n + 1)
+    names = [str(k) for k in range(n + 1)]
+    columns = dict(zip(names, values.T, strict=True))
+    found = statistics.bootstrap_means(columns, np.arange(n), shares=names)
+    low, high = (np.array([found[name][end] for name in names]) for end in ("low", "high"))
+    covered = {
+        mean: stats.binom.pmf(np.arange(n + 1), n, mean)[(low <= mean) & (mean <= high)].sum()
+        for mean in (0.5, 0.67, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98)
+    }
+    assert 0.935 <= min(covered.values()) <= max(covered.values()) <= most, covered
+
+
+def test_interval_of_a_share_is_wilsons_for_independent_cases():
+    rng = np.random.default_rng(0)
+    values = np.arange(422) < 400
+    found = statistics.bootstrap_mean(values, np.arange(422), resamples=20_000, share=True)
+    expected = stats.binomtest(400, 422).proportion_ci(0.95, method="wilson")
+    assert (found["low"], found["high"]) == pytest.approx(
+        (expected.low, expected.high), abs=0.03 * (expected.high - expected.low)
+    )
+    # Three cases alike are worth one; a graded score spreads less than right and wrong.
+    triple = statistics.bootstrap_mean(
+        np.repeat(values, 3), np.repeat(np.arange(422), 3), resamples=20_000, share=True
+    )
+    assert triple == pytest.approx(found)
+    graded = statistics.bootstrap_mean(rng.beta(9, 1, 422), np.arange(422), share=True)
+    spread = math.sqrt(0.9 * 0.1 / 11 / 422)  # of a mean of Beta(9, 1)
+    assert graded["high"] - graded["low"] == pytest.approx(2 * 1.966 * spread, rel=0.15)
 
 
 def test_a_constant_share_is_not_called_certain():
@@ -290,6 +431,17 @@ def test_few_cases_that_differ_decide_nothing():
     assert standing(comparison.compare_models(wrong, right)) == "better"
     assert standing(comparison.compare_models(right, wrong)) == "worse"
     assert standing(comparison.compare_models(wrong, right, bootstrap=0)) == "unclear"
+
+
+@pytest.mark.parametrize(("gained", "stands"), [(5, "unclear"), (6, "better")])
+def test_few_patients_that_differ_decide_nothing(gained, stands):
+    """Their cases say the same, so more of them do not make the gain sure."""
+    patients = [f"p{i // 4}" for i in range(120)]
+    wrong = predictions([0] * 4 * gained + [1] * (120 - 4 * gained), patients=patients)
+    tests = comparison.compare_models(wrong, predictions([1] * 120, patients=patients))
+    assert tests["difference"]["low"] > 0 and tests["mcnemar"]["p_value"] < 1e-5
+    assert tests["wilcoxon_by_patient"]["p_two_sided"] == pytest.approx(2 * 0.5**gained)
+    assert standing(tests) == stands
 
 
 def test_models_that_never_differ():

@@ -70,10 +70,11 @@ def compare_models(
     two-sided) and `difference` of accuracies with its paired 95 % bootstrap interval by patient
     (see `constant_interval` for differences that are the same in every patient); on ROUGE-1:
     `wilcoxon_rouge1` and `difference_rouge1`. `wilcoxon_by_patient` ranks each patient's mean
-    difference in right or wrong: the cases of a patient are not independent, and the two tests
-    differ only where a patient has several. `f1_macro`, `f1_micro` and `f1_weighted` are
-    differences with paired intervals, null for free text. `effect` holds sizes that do not grow
-    with the number of cases.
+    difference in right or wrong: the cases of a patient are not independent, and tests by case
+    find too much where a patient has several. Its `p_two_sided` is twice the smaller p of either
+    side. Where each patient has one case that is McNemar's p, and `p_value` that of `wilcoxon`.
+    `f1_macro`, `f1_micro` and `f1_weighted` are differences with paired intervals, null for free
+    text. `effect` holds sizes that do not grow with the number of cases.
 
     Raises:
       ValueError: the two do not hold the same cases (see `pair_predictions`).
@@ -105,9 +106,10 @@ def compare_models(
     original, tuned = scores["correct"]
     draw = PatientBootstrap(patients, bootstrap, seed)
     by_patient = draw.sums(np.stack([original, tuned, np.ones_like(tuned)], axis=1))
-    tests["wilcoxon_by_patient"] = wilcoxon_one_sided(
-        by_patient[:, 1] / by_patient[:, 2], by_patient[:, 0] / by_patient[:, 2]
-    )
+    means = by_patient[:, 1] / by_patient[:, 2], by_patient[:, 0] / by_patient[:, 2]
+    better, worse = wilcoxon_one_sided(*means), wilcoxon_one_sided(*means[::-1])
+    two_sided = min(1.0, 2 * min(better["p_value"], worse["p_value"]))
+    tests["wilcoxon_by_patient"] = better | {"p_two_sided": two_sided}
     only_original = int(((original == 1) & (tuned == 0)).sum())
     only_tuned = int(((original == 0) & (tuned == 1)).sum())
     tests["mcnemar"] = {

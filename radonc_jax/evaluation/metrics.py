@@ -15,8 +15,8 @@ Definitions:
   (regimen) has no classes, so the values are null there.
 * unparseable_share, unfinished_share: of all cases; unfinished answers hit the token limit.
 
-Intervals of means are the bootstrap's percentiles by patient; those of class scores keep the set
-of classes fixed and are centred on the value: see `statistics`.
+Intervals come from a bootstrap by patient: of means they are Wilson's with its variance; those of
+class scores keep the set of classes fixed and are centred on the value. See `statistics`.
 """
 
 import functools

@@ -14,6 +14,7 @@ from radonc_jax.evaluation.page import accuracy_figure, render_page
 from radonc_jax.evaluation.published import publish
 from radonc_jax.evaluation.run import write_file
 from radonc_jax.evaluation.run_folder import Run, read_run
+from radonc_jax.evaluation.verdict import main_name, main_test
 
 
 def write_report(
@@ -46,17 +47,20 @@ def describe(report: Mapping, output: Path) -> str:
         lines.append(
             f"{task}: accuracy {original['value']:.3f} original, {tuned['value']:.3f} tuned, "
             f"n {entry['tuned']['n']}, "
-            f"one-sided Wilcoxon p = {entry['tests']['wilcoxon']['p_value']:.2g}"
+            f"{_p(entry['tests'])}"
         )
         for other in (entry, *entry["further_runs"]):
             if other["against"] is not None:
                 difference = other["against"]["tests"]["difference"]["value"]
-                p = other["against"]["tests"]["wilcoxon"]["p_value"]
                 lines.append(
                     f"{task}: {other['run']} tuned against {other['against']['run']} tuned: "
-                    f"{100 * difference:+.1f} points, one-sided Wilcoxon p = {p:.2g}"
+                    f"{100 * difference:+.1f} points, {_p(other['against']['tests'])}"
                 )
     return "\n".join([*lines, f"report: {output / 'report.html'}"])
+
+
+def _p(tests: Mapping) -> str:
+    return f"one-sided {main_name(tests)} p = {main_test(tests)['p_value']:.2g}"
 
 
 def write_runs(

@@ -272,6 +272,7 @@ def score_ratings(
                 [patients[item] for item in rated],
                 resamples=bootstrap,
                 seed=seed,
+                share=scale == "acceptable",
             )
         both = [i for i in patients if all((i, model) in by_answer for model in MODELS)]
         sign = -1 if scale == "harm" else 1

@@ -13,7 +13,8 @@ from scipy import stats
 
 LEVEL = 0.95
 # Counted up whenever an interval is defined anew: scores written before are then scored again.
-INTERVAL_METHOD = 1
+INTERVAL_METHOD = 2
+EXACT_CASES = 300  # that differ; enumerating the Wilcoxon test takes 20 ms there, and grows cubed
 _CHUNK_ENTRIES = 4_000_000  # weights held at once: 32 MB
 _KEPT_ENTRIES = 200_000_000  # draws kept from one use to the next, at most: 400 MB
 
@@ -114,6 +115,32 @@ class PatientBootstrap:
         low, high = np.quantile(samples, [tail, 1 - tail])
         return float(low), float(high)
 
+    def share_interval(
+        self, value: float, samples: np.ndarray, patients: int | None = None
+    ) -> tuple[float, float]:
+        """Wilson's 95 % interval of a mean of scores from 0 to 1, with the samples' variance.
+
+        All u with |value - u| <= t sqrt(V(u)), V(u) = V u (1 - u) / (value (1 - value)): the
+        variance V of the samples [B] tells by its ratio to the binomial one how many independent
+        cases these are worth, n = value (1 - value) / V, and the score interval of n cases holds
+        (Wilson, J Am Stat Assoc 1927;22:209; effective size as Korn and Graubard, Survey
+        Methodology 1998;24:193). For few patients V is that over P / (P - 1) and t is Student's,
+        with P - 1 degrees of freedom, as `interval` is widened. The simulations in the tests show
+        the coverage near 1, where the percentile interval falls to about 90 %. Where no sample
+        differs from another: see `constant_interval`.
+        """
+        count = self.count if patients is None else patients
+        if count == 1 or _alike(samples):
+            return constant_interval(value, count)
+        t = float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
+        n = value * (1 - value) / (float(samples.var()) * count / (count - 1))
+        centre, half = (
+            value + t**2 / (2 * n),
+            t * math.sqrt(value * (1 - value) / n + (t / n) ** 2 / 4),
+        )
+        low, high = ((centre + end) / (1 + t**2 / n) for end in (-half, half))
+        return max(low, 0.0), min(high, 1.0)
+
     def centred_interval(
         self, value: float, samples: np.ndarray, least: float, most: float
     ) -> tuple[float, float]:
@@ -175,9 +202,8 @@ def bootstrap_means(
 
     Args:
       resamples: 0 leaves the intervals out (None).
-      shares: names of columns within 0 and 1. Where the patients of such a column are all alike,
-        or one alone, no resample differs from the mean; see `constant_interval` (0 of 20 patients:
-        0 to 0.168).
+      shares: names of columns within 0 and 1; their intervals are `share_interval`, the others'
+        the percentile `interval`.
       within: bool [N] for the columns that are averaged over some of the cases only. With none
         of them the value is None.
     """
@@ -199,8 +225,8 @@ def bootstrap_means(
         if resamples:
             count = len(np.unique(draw.index[inside[:, i]]))
             drawn = samples[~np.isnan(samples[:, i]), i]
-            if name in shares and (count == 1 or (len(drawn) and _alike(drawn))):
-                low, high = constant_interval(value, count)
+            if name in shares and (len(drawn) or count == 1):
+                low, high = draw.share_interval(value, drawn, count)
             else:
                 low, high = draw.interval(drawn, count)
         result[name] = {"value": value, "low": low, "high": high}
@@ -217,8 +243,8 @@ def bootstrap_mean(
 ) -> dict[str, float | None]:
     """`bootstrap_means` of one column: {value, low, high}.
 
-    `share`: the values lie within 0 and 1. Of other values of a single patient, or of patients all
-    alike, the interval is the mean itself: there is nothing to resample.
+    `share`: the values lie within 0 and 1, and the interval is `share_interval`. Of other values of
+    a single patient, or of patients all alike, it is the mean itself: there is nothing to resample.
     """
     return bootstrap_means(
         {"mean": values},
@@ -239,30 +265,57 @@ def _differences(tuned: Sequence[float], original: Sequence[float]) -> np.ndarra
 def wilcoxon_one_sided(tuned: Sequence[float], original: Sequence[float]) -> dict:
     """One-sided Wilcoxon signed-rank test that `tuned` is greater than `original`, case by case.
 
-    scipy.stats.wilcoxon with alternative="greater", zero_method="wilcox" (ties between the models
-    are left out), no continuity correction. It enumerates exactly where few cases differ: the ties
-    are taken out here already, because scipy would otherwise count them when it chooses. Where the
-    models never differ the statistic is 0 and p is 1.
+    Cases on which the models tie are left out (zero_method "wilcox"); differences of one size share
+    their mean rank. Under the null hypothesis each of the n that are left is as likely for tuned as
+    against it, and p is the exact probability of a statistic as large or larger, given the ranks:
+    binomial where all differences are of one size, as with right or wrong, else enumerated (see
+    `_signed_rank_tail`) for n up to EXACT_CASES. Above that it is scipy.stats.wilcoxon's normal
+    approximation, its variance corrected for ties, without continuity correction. Where the models
+    never differ the statistic is 0 and p is 1.
 
-    Returns {statistic, p_value, alternative, n, n_nonzero, zero_method}; the statistic is the sum
-    of the ranks of the cases in which tuned is better.
+    Returns {statistic, p_value, method, alternative, n, n_nonzero, zero_method}; the statistic is
+    the sum of the ranks of the cases in which tuned is better; method is "exact" or "normal".
     """
     difference = _differences(tuned, original)
-    nonzero = int(np.count_nonzero(difference))
-    statistic, p_value = 0.0, 1.0
-    if nonzero:
-        test = stats.wilcoxon(
-            difference[difference != 0], alternative="greater", zero_method="wilcox"
-        )
-        statistic, p_value = float(test.statistic), float(test.pvalue)
+    nonzero = difference[difference != 0]
+    ranks = stats.rankdata(np.abs(nonzero))
+    statistic, count = float(ranks[nonzero > 0].sum()), len(nonzero)
+    method = "exact"
+    if not count:
+        p_value = 1.0
+    elif np.ptp(ranks) == 0:
+        wins = int((nonzero > 0).sum())
+        p_value = float(stats.binomtest(wins, count, alternative="greater").pvalue)
+    elif count <= EXACT_CASES:
+        p_value = _signed_rank_tail(ranks, statistic)
+    else:
+        p_value, method = float(stats.wilcoxon(nonzero, alternative="greater").pvalue), "normal"
     return {
         "statistic": statistic,
         "p_value": p_value,
+        "method": method,
         "alternative": "greater",
         "n": len(difference),
-        "n_nonzero": nonzero,
+        "n_nonzero": count,
         "zero_method": "wilcox",
     }
+
+
+def _signed_rank_tail(ranks: np.ndarray, statistic: float) -> float:
+    """The chance that those of `ranks` [n] that n fair coins choose sum to `statistic` or more.
+
+    The sum of those not chosen is then at most the rest; its chances are built up rank by rank.
+    Doubled, mean ranks of ties are whole numbers.
+    """
+    doubled = np.sort(np.rint(2 * ranks).astype(int))
+    most = int(doubled.sum()) - round(2 * statistic)
+    chances = np.zeros(most + 1)
+    chances[0] = 1.0
+    for rank in doubled:
+        chances /= 2
+        if rank <= most:
+            chances[rank:] += chances[:-rank].copy()
+    return min(float(chances.sum()), 1.0)
 
 
 def rank_biserial(tuned: Sequence[float], original: Sequence[float]) -> float:

@@ -31,14 +31,14 @@ def _range(score: Mapping, scale: float = 100) -> str:
 
 def standing(tests: Mapping) -> str:
     """How the tuned model stands to another by `compare_models`: "better" or "worse" where the
-    paired 95 % interval of the difference in accuracy lies on one side of 0 and McNemar's exact
-    test agrees at 5 %, else "unclear" (which includes tests without intervals).
+    paired 95 % interval of the difference in accuracy lies on one side of 0 and a two-sided test
+    agrees at 5 % (see `two_sided_p`), else "unclear" (which includes tests without intervals).
 
     Both, because where few cases differ the bootstrap is too sure: of 120 cases four that only the
     tuned model gets right give an interval above 0, and an exact p of 0.125.
     """
     low, high = tests["difference"]["low"], tests["difference"]["high"]
-    if low is None or tests["mcnemar"]["p_value"] > 0.05:
+    if low is None or two_sided_p(tests) > 0.05:
         return "unclear"
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
@@ -48,17 +48,44 @@ def none_right(*models: Mapping) -> bool:
     return not any(metrics["accuracy"]["value"] for metrics in models)
 
 
+def several_each(tests: Mapping) -> bool:
+    """Whether there are fewer patients than cases, so that tests by case find too much."""
+    return tests["wilcoxon_by_patient"]["n"] < tests["wilcoxon"]["n"]
+
+
+def main_test(tests: Mapping) -> Mapping:
+    """The test that a verdict rests on: the one-sided Wilcoxon of right or wrong by patient. Where
+    each patient has one case it is that by case, and so is Holm's family."""
+    return tests["wilcoxon_by_patient"]
+
+
+def main_name(tests: Mapping) -> str:
+    """What `main_test` is called in a sentence."""
+    return "Wilcoxon by patient" if several_each(tests) else "Wilcoxon"
+
+
+def two_sided_p(tests: Mapping) -> float:
+    """p of McNemar's exact test; where patients have several cases, of the Wilcoxon by patient."""
+    if several_each(tests):
+        return tests["wilcoxon_by_patient"]["p_two_sided"]
+    return tests["mcnemar"]["p_value"]
+
+
 def adjusted_p(tests: Mapping) -> float:
-    """p of the main test of tuned against original, the one-sided Wilcoxon of right or wrong; after
-    Holm where `build_report` has adjusted it."""
-    return tests["wilcoxon"].get("p_holm", tests["wilcoxon"]["p_value"])
+    """p of `main_test`, after Holm where `build_report` has adjusted it."""
+    return main_test(tests).get("p_holm", main_test(tests)["p_value"])
 
 
 def doubts(tests: Mapping) -> list[str]:
     """What keeps `standing` from "better" where the main test finds a gain, in words."""
-    found, p = [], tests["mcnemar"]["p_value"]
+    found, p = [], two_sided_p(tests)
     if p > 0.05:
-        found.append(f"McNemar's exact two-sided test does not ({_p(p)})")
+        name = (
+            "the same test of two sides"
+            if several_each(tests)
+            else "McNemar's exact two-sided test"
+        )
+        found.append(f"{name} does not ({_p(p)})")
     low = tests["difference"]["low"]
     if low is not None and low <= 0:
         found.append("the interval of the difference holds 0")
@@ -108,7 +135,7 @@ def _best_rival(
 
 def _tuning(entry: Mapping) -> str:
     original, tuned = (entry[model]["accuracy"]["value"] for model in ("original", "tuned"))
-    difference, p = entry["tests"]["difference"], entry["tests"]["wilcoxon"]["p_value"]
+    difference, p = entry["tests"]["difference"], main_test(entry["tests"])["p_value"]
     adjusted, n = adjusted_p(entry["tests"]), entry["tuned"]["n"]
     if original == tuned == 0:
         change = "no answer is right, before tuning or after it"
@@ -123,11 +150,13 @@ def _tuning(entry: Mapping) -> str:
     if tuned > original and adjusted > 0.05:
         said = ", which chance alone could explain"
     elif tuned > original and (against := doubts(entry["tests"])):
-        said = f". The Wilcoxon test finds a gain, but {' and '.join(against)}"
+        by = " by patient" if several_each(entry["tests"]) else ""
+        said = f". The Wilcoxon test{by} finds a gain, but {' and '.join(against)}"
     return (
         f"On {n:,} held-out case{'s' if n > 1 else ''} {change} (difference "
-        f"{100 * difference['value']:+.1f} points{_range(difference)}; one-sided Wilcoxon "
-        f"{_p(p)}{f', after Holm {_p(adjusted)}' if adjusted != p else ''}){said}."
+        f"{100 * difference['value']:+.1f} points{_range(difference)}; one-sided "
+        f"{main_name(entry['tests'])} {_p(p)}"
+        f"{f', after Holm {_p(adjusted)}' if adjusted != p else ''}){said}."
     )
 
 
