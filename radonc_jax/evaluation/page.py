@@ -641,7 +641,7 @@ DEFINITIONS = {
     "kind of treatment (modality; implant or not). The right words: a ROUGE-1 of 0.8 or more.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
-    "of our own choice.",
+    "of our own choice. In the interval 3 is wholly wrong and 0 wholly right.",
     "Robustness": "The text is changed a little: where the side in it is flipped the side of a "
     "regimen or a code must follow and a modality must stay the same; synonyms, shuffled fields or "
     "an irrelevant sentence must not change the answer. Each answer is held against the model's "
