@@ -91,7 +91,8 @@ def answer_split(
       split, model: names, for the files; `variant` makes that of constrained answers.
       output: folder for predictions.jsonl, metrics.json and source.json, or None.
       config: the run's settings.
-      origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers.
+      origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers;
+        "examples", their number, and "constrained", where codes of closed sets are from, if any.
       constrained: from `constraints`; only tasks that have one are asked, and the answers lie apart
         from the free ones. None for free answers.
 
@@ -178,6 +179,8 @@ def _is_there(output: Path, source: Mapping) -> bool:
 
 
 def _content(source: Mapping) -> dict:
-    """What the answers come from, wherever base and cohort lie: their hashes stay."""
-    kept = {key: value for key, value in source.items() if key not in ("base", "environment")}
+    """What the answers come from, wherever base and cohort lie: their hashes stay. So does that of
+    a closed set, whatever it is called."""
+    unread = ("base", "environment", "constrained")
+    kept = {key: value for key, value in source.items() if key not in unread}
     return kept | {"cohort": source.get("cohort", {}).get("manifest_sha256")}

@@ -437,7 +437,8 @@ def train(
                 model=variant(model, constrained),
                 output=workdir / "evaluation" / "test" / variant(model, constrained),
                 config=config,
-                origin=origin,
+                origin=origin
+                | ({} if constrained is None else {"constrained": config.decode.constrained}),
                 constrained=constrained,
             )
     if main_process:

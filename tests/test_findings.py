@@ -747,6 +747,114 @@ def test_variants_belong_to_their_model_however_it_was_loaded(tmp_path, workdir,
     assert "from another closed set than test/original_constrained" in told[0]
 
 
+ASKED = {
+    "max_new_tokens": 128,
+    "over_length": "fail",
+    "seed": 1,
+    "answers": {"precision": ["bfloat16", "bfloat16"]},
+}
+CODES = {"constrained": "table", "constraints": {"icd": "codes 1a"}}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, cohort):
+    """A run whose models answered both splits, every way in the same way in both."""
+    folder = make_run(tmp_path_factory.mktemp("asked") / "run", cohort)
+    ways = {"original_examples": {"examples": 5}, "tuned_constrained": CODES}
+    for model in ("original", "tuned", *ways):
+        for split in ("validation", "test"):
+            if model not in run.MODELS or split == "validation":
+                answer(folder, cohort, model, 0.5, split=split)
+            asked_in(folder, split, model, ASKED | ways.get(model, {}))
+    return folder
+
+
+def asked_in(folder, split, model, source):
+    (folder / "evaluation" / split / model / run.SOURCE).write_text(json.dumps(source))
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "told"),
+    [
+        (
+            "original_examples",
+            {"examples": 2},
+            "examples (2, there 5); run python -m radonc_jax.evaluate --split=validation "
+            "--model=original --examples=5",
+        ),
+        (
+            "original_examples",
+            {"seed": 2},
+            "seed (2, there 1); run python -m radonc_jax.evaluate --split=validation "
+            "--model=original --examples=5 and python -m radonc_jax.evaluate --split=test "
+            "--model=original --examples=5, so that both are asked alike",
+        ),
+        (
+            "tuned_constrained",
+            {"constrained": "cohort", "constraints": {"icd": "codes 2b"}},
+            "constraints (cohort, there table); run python -m radonc_jax.evaluate "
+            "--split=validation --model=tuned --constrained=table",
+        ),
+        (
+            "tuned_constrained",
+            {"constraints": {"icd": "codes 2b"}},
+            "constraints (table, there table); run python -m radonc_jax.evaluate "
+            "--split=validation --model=tuned --constrained=table and python -m "
+            "radonc_jax.evaluate --split=test --model=tuned --constrained=table, so that both",
+        ),
+        (
+            "tuned",
+            {"max_new_tokens": 32},
+            "max_new_tokens (32, there 128); run python -m radonc_jax.evaluate --split=validation "
+            "--model=tuned and python -m radonc_jax.evaluate --split=test --model=tuned, so that",
+        ),
+        ("original", {"over_length": "trim_diagnosis"}, "over_length (trim_diagnosis, there fail)"),
+        (
+            "tuned",
+            {"answers": {"precision": ["float32", "bfloat16"]}},
+            "precision (['float32', 'bfloat16'], there ['bfloat16', 'bfloat16'])",
+        ),
+    ],
+    ids=["examples", "seed", "closed set", "code table", "tokens", "length", "precision"],
+)
+def test_sets_are_not_calibrated_on_answers_asked_for_in_another_way(
+    tmp_path, asked, model, change, told
+):
+    whole = run_folder.read_run(asked)
+    assert set(whole.validation) == {*run.MODELS, "original_examples", "tuned_constrained"}
+    assert not whole.left_out
+    folder = tmp_path / "run"
+    shutil.copytree(asked, folder)
+    path = folder / "evaluation" / "validation" / model / run.SOURCE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    mixed = run_folder.read_run(folder)
+    assert set(mixed.validation) == set(whole.validation) - {model}
+    assert len(mixed.left_out) == 1 and told in mixed.left_out[0]
+    assert mixed.left_out[0].startswith(f"validation/{model}: asked for in another way than test/")
+
+
+def test_how_answers_were_asked_for_stands_in_the_report_and_names_its_rows(tmp_path, asked):
+    folder = tmp_path / "run"
+    shutil.copytree(asked, folder)
+    content = write_report(folder, bootstrap=20)
+    told = content["provenance"]["run"]["answers"]
+    assert told["original_examples"]["examples"] == 5
+    assert told["tuned_constrained"]["constrained"] == "table"
+    assert told["tuned_constrained"]["constraints"] == {"icd": "codes 1a"}
+    settings = content["tasks"]["icd"]["variant_settings"]
+    assert settings["original_examples"] == {"examples": 5, "closed_set": None}
+    assert settings["tuned_constrained"] == {"examples": None, "closed_set": "table"}
+    page = (folder / "report.html").read_text()
+    for name in ("Original with 5 examples", "Tuned, constrained to the code table"):
+        assert f'<span class="model">{name}</span>' in page
+        assert f'<th scope="row">{name}</th>' in page  # of the conformal sets
+    assert "original with 5 examples, " in page  # of the model card
+    assert (
+        content["provenance"]["run"]["answers"]
+        == published.publish(content)["provenance"]["run"]["answers"]
+    )
+
+
 def other_cohort(cohort, folder):
     """The same patients with other codes, as another site's data under the same path."""
     tables = [load_split(cohort, split).assign(split=split) for split in SPLITS]

@@ -379,8 +379,9 @@ def _comparisons(source: Source) -> str | None:
     names: list[str] = []
     for entry in source.entries.values():
         others = [*(entry.get("variants") or {}), *(entry["baselines"] or {})]
-        names += [name for name in others if name not in names and name not in ("tuned",)]
-    compared = ", ".join(name_of(name).lower() for name in names if name != "original")
+        called = (name_of(name, entry["variant_settings"].get(name)) for name in others)
+        names += [name.lower() for name in called if name.lower() not in names]
+    compared = ", ".join(names)
     return "The original model on the same cases" + (f"; {compared}." if compared else ".")
 
 

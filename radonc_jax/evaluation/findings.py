@@ -28,7 +28,9 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
       run, model, sizes: names, and cases by split or null.
       original, tuned: metrics as in metrics.json. variants {name: metrics}: further ways in which
         the run's models answered; variant_tests {name: compare_models of tuned against it}, of the
-        original's.
+        original's; variant_settings {name: {examples, closed_set}}: how many training cases its
+        prompts show, and which answers it can give ("labels", "table" or "cohort" codes), where
+        source.json tells them, else null.
       tests: as `compare_models` gives it, tuned against original.
       baselines {majority, lookup, nearest, tfidf: metrics} or null where the cohort is not at hand;
         baseline_tests {name: compare_models of tuned against it} or null.
@@ -109,6 +111,9 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         "original": metrics["original"],
         "tuned": metrics["tuned"],
         "variants": {name: metrics[name] for name in metrics if name not in MODELS},
+        "variant_settings": {
+            name: _asked(run, name, task) for name in metrics if name not in MODELS
+        },
         "variant_tests": {
             name: compare_models(given, models["tuned"], names=(name, "tuned"), **options)
             for name, given in models.items()
@@ -141,6 +146,14 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         or None,
         "subgroups": subgroups.assess(both, rows, counts, **options),
     }
+
+
+def _asked(run: Run, model: str, task: str) -> dict:
+    settings = run.provenance.get("answers", {}).get(model, {})
+    closed = settings.get("constraints", {}).get(task)
+    if closed is not None:
+        closed = "labels" if closed.startswith("labels") else settings.get("constrained")
+    return {"examples": settings.get("examples"), "closed_set": closed}
 
 
 def _aligned(run: Run, task: str) -> dict[str, list[dict]]:

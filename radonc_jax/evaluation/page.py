@@ -134,7 +134,8 @@ def _named(report: Mapping, task: str, entry: Mapping) -> Html:
 
 def _of_model(report: Mapping, task: str, entry: Mapping, name: str) -> Html:
     """What names a row of a table of models, in one cell: it stays when the table is scrolled."""
-    model = f'<span class="model">{escape(name_of(name))}</span>'
+    called = name_of(name, entry["variant_settings"].get(name))
+    model = f'<span class="model">{escape(called)}</span>'
     return Html(f"{_named(report, task, entry)} {model}")
 
 
@@ -661,7 +662,8 @@ DEFINITIONS = {
     "score: mean squared distance between confidence and right (1) or wrong (0). Coverage at 5 % "
     "error: the largest share of cases, most confident first, of which at most 5 % are wrong. "
     "Conformal sets hold the right answer in at least the stated share of cases if new cases are "
-    "like those of the validation split.",
+    "like those of the validation split. They stand where the same model answered that split too, "
+    "asked in the same way.",
     "Small groups": "Below 11 cases a share says little, and in a report without clinical text "
     "such groups are not shown.",
 }

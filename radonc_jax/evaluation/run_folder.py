@@ -42,7 +42,8 @@ class Run:
     `predictions` and `metrics` are by model, then by task; beside "original" and "tuned" they hold
     the variants that the folder has. `validation` are the predictions of the validation split, of
     the models that answered it; `robustness` what robustness.json of a model holds. What lies there
-    from another checkpoint, base or cohort than the model's answers to `split` is in `left_out`.
+    from another checkpoint, base or cohort than the model's answers to `split`, and validation
+    answers that were asked for with other settings, are in `left_out`.
     """
 
     name: str
@@ -91,7 +92,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is no run folder")
-    predictions, metrics, provenance, sets = {}, {}, {}, {}
+    predictions, metrics, provenance, answers = {}, {}, {}, {}
     left_out: list[str] = []
     for model in VARIANTS:
         folder = workdir / "evaluation" / split / model
@@ -104,9 +105,11 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
             )
         if not _is_of_same_model(workdir, split, folder, left_out):
             continue
-        sets[model] = _read_json(folder / SOURCE).get("constraints")
-        closed = sets[model] is not None
-        if closed and sets.get("original" + CONSTRAINED) not in (None, sets[model]):
+        answers[model] = _read_settings(folder)
+        closed = answers[model].get("constraints")
+        first = answers.get("original" + CONSTRAINED, {}).get("constraints", closed)
+        if closed not in (None, first):
+            del answers[model]
             left_out.append(
                 f"{split}/{model}: from another closed set than {split}/original{CONSTRAINED}; "
                 "evaluate both with the same --constrained"
@@ -127,6 +130,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     config = _read_json(workdir / "config.json")
     manifest = _read_json(workdir / "manifest.json")
     provenance |= {"workdir": str(workdir), "model": config.get("model"), "manifest": manifest}
+    provenance["answers"] = answers
     training = held_out = ()
     sizes, facts, cases = None, {}, None
     folder = cohort or (config.get("cohort") and of_run(config["cohort"], workdir))
@@ -209,6 +213,63 @@ def _is_of_same_model(workdir: Path, split: str, folder: Path, left_out: list[st
     return False
 
 
+# What answers depend on beside weights and prompts, by their names in source.json.
+_FLAGS = ("examples", "constraints")  # those that `evaluate` is given
+_SETTINGS = (*_FLAGS, "max_new_tokens", "over_length", "precision")
+
+
+def _read_settings(folder: Path) -> dict:
+    """What a folder's source.json tells of the way its answers were asked for: step, seed,
+    _SETTINGS and "constrained", the word for the closed set; {} of a folder without one."""
+    source = _read_json(folder / SOURCE)
+    source |= {"precision": (source.get("answers") or {}).get("precision")}
+    names = ("step", "seed", "constrained", *_SETTINGS)
+    return {name: source[name] for name in names if source.get(name) is not None}
+
+
+def _evaluate_command(split: str, model: str, settings: Mapping) -> str:
+    plain = next(name for name in MODELS if model.startswith(name))
+    flags = [f"--split={split}", f"--model={plain}"]
+    if settings.get("examples"):
+        flags.append(f"--examples={settings['examples']}")
+    if settings.get("constraints"):
+        flags.append(f"--constrained={settings.get('constrained', 'table')}")
+    return f"python -m radonc_jax.evaluate {' '.join(flags)}"
+
+
+def _is_asked_alike(workdir: Path, split: str, folder: Path, left_out: list[str]) -> bool:
+    """Whether the validation answers in `folder` were asked for as those to `split`: else they are
+    those of another predictor, whose errors calibrate nothing. If not, a line is added to
+    `left_out`."""
+    model = folder.name
+    here, there = _read_settings(folder), _read_settings(workdir / "evaluation" / split / model)
+    names = list(_SETTINGS)
+    if here.get("examples") == there.get("examples") is not None:
+        names.append("seed")  # which draws the examples
+    differing = [name for name in names if here.get(name) != there.get(name)]
+    if not differing:
+        return True
+
+    def told(settings: Mapping, name: str) -> str:
+        if name == "constraints":  # in words, for it holds hashes
+            return settings.get("constrained", "not named") if name in settings else "none"
+        return str(settings.get(name, "not stated"))
+
+    listed = ", ".join(
+        f"{name} ({told(here, name)}, there {told(there, name)})" for name in differing
+    )
+    runs = [_evaluate_command("validation", model, there)]
+    same_word = there.get("constrained") in (None, here.get("constrained"))
+    if set(differing) - set(_FLAGS) or ("constraints" in differing and same_word):
+        # No flag of one evaluation mends what the config or the code table has changed.
+        runs.append(_evaluate_command(split, model, there))
+    left_out.append(
+        f"validation/{model}: asked for in another way than {split}/{model}: {listed}; run "
+        f"{' and '.join(runs)}{', so that both are asked alike' if len(runs) > 1 else ''}"
+    )
+    return False
+
+
 def _read_robustness(
     workdir: Path, split: str, provenance: Mapping, left_out: list[str]
 ) -> dict[str, dict]:
@@ -287,4 +348,5 @@ def _read_validation(
         if (folder / model / PREDICTIONS).is_file()
         and (folder / model / METRICS).is_file()
         and _is_of_same_model(workdir, split, folder / model, left_out)
+        and _is_asked_alike(workdir, split, folder / model, left_out)
     }

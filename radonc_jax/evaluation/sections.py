@@ -274,13 +274,14 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
             "dotted line is 5 % error.",
             "Risk-coverage curve",
         )
+    names = {model: name_of(model, entry["variant_settings"].get(model)) for model in confidence}
     rows = []
     for model, values in confidence.items():
         conformal = values.get("conformal") or {}
         kinds = {"labels": "sets of labels", "answer": "the answer, or any"}
         rows.append(
             [
-                name_of(model),
+                names[model],
                 score_cell(values.get("ece")),
                 score_cell(values.get("brier")),
                 score_cell(values.get("coverage_at_5_percent_error")),
@@ -305,7 +306,7 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
     heads, rows = drop_unknown(heads, rows, 4)
     bins = [
         [
-            name_of(model),
+            names[model],
             plain_cell(bin_["confidence"]),
             plain_cell(bin_["accuracy"]),
             plain_cell(bin_["n"]),
