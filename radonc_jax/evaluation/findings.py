@@ -38,8 +38,11 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
       verdict: see `judge_tuning`. details: see `details.assess`.
       confidence {model or variant: see `confidence.assess`}: null for one without probabilities.
       robustness {model: {perturbation: {n, rate, expected}}} or null; subgroups: see there.
-      left_out: answers in the run folder that are of another checkpoint, base or cohort, a line
-        each; nothing of them is in the entry.
+      left_out: answers in the run folder that are of another checkpoint, base or cohort, or were
+        asked for in another way, a line each; nothing of them is in the entry.
+      judged_anew {model or "validation/" and model: n}: how many of its answers stand otherwise in
+        predictions.jsonl, read or judged by an earlier version of the code; every figure of the
+        entry is of this version.
       against {run, model, tests} or null: this run's tuned model against that of the first run of
         the task, where both answered the same cases.
     In every family of tests (`wilcoxon`, `wilcoxon_rouge1`, `wilcoxon_by_patient`, `mcnemar`) Holm
@@ -135,6 +138,9 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         "ceiling": run.metrics["tuned"][task].get("ceiling", run.ceiling.get(task)),
         "sizes": run.sizes,
         "left_out": list(run.left_out),
+        "judged_anew": {
+            model: changed[task] for model, changed in run.judged_anew.items() if task in changed
+        },
         "details": details.assess(task, both, sites=sites, training_counts=counts, **options),
         "confidence": {
             model: confidence.assess(given, run.validation.get(model, {}).get(task))
@@ -174,12 +180,14 @@ def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
 
 
 def _scored(run: Run, model: str, task: str, options: dict) -> dict:
-    """The model's metrics.json, scored anew where it was written before a score was thought of, or
-    its intervals were of another definition than those beside them."""
+    """The model's metrics.json, scored anew where it was written before a score was thought of, its
+    intervals were of another definition than those beside them, or its answers were read or judged
+    otherwise: figures and tests of a report are of one definition."""
     written = run.metrics[model][task]
     needed = (*scores.ROUGE_SCORES, *scores.CLASS_SCORES, "unparseable_share", "patients")
     same_intervals = written.get("interval_method") == INTERVAL_METHOD
-    if same_intervals and all(name in written for name in needed):
+    same_answers = task not in run.judged_anew.get(model, {})
+    if same_intervals and same_answers and all(name in written for name in needed):
         return written
     anew = scores.score(
         run.predictions[model][task], TASKS[task], split=run.split, model=model, **options

@@ -40,6 +40,8 @@ def publish(report: Mapping) -> dict:
     for task, entry in entries(result):
         n = entry["tuned"]["n"]
         entry["subgroups"] = _publish_subgroups(entry["subgroups"], n)
+        for model, count in entry["judged_anew"].items():
+            entry["judged_anew"][model] = count if _large(count) else _SMALL
         found = entry["details"]
         for named in filter(None, (entry, entry["against"])):
             named["model"] = _last_part(named["model"])
