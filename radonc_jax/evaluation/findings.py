@@ -10,6 +10,7 @@ from radonc_jax.evaluation import confidence, details, subgroups
 from radonc_jax.evaluation import metrics as scores
 from radonc_jax.evaluation.baselines import judge_baselines
 from radonc_jax.evaluation.comparison import compare_models, pair_predictions
+from radonc_jax.evaluation.disclosure import disclose, facts
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.statistics import INTERVAL_METHOD, holm
@@ -22,8 +23,9 @@ NOTICE = "Research use only, not for clinical decisions."
 def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -> dict:
     """The content of report.json.
 
-    {"tasks": {task: entry}, "runs": [names], "split", "provenance": {run: ...}, "notice"}. Where
-    several runs share a task the first run's entry leads and holds the others' in `further_runs`.
+    {"tasks": {task: entry}, "runs": [names], "split", "provenance": {run: ...}, "disclosure": see
+    `disclose`, "notice"}. Where several runs share a task the first run's entry leads and holds the
+    others' in `further_runs`.
     An entry is
       run, model, sizes: names, and cases by split or null.
       original, tuned: metrics as in metrics.json. variants {name: metrics}: further ways in which
@@ -73,7 +75,7 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
     for task, group in found.items():
         for entry in group:
             entry["verdict"] = judge_tuning(task, entry)
-    return {
+    report = {
         "notice": NOTICE,
         "split": runs[0].split if runs else None,
         "tasks": {
@@ -81,7 +83,12 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
         },
         "runs": names,
         "provenance": {name: run.provenance for run, name in zip(runs, names, strict=True)},
+        "disclosure": {
+            name: facts(run.config, run.cohort, run.split)
+            for run, name in zip(runs, names, strict=True)
+        },
     }
+    return report | {"disclosure": disclose(report)}
 
 
 _TESTS = ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient", "mcnemar")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from radonc_jax.evaluation import metrics as scores
 from radonc_jax.evaluation import subgroups
+from radonc_jax.evaluation.disclosure import disclose
 from radonc_jax.evaluation.findings import entries
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.verdict import judge_tuning
@@ -98,11 +99,13 @@ def publish(report: Mapping) -> dict:
         for metrics in (*measured, *(entry["baselines"] or {}).values()):
             _publish_classes(metrics)
         entry["verdict"] = judge_tuning(task, entry)  # its sentences tell what is hidden by now
-    return result
+    for told in result["disclosure"].values():
+        told["cohort"] = publish_cohort(told["cohort"])
+    return result | {"disclosure": disclose(result)}  # and so do these
 
 
 def publish_cohort(facts: Mapping) -> dict:
-    """A cohort's manifest with its counts of 1 to 10 rows or patients as "<11", for the page."""
+    """What the disclosure tells of a cohort, its counts of 1 to 10 rows or patients as "<11"."""
     result = dict(facts)
     if _large(facts.get("assessed", 0) - facts.get("kept", 0)) is None:
         # Where a patient has one row, the rows read tell it too.

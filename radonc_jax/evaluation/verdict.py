@@ -110,6 +110,7 @@ def _tuning(entry: Mapping) -> str:
     original, tuned = (entry[model]["accuracy"]["value"] for model in ("original", "tuned"))
     difference, p = entry["tests"]["difference"], entry["tests"]["wilcoxon"]["p_value"]
     adjusted, n = adjusted_p(entry["tests"]), entry["tuned"]["n"]
+    kind = "training" if entry["tuned"].get("split") == "train" else "held-out"
     if original == tuned == 0:
         change = "no answer is right, before tuning or after it"
     elif original == tuned == 1:
@@ -125,7 +126,7 @@ def _tuning(entry: Mapping) -> str:
     elif tuned > original and (against := doubts(entry["tests"])):
         said = f". The Wilcoxon test finds a gain, but {' and '.join(against)}"
     return (
-        f"On {n:,} held-out case{'s' if n > 1 else ''} {change} (difference "
+        f"On {n:,} {kind} case{'s' if n > 1 else ''} {change} (difference "
         f"{100 * difference['value']:+.1f} points{_range(difference)}; one-sided Wilcoxon "
         f"{_p(p)}{f', after Holm {_p(adjusted)}' if adjusted != p else ''}){said}."
     )
