@@ -104,7 +104,8 @@ def _document(report: Mapping, body: str, script: str) -> str:
         f'<p class="soft">Split: {escape(report["split"])}. {runs}.</p>\n'
         f'<p class="notice"><strong>{escape(NOTICE)}</strong></p>\n</header>\n'
         f'<main id="main" tabindex="-1">\n{body}\n</main>\n'
-        "<footer><p>Every figure of this page stands in report.json.</p></footer>\n"
+        "<footer><p>Every figure of this page stands in report.json, or counts what stands there."
+        "</p></footer>\n"
         + (f"<script>{script}</script>\n" if script else "")
         + "</body>\n</html>\n"
     )
