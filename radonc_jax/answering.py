@@ -14,6 +14,7 @@ from radonc_jax.data import cohort
 from radonc_jax.decoding.journal import Journal
 from radonc_jax.decoding.text import Constraint, TextDecoder, constrain_task
 from radonc_jax.evaluation import run as evaluation
+from radonc_jax.evaluation.run_folder import Evaluation, read_evaluation
 from radonc_jax.settings import Settings
 from radonc_jax.tasks import Task, icd, select
 
@@ -106,7 +107,8 @@ def answer_split(
 ):
     """Decodes, scores and, where `output` names a folder, writes answers, scores and their source.
 
-    Answers that are already there from the same source are kept, and not decoded again; of an
+    Answers that are already there from the same source are kept, and not decoded again, but judged
+    and scored anew where an earlier version of the code read or judged one otherwise; of an
     evaluation that was killed, those are kept that were finished. How many prompts are longer than
     any in training, and were not cut, is told and stands in the source.
 
@@ -117,7 +119,8 @@ def answer_split(
       output: folder for predictions.jsonl, metrics.json and source.json, or None.
       config: the run's settings.
       origin: {"step", "trained_fingerprint", "base_fingerprint", "base"} of the model that answers,
-        and what `loading.arithmetic` says of it.
+        and what `loading.arithmetic` says of it; "examples", their number, and "constrained", where
+        codes of closed sets are from, if any.
       constrained: from `constraints`; only tasks that have one are asked, and the answers lie apart
         from the free ones. None for free answers.
 
@@ -153,14 +156,23 @@ def answer_split(
                 f"training ({decoder.trained} tokens)"
             )
     source["prompts_sha256"] = _prompts_sha256(records, tasks)
+    options = {
+        "split": split,
+        "model": model,
+        "seed": config.seed,
+        "ceiling": cohort.load_manifest(config.cohort).get("ceiling"),
+    }
     journal = None
     if output is not None:
-        there = np.int32(main and _is_there(output, source))
+        found = _find(output, source) if main else None
+        there = np.int32(found is not None)
         if parallel.several_processes():  # all of them decode, or none
             there = multihost_utils.broadcast_one_to_all(there)
         if there:
             if main:  # left by a kill after the last answer
                 (output / JOURNAL).unlink(missing_ok=True)
+                if found.judged_anew:
+                    evaluation.score_all(found.predictions, tasks, output=output, **options)
             metrics = (output / evaluation.METRICS).read_bytes() if main else b""
             return json.loads(parallel.from_main(metrics))
         if main:
@@ -170,11 +182,8 @@ def answer_split(
         replace(decoder, journal=journal),
         records,
         tasks,
-        split=split,
-        model=model,
         output=output if main else None,
-        seed=config.seed,
-        ceiling=cohort.load_manifest(config.cohort).get("ceiling"),
+        **options,
     )
     if output is not None:
         if main:
@@ -206,16 +215,24 @@ def _prompts_sha256(records, tasks) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
-def _is_there(output: Path, source: Mapping) -> bool:
+def _find(output: Path, source: Mapping) -> Evaluation | None:
+    """The answers in `output` if they are of this source, and whole: files that do not belong
+    together are written again."""
     needed = (evaluation.SOURCE, evaluation.PREDICTIONS, evaluation.METRICS)
     if not all((output / name).is_file() for name in needed):
-        return False
-    return _content(
-        json.loads((output / evaluation.SOURCE).read_text(encoding="utf-8"))
-    ) == _content(source)
+        return None
+    written = json.loads((output / evaluation.SOURCE).read_text(encoding="utf-8"))
+    if _content(written) != _content(source):
+        return None
+    try:
+        return read_evaluation(output, source["split"])
+    except ValueError:
+        return None
 
 
 def _content(source: Mapping) -> dict:
-    """What the answers come from, wherever base and cohort lie: their hashes stay."""
-    kept = {key: value for key, value in source.items() if key not in ("base", "environment")}
+    """What the answers come from, wherever base and cohort lie: their hashes stay. So does that of
+    a closed set, whatever it is called."""
+    unread = ("base", "environment", "constrained")
+    kept = {key: value for key, value in source.items() if key not in unread}
     return kept | {"cohort": source.get("cohort", {}).get("manifest_sha256")}

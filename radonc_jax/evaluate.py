@@ -177,6 +177,7 @@ def answer(
             raise ValueError(
                 f"task {config.task!r} is answered in free text: leave --constrained out"
             )
+        origin = {"constrained": _CONSTRAINED.value}
     decoder = TextDecoder(
         loaded.scheduler(config.decode.batch, config.decode.max_new_tokens),
         loaded.tokenizer,

@@ -482,7 +482,8 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
                 model=variant(model, constrained),
                 output=workdir / "evaluation" / "test" / variant(model, constrained),
                 config=config,
-                origin=origin,
+                origin=origin
+                | ({} if constrained is None else {"constrained": config.decode.constrained}),
                 constrained=constrained,
             )
     if main_process:

@@ -338,3 +338,15 @@ def test_modality_costs():
     assert [[row[c] for c in range(4)] for row in matrix] == [
         [matrix[c][r] for c in range(4)] for r in range(4)
     ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "patients", "cost"),
+    [("photon", 12, 0), ("HDR", 12, 3), ("6 MeV electrons", 1, 2)],
+)
+def test_equal_costs_have_an_interval_as_accuracy_has(answer, patients, cost):
+    given = predictions("modality", [(answer, "photon")] * patients)
+    found = details.assess("modality", {"tuned": given}, bootstrap=20)["cost"]["tuned"]
+    differ = 1 - 0.025 ** (1 / patients)  # of the patients, at most (Clopper and Pearson)
+    low, high = (cost + differ * (end - cost) for end in (0, 3))
+    assert found == pytest.approx({"value": cost, "low": low, "high": high})

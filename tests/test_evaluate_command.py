@@ -123,9 +123,11 @@ def test_answers_to_prompts_with_examples_stand_beside_the_others(evaluated, wor
 
     entry = json.loads((workdir / "report.json").read_text())["tasks"]["modality"]
     metrics = json.loads((folder / "original_examples" / run.METRICS).read_text())
+    digest = hashlib.sha256((folder / "original_examples" / run.PREDICTIONS).read_bytes())
+    assert metrics.pop("predictions_sha256") == digest.hexdigest()
     assert entry["variants"] == {"original_examples": metrics}
     assert metrics["accuracy"]["value"] == np.mean([p["correct"] for p in few])
-    assert "Modality Original with examples" in shown((workdir / "report.html").read_text())
+    assert "Modality Original with 2 examples" in shown((workdir / "report.html").read_text())
 
     # The last call asked the tuned model with examples: one line, and nothing was written.
     assert result.returncode == 1

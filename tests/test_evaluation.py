@@ -68,8 +68,10 @@ def test_files_follow_the_contract(tmp_path):
     keys = """task split model n unparseable unfinished accuracy rouge1 precision_macro recall_macro
     f1_macro precision_weighted recall_weighted f1_weighted per_class confusion ceiling
     rouge1_precision rouge1_recall rouge1_decimal precision_micro recall_micro f1_micro
-    unparseable_share unfinished_share patients interval_method"""
+    unparseable_share unfinished_share patients interval_method predictions_sha256"""
     assert set(result) == set(keys.split())
+    written = (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    assert result["predictions_sha256"] == hashlib.sha256(written).hexdigest()
     assert (result["n"], result["unparseable"], result["unfinished"]) == (3, 1, 1)
     assert result["ceiling"] == 0.9
     # Nothing is left beside the two files.

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from reports import run_in_memory
 
+from radonc_jax.answering import answer_split
 from radonc_jax.data.cohort import (
     keep_copy,
     load_records,
@@ -980,6 +981,7 @@ def test_runs_of_other_cases_stand_side_by_side_but_are_not_compared(tmp_path, c
     for model in run.MODELS:
         path = second / "evaluation" / "test" / model / "predictions.jsonl"
         path.write_text(path.read_text().replace('"case_id": "test-', '"case_id": "other-'))
+        unstamp(path.parent)
     (second / "config.json").write_text("{}")
     runs = [run_folder.read_run(folder) for folder in (first, second)]
     entry = findings.build_report(runs, bootstrap=20)["tasks"]["icd"]
@@ -1065,6 +1067,114 @@ def test_variants_belong_to_their_model_however_it_was_loaded(tmp_path, workdir,
     assert "from another closed set than test/original_constrained" in told[0]
 
 
+ASKED = {
+    "max_new_tokens": 128,
+    "over_length": "fail",
+    "seed": 1,
+    "answers": {"precision": ["bfloat16", "bfloat16"]},
+}
+CODES = {"constrained": "table", "constraints": {"icd": "codes 1a"}}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, cohort):
+    """A run whose models answered both splits, every way in the same way in both."""
+    folder = make_run(tmp_path_factory.mktemp("asked") / "run", cohort)
+    ways = {"original_examples": {"examples": 5}, "tuned_constrained": CODES}
+    for model in ("original", "tuned", *ways):
+        for split in ("validation", "test"):
+            if model not in run.MODELS or split == "validation":
+                answer(folder, cohort, model, 0.5, split=split)
+            asked_in(folder, split, model, ASKED | ways.get(model, {}))
+    return folder
+
+
+def asked_in(folder, split, model, source):
+    (folder / "evaluation" / split / model / run.SOURCE).write_text(json.dumps(source))
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "told"),
+    [
+        (
+            "original_examples",
+            {"examples": 2},
+            "examples (2, there 5); run python -m radonc_jax.evaluate --split=validation "
+            "--model=original --examples=5",
+        ),
+        (
+            "original_examples",
+            {"seed": 2},
+            "seed (2, there 1); run python -m radonc_jax.evaluate --split=validation "
+            "--model=original --examples=5 and python -m radonc_jax.evaluate --split=test "
+            "--model=original --examples=5, so that both are asked alike",
+        ),
+        (
+            "tuned_constrained",
+            {"constrained": "cohort", "constraints": {"icd": "codes 2b"}},
+            "constraints (cohort, there table); run python -m radonc_jax.evaluate "
+            "--split=validation --model=tuned --constrained=table",
+        ),
+        (
+            "tuned_constrained",
+            {"constraints": {"icd": "codes 2b"}},
+            "constraints (table, there table); run python -m radonc_jax.evaluate "
+            "--split=validation --model=tuned --constrained=table and python -m "
+            "radonc_jax.evaluate --split=test --model=tuned --constrained=table, so that both",
+        ),
+        (
+            "tuned",
+            {"max_new_tokens": 32},
+            "max_new_tokens (32, there 128); run python -m radonc_jax.evaluate --split=validation "
+            "--model=tuned and python -m radonc_jax.evaluate --split=test --model=tuned, so that",
+        ),
+        ("original", {"over_length": "trim_diagnosis"}, "over_length (trim_diagnosis, there fail)"),
+        (
+            "tuned",
+            {"answers": {"precision": ["float32", "bfloat16"]}},
+            "precision (['float32', 'bfloat16'], there ['bfloat16', 'bfloat16'])",
+        ),
+    ],
+    ids=["examples", "seed", "closed set", "code table", "tokens", "length", "precision"],
+)
+def test_sets_are_not_calibrated_on_answers_asked_for_in_another_way(
+    tmp_path, asked, model, change, told
+):
+    whole = run_folder.read_run(asked)
+    assert set(whole.validation) == {*run.MODELS, "original_examples", "tuned_constrained"}
+    assert not whole.left_out
+    folder = tmp_path / "run"
+    shutil.copytree(asked, folder)
+    path = folder / "evaluation" / "validation" / model / run.SOURCE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    mixed = run_folder.read_run(folder)
+    assert set(mixed.validation) == set(whole.validation) - {model}
+    assert len(mixed.left_out) == 1 and told in mixed.left_out[0]
+    assert mixed.left_out[0].startswith(f"validation/{model}: asked for in another way than test/")
+
+
+def test_how_answers_were_asked_for_stands_in_the_report_and_names_its_rows(tmp_path, asked):
+    folder = tmp_path / "run"
+    shutil.copytree(asked, folder)
+    content = write_report(folder, bootstrap=20)
+    told = content["provenance"]["run"]["answers"]
+    assert told["original_examples"]["examples"] == 5
+    assert told["tuned_constrained"]["constrained"] == "table"
+    assert told["tuned_constrained"]["constraints"] == {"icd": "codes 1a"}
+    settings = content["tasks"]["icd"]["variant_settings"]
+    assert settings["original_examples"] == {"examples": 5, "closed_set": None}
+    assert settings["tuned_constrained"] == {"examples": None, "closed_set": "table"}
+    page = (folder / "report.html").read_text()
+    for name in ("Original with 5 examples", "Tuned, constrained to the code table"):
+        assert f'<span class="model">{name}</span>' in page
+        assert f'<th scope="row">{name}</th>' in page  # of the conformal sets
+    assert "original with 5 examples, " in page  # of the model card
+    assert (
+        content["provenance"]["run"]["answers"]
+        == published.publish(content)["provenance"]["run"]["answers"]
+    )
+
+
 def other_cohort(cohort, folder):
     """The same patients with other codes, as another site's data under the same path."""
     tables = [load_split(cohort, split).assign(split=split) for split in SPLITS]
@@ -1138,6 +1248,15 @@ def icd_run(tmp_path, cohort):
 def edit(folder, change, model="tuned", name="predictions.jsonl"):
     path = folder / "evaluation" / "test" / model / name
     path.write_text(change(path.read_text()))
+    if name == run.PREDICTIONS:  # so that the check is met that the change is about
+        unstamp(path.parent)
+
+
+def unstamp(folder):
+    """Leaves scores as an older version wrote them, without the hash of their predictions."""
+    scores = json.loads((folder / run.METRICS).read_text())
+    del scores[run.PREDICTIONS_SHA256]
+    (folder / run.METRICS).write_text(json.dumps(scores))
 
 
 def drop_last(text):
@@ -1186,6 +1305,137 @@ def test_predictions_that_do_not_belong_together_are_refused(icd_run, change, me
     with pytest.raises(ValueError, match=message) as error:
         findings.build_report([run_folder.read_run(icd_run)], bootstrap=20)
     assert "\n" not in str(error.value) and "Cancer" not in str(error.value)
+
+
+def test_scores_of_another_model_with_the_same_accuracy_are_refused(icd_run, cohort):
+    # Each has one wrong answer, to a case of another class: F1 and confusion differ.
+    folders = [icd_run / "evaluation" / "test" / model for model in run.MODELS]
+    for i, folder in enumerate(folders):
+        given = run.read_predictions(folder / run.PREDICTIONS)
+        given["icd"] = [p | {"output": p["reference"]} for p in given["icd"]]
+        given["icd"][i] |= {"output": "none"}
+        given["icd"] = metrics.judge_again(given["icd"], select("icd")[0])[0]
+        options = {"split": "test", "model": folder.name, "output": folder, "bootstrap": 20}
+        run.score_all(given, select("icd"), **options)
+    written = [json.loads((folder / run.METRICS).read_text()) for folder in folders]
+    assert written[0]["accuracy"]["value"] == written[1]["accuracy"]["value"]
+    assert written[0]["confusion"] != written[1]["confusion"]
+    shutil.copy(folders[0] / run.METRICS, folders[1] / run.METRICS)
+    with pytest.raises(ValueError, match="tuned: metrics.json is not of the answers in .* again"):
+        run_folder.read_run(icd_run)
+    unstamp(folders[1])  # of an older version, which named no predictions, nothing tells them
+    assert run_folder.read_run(icd_run).metrics["tuned"]["icd"]["model"] == "original"
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "9e999"])
+@pytest.mark.parametrize(
+    ("place", "key", "advice"),
+    [
+        ("evaluation/test/tuned/metrics.json", "f1_macro.value", "evaluate again"),
+        ("evaluation/test/tuned/metrics.json", "confusion.matrix.1.2", "evaluate again"),
+        ("evaluation/test/tuned/robustness.json", "icd.side_flip.rate", "evaluate --robustness"),
+        ("manifest.json", "loss", "put the run's own back"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_file_and_key(
+    icd_run, place, key, advice, value
+):
+    write_probes(icd_run, {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}})
+    (icd_run / "manifest.json").write_text('{"loss": 0.5}')
+    path = icd_run / place
+    content = json.loads(path.read_text())
+    *way, last = [int(step) if step.isdigit() else step for step in key.split(".")]
+    inner = content
+    for step in way:
+        inner = inner[step]
+    inner[last] = "X"
+    path.write_text(json.dumps(content).replace('"X"', value))
+    with pytest.raises(ValueError) as error:
+        run_folder.read_run(icd_run)
+    told = str(error.value)
+    assert told.startswith(f"{path}: not what") and f" {key} is no finite number; {advice}" in told
+    assert "\n" not in told
+
+
+def of_an_older_version(folder, changed):
+    """Predictions, scores and hash as a version of the code left them that could not read the
+    answers of the first `changed` right cases."""
+    given = run.read_predictions(folder / run.PREDICTIONS)
+    right = [p["case_id"] for p in given["icd"] if p["correct"]][:changed]
+    unread = {"answer": None, "correct": False}
+    given["icd"] = [p | unread if p["case_id"] in right else p for p in given["icd"]]
+    options = {"split": "test", "model": folder.name, "output": folder, "bootstrap": 50}
+    run.score_all(given, select("icd"), **options)
+
+
+def test_answers_that_are_read_otherwise_by_now_are_judged_and_scored_anew(icd_run, capsys):
+    (icd_run / "config.json").write_text("{}")
+    before = run_folder.read_run(icd_run)
+    assert before.judged_anew == {}
+    of_an_older_version(icd_run / "evaluation" / "test" / "tuned", 3)
+    write_probes(icd_run, {"icd": {"side_flip": {"n": 3, "rate": 1.0, "expected": "flips"}}})
+    after = run_folder.read_run(icd_run)
+    assert after.judged_anew == {"tuned": {"icd": 3}}
+    assert after.predictions == before.predictions
+    stored = after.metrics["tuned"]["icd"]["accuracy"]["value"]
+    assert stored == pytest.approx(before.metrics["tuned"]["icd"]["accuracy"]["value"] - 3 / 60)
+    assert after.robustness == {"tuned": {}}
+    assert "robustness.json: of task icd, measured by a version of the code" in after.left_out[0]
+    expected = findings.build_report([before], bootstrap=50)["tasks"]["icd"]
+    report = write_report(icd_run, bootstrap=50)
+    entry = report["tasks"]["icd"]
+    for name in ("original", "tuned", "tests", "details", "confidence"):
+        assert entry[name] == expected[name], name
+    assert entry["judged_anew"] == {"tuned": 3} and expected["judged_anew"] == {}
+    assert (
+        "read or judged some answers otherwise (tuned 3)" in (icd_run / "report.html").read_text()
+    )
+    assert "tuned, task icd: 3 answers were read or judged otherwise" in capsys.readouterr().err
+    assert published.publish(report)["tasks"]["icd"]["judged_anew"] == {"tuned": "<11"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Gives the same answer to every text, and counts the texts."""
+
+    asked: list
+    journal: object = None
+
+    def source(self):
+        return {}
+
+    def __call__(self, task, diagnoses):
+        self.asked.extend(diagnoses)
+        fields = {"tokens": [], "logprob": -1.0, "finished": True, "gap": None}
+        made = SimpleNamespace(text="C61", trimmed=False, label_logprobs=None, **fields)
+        return [made] * len(diagnoses)
+
+
+def test_evaluating_again_judges_anew_what_is_there_and_replaces_what_does_not_belong(
+    tmp_path, cohort
+):
+    config = SimpleNamespace(
+        cohort=str(cohort), task="icd", seed=0, decode=SimpleNamespace(max_new_tokens=8),
+        batch=SimpleNamespace(over_length="fail"),
+        precision=SimpleNamespace(compute="float32", base="float32"),
+    )  # fmt: skip
+    folder, records = tmp_path / "tuned", load_records(cohort, "test")
+    origin = {"trained_fingerprint": "a", "base_fingerprint": "b"}
+
+    def evaluate():
+        decoder = Decoder([])
+        given = {"split": "test", "model": "tuned", "output": folder, "config": config}
+        answer_split(decoder, records, select("icd"), **given, origin=origin)
+        files = {name: (folder / name).read_bytes() for name in (run.PREDICTIONS, run.METRICS)}
+        return len(decoder.asked), files
+
+    asked, whole = evaluate()
+    assert asked == 60 and evaluate() == (0, whole)
+    of_an_older_version(folder, 3)
+    assert evaluate() == (0, whole)  # none is decoded again
+    scores = json.loads(whole[run.METRICS]) | {"predictions_sha256": "of other answers"}
+    (folder / run.METRICS).write_text(json.dumps(scores))
+    assert evaluate() == (60, whole)
 
 
 @pytest.mark.parametrize("value", ["null", "NaN", "true", '"0.5"'])
@@ -1286,7 +1536,7 @@ def test_one_patient_and_one_class_have_defined_figures(icd_run):
         (path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         scores = json.loads((path / "metrics.json").read_text())
         # As an evaluation of before would have left it: scored anew.
-        del scores["patients"]
+        del scores["patients"], scores[run.PREDICTIONS_SHA256]
         scores["accuracy"]["value"] = sum(line["correct"] for line in kept) / len(kept)
         scores |= {"n": len(kept), "unparseable": sum(line["answer"] is None for line in kept)}
         (path / "metrics.json").write_text(json.dumps(scores))

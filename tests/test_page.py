@@ -10,7 +10,7 @@ from reports import HOSTILE, run_in_memory
 
 from radonc_jax.evaluation import codes, report, robustness
 from radonc_jax.evaluation.baselines import BASELINES
-from radonc_jax.evaluation.disclosure import TRIPOD_LLM, Source, model_card, tripod_llm
+from radonc_jax.evaluation.disclosure import TRIPOD_LLM
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
 from radonc_jax.evaluation.figures import name_of
 from radonc_jax.evaluation.findings import build_report
@@ -170,7 +170,7 @@ def test_every_measure_that_the_page_shows_has_a_definition():
 
 
 def test_a_report_without_any_task_says_so():
-    content = {"notice": "", "split": "test", "tasks": {}, "runs": [], "provenance": {}}
+    content = build_report([])
     assert "This report holds no evaluation." in render_page(content, [])
 
 
@@ -409,13 +409,19 @@ COHORT = {
 }
 
 
-def source(manifest=MANIFEST, cohort=COHORT):
+def disclosed(manifest=MANIFEST, cohort=COHORT, **changes):
     run = run_in_memory([(RIGHT, "", RIGHT)] * 4)
-    return Source(build_report([run], bootstrap=20)["tasks"], "test", {}, manifest, cohort)
+    told = {"provenance": {"manifest": manifest}, "cohort": cohort} | changes
+    return build_report([dataclasses.replace(run, **told)], bootstrap=20)["disclosure"]["run"]
+
+
+def answered(**told):
+    """Items by their number, and what is told of them."""
+    return {row["item"]: row["answer"] for row in disclosed(**told)["tripod_llm"]["items"]}
 
 
 def test_model_card_tells_the_manifests_and_leaves_the_rest_to_people():
-    card = model_card(source())
+    card = disclosed()["model_card"]
     assert "299,008 parameters trained, 2,786,560 frozen" in card["Model"]["What was trained"]
     assert "train 2,917 cases of 2,900 patients" in card["Data"]["Splits"]
     assert card["Data"]["Left out"].startswith("Left out, by first reason: several diagnoses 1,537")
@@ -426,12 +432,211 @@ def test_model_card_tells_the_manifests_and_leaves_the_rest_to_people():
 
 
 def test_tripod_items_are_filled_from_manifests_and_blank_without_them():
-    rows = {row["item"]: row["answer"] for row in tripod_llm(source())}
+    rows = answered()
     assert len(rows) == len(TRIPOD_LLM)
     assert rows["14f"] == "Code revision 31f9b65." and "jax" not in rows["14f"]
     for for_people in ("2a-2l", "3a", "3b", "13", "14a", "14b", "15", "19a", "19d"):
         assert rows[for_people] is None
-    bare = {row["item"]: row["answer"] for row in tripod_llm(source({}, {}))}
-    for unknown in ("5a", "5d", "5e", "6a", "12", "14f", "16a", "16b", "16c"):
+    bare = answered(manifest={}, cohort={})
+    for unknown in (
+        "5a",
+        "5d",
+        "5e",
+        "6b",
+        "6c",
+        "6e",
+        "9a",
+        "9b",
+        "12",
+        "14f",
+        "16a",
+        "16b",
+        "16c",
+    ):
         assert bare[unknown] is None
     assert not any("None" in (text or "") for text in (rows | bare).values())
+
+
+RULES = ["patient_known", "diagnosis_present", "regimen_complete", "code_present", "code_valid"]
+CONFIG = {
+    "cohort": "/home/j.doe/cohort",
+    "model": "base",
+    "task": "all",
+    "seed": 3,
+    "lora": {"rank": 8, "init_from": "/home/j.doe/other"},
+    "batch": {"examples": 64, "over_length": "trim_diagnosis"},
+    "optimizer": {"learning_rate": 0.0003},
+    "decode": {"batch": 16, "max_new_tokens": 48},
+}
+
+
+def with_variants(run, **settings):
+    """The run with further ways of answering, each of which says what the tuned model says."""
+    variants = {name: run.predictions["tuned"] for name in settings}
+    answers = {"tuned": {"max_new_tokens": 40, "step": 70}} | settings
+    return dataclasses.replace(
+        run,
+        predictions=run.predictions | variants,
+        metrics=run.metrics | {name: run.metrics["tuned"] for name in settings},
+        provenance=run.provenance | {"answers": answers},
+    )
+
+
+def items_of(run):
+    items = build_report([run], bootstrap=0)["disclosure"]["run"]["tripod_llm"]["items"]
+    return {row["item"]: row["answer"] for row in items}
+
+
+def test_where_labels_are_scored_no_item_calls_the_answer_decoded_text_alone():
+    run = run_in_memory([("photon", "proton", "photon")] * 4, "modality")
+    plain = items_of(with_variants(run))
+    assert plain["6e"].startswith("The answer is read from greedily decoded text, without a")
+    assert "scored, and" not in plain["6e"]
+    assert plain["6b"].startswith("Greedy (temperature 0), at most 40 new tokens.")
+    closed = {"constraints": {"modality": "labels 1a"}}
+    told = items_of(with_variants(run, tuned_constrained=closed))["6e"]
+    assert "Tuned, constrained to the labels (Modality): every label is scored, and" in told
+    run = run_in_memory([("C61", "C20", "C61")] * 4, "icd")
+    closed = {"constraints": {"icd": "codes 1a"}, "constrained": "cohort"}
+    told = items_of(with_variants(run, original_constrained=closed))["6e"]
+    assert "constrained to the cohort's codes (ICD-10-CM code): the text can only become" in told
+
+
+def test_training_cases_in_prompts_are_told_of_where_there_are_any():
+    run = run_in_memory([("C61", "C20", "C61")] * 4, "icd")
+    without = items_of(with_variants(run))
+    assert without["9b"].startswith("No case stands in a prompt but the one that is asked.")
+    assert "training case" not in without["9a"]
+    shown = items_of(with_variants(run, original_examples={"examples": 5, "seed": 3}))
+    told = "Original with 5 examples: 5 training cases of the cohort, drawn with seed 3,"
+    assert f"{told} with the right answers before it." in shown["9a"]
+    assert shown["9b"].startswith(f"{told} in each prompt. In other prompts no case")
+    assert (
+        "an untold number of training cases"
+        in items_of(with_variants(run, original_examples={"max_new_tokens": 40}))["9b"]
+    )
+
+
+def test_what_was_left_out_of_the_cohort_is_told_by_its_rules():
+    told = answered(cohort=COHORT | {"rules": RULES}, config=CONFIG)["19e"]
+    assert told.startswith(
+        "Left out beforehand: cases without diagnosis text, without dose and fractions that agree, "
+        "without one ICD-10-CM code, with a code that cannot be billed. A diagnosis text that is "
+        "too long for the model is cut at its end. An answer that cannot be read"
+    )
+    assert "Treatment regimen 0 of 4 tuned" in told
+    skipped = COHORT | {"rules": RULES[:-1], "rules_turned_off": ["code_valid"]}
+    assert "billed" not in answered(cohort=skipped)["19e"]
+    assert answered(cohort={})["19e"].startswith("An answer that cannot be read")
+
+
+def test_no_item_tells_what_no_manifest_tells():
+    rows = answered(cohort=COHORT | {"rules": RULES}, config=CONFIG)
+    for unproven in ("imputed", "weighted", "alignment step"):
+        assert not any(unproven in (text or "") for text in rows.values())
+    assert "field by field" in rows["6f"]
+    modality = run_in_memory([("photon", "", "photon")] * 3, "modality")
+    assert "field by field" not in items_of(modality)["6f"]
+    trained = dataclasses.replace(
+        modality,
+        split="train",
+        metrics={m: {"modality": v["modality"] | {"split": "train"}}
+                 for m, v in modality.metrics.items()},
+    )  # fmt: skip
+    assert "on the same training cases (split train)" in items_of(trained)["4"]
+    assert "held-out" in items_of(modality)["4"] and "held-out" not in shown(
+        render(trained).partition('<section id="definitions"')[0]
+    )
+    manifest = MANIFEST | {"best_step": 50}
+    other = disclosed(
+        manifest, provenance={"manifest": manifest, "answers": {"tuned": {"step": 70}}}
+    )
+    assert (
+        "step 50 was chosen on validation; that of step 70 gave these answers."
+        in (other["model_card"]["Model"]["What was trained"])
+    )
+
+
+# -- every figure of the page stands in report.json ------------------------------------------
+
+# Words of the page itself with digits in them: names, limits and units that no report changes.
+FIXED = """ROUGE-1 F1 ICD-10-CM TRIPOD-LLM 95 5 0.8 1 0.0001 (95 10.1038/s41591-024-03425-5 2025 11
+    2a-2l""".split()
+TICKS = ("0", "0.2", "0.4", "0.6", "0.8", "1", "1.0", "-1", "+1")
+COUNTED = r"\d+ small classes are not shown"  # the rows of the report that the page leaves out
+
+
+def standing_in(value, found):
+    """Every way in which the page may write the numbers and texts of a report."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            standing_in(key, found)
+            standing_in(inner, found)
+    elif isinstance(value, list):
+        for inner in value:
+            standing_in(inner, found)
+    elif isinstance(value, str):
+        found.update(words_with_digits(value.replace("_", " ")))
+        found.update(words_with_digits(value))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int):
+            found.update((f"{value:,}", str(value)))
+        found.update(f"{value:{form}}" for form in (".2f", "+.2f", ".3f", "+.3f", ".4f"))
+        found.update(f"{100 * value:{form}}" for form in (".1f", "+.1f"))
+    return found
+
+
+def words_with_digits(text):
+    words = (word.strip(".,;:()[]{}<>=%'\"") for word in html.unescape(text).split())
+    return [word for word in words if re.search(r"\d", word)]
+
+
+def full_run():
+    """A run with everything that the page can show."""
+    codes = ["C61"] * 30 + ["C50.911"] * 17 + ["C20"] * 3
+    answers = [(code, "" if i % 7 else code, "C61" if i % 5 == 4 else code)
+               for i, code in enumerate(codes)]  # fmt: skip
+    run = run_in_memory(answers, "icd", sites=["a"] * 35 + ["b"] * 15)
+    probes = {"icd": {"side_flip": {"n": 23, "rate": 0.87, "low": 0.61, "high": 0.97,
+                                    "expected": "flips", "left_out": 0}}}  # fmt: skip
+    cohort = COHORT | {
+        "rules": RULES,
+        "rows": {"read": 9123},
+        "source": {"name": "extract.csv", "sha256": "8fd3" * 16},
+        "stripped": {"icd": 217},
+        "annotation": {"rows_offered": 641},
+        "table1": {"largest_difference": {"test": {"characteristic": "age", "smd": 0.1375}}},
+        "near_misses": {"C50.9": ["C50.911"]},
+    }
+    run = dataclasses.replace(
+        with_variants(run, original_examples={"examples": 5, "seed": 3}),
+        training=run.held_out,
+        sizes={"train": 2917, "test": 50},
+        cohort=cohort,
+        config=CONFIG,
+        ceiling={"icd": 0.934},
+        validation={"tuned": run.predictions["tuned"]},
+        robustness={"tuned": probes},
+        judged_anew={"tuned": {"icd": 2}},
+    )
+    run.provenance["manifest"] = MANIFEST | {"best_step": 70}
+    return run
+
+
+@pytest.mark.parametrize("public", [False, True], ids=["private", "public"])
+def test_every_number_of_the_page_stands_in_report_json(public):
+    run = full_run()
+    content = build_report([run], bootstrap=20)
+    content = publish(content) if public else content
+    page = render_page(content, [run], include_text=not public)
+    text = shown(re.sub(r'<section id="definitions".*?</section>', " ", page, flags=re.DOTALL))
+    for card in ("7,000", "3,515", "9,123", "641", "0.14", "2,900", "0.0003"):
+        assert card in text
+    text = re.sub(COUNTED, " ", text)
+    known = standing_in(json.loads(json.dumps(content)), {*FIXED, *TICKS})
+    assert not [word for word in words_with_digits(text) if word not in known]
+    told = json.dumps(content["disclosure"])
+    assert "j.doe" not in told and "C50.9" not in told
+    if public:
+        assert content["disclosure"]["run"]["cohort"]["deidentification"]["rows"] == "<11"
+        assert "found in <11 rows" in told and '"rows": 3' not in told

@@ -9,6 +9,7 @@ from radonc_jax.evaluation.statistics import bootstrap_mean
 from radonc_jax.tasks.modality import MODALITIES
 
 _EXTERNAL = {"photon", "proton", "electron"}
+MOST_COST = 3
 
 
 def modality_cost(reference: str, answer: str | None) -> int:
@@ -17,14 +18,14 @@ def modality_cost(reference: str, answer: str | None) -> int:
     0 right; 1 unreadable (a person has to look) or photon for proton (both reach any depth; the
     plan is made anew); 2 electron for photon or proton or the reverse (another depth: target
     missed or what lies behind it treated); 3 external beam for brachytherapy or the reverse
-    (another procedure altogether).
+    (another procedure altogether), MOST_COST.
     """
     if answer == reference:
         return 0
     if answer is None or answer == UNPARSEABLE:
         return 1
     if (reference in _EXTERNAL) != (answer in _EXTERNAL):
-        return 3
+        return MOST_COST
     return 2 if "electron" in (reference, answer) else 1
 
 
@@ -33,12 +34,17 @@ def _modality(models: Mapping[str, Sequence[dict]], bootstrap: int, seed: int) -
     matrix = [[modality_cost(right, given) for given in labels] for right in MODALITIES]
     cost: dict = {"labels": labels, "matrix": matrix}
     for model, predictions in models.items():
-        cost[model] = bootstrap_mean(
-            [modality_cost(p["reference"], p["answer"]) for p in predictions],
+        # As a share of the largest cost, so that equal costs have an interval as accuracy has.
+        share = bootstrap_mean(
+            [modality_cost(p["reference"], p["answer"]) / MOST_COST for p in predictions],
             [p["patient_id"] for p in predictions],
             resamples=bootstrap,
             seed=seed,
+            share=True,
         )
+        cost[model] = {
+            name: None if value is None else MOST_COST * value for name, value in share.items()
+        }
     return {"cost": cost}
 
 

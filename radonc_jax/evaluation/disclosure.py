@@ -1,16 +1,18 @@
 """The model card and the TRIPOD-LLM items, filled from manifests where a machine can know.
 
-What only a person can answer stays None, and the page leaves room for it. Nothing is guessed: a
-count that no manifest tells is not told here.
+What only a person can answer stays None, and the page leaves room for it. Nothing is guessed: what
+no manifest, no source.json and no figure of the report tells is not told here. All of it is made
+from report.json alone, so that the form to be shared can tell no more than its figures.
 
 Items after Gallifant et al., Nat Med 2025;31:60 (doi 10.1038/s41591-024-03425-5), in our own short
 words; their wording and the explanations are in the paper.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from radonc_jax.evaluation.figures import TITLES, name_of
+from radonc_jax.evaluation.run import is_number
 
 # (item, section, what it asks for)
 TRIPOD_LLM = (
@@ -66,23 +68,103 @@ TRIPOD_LLM = (
 )
 
 
+# Keys of config.json that say how a model was trained and asked.
+_SETTINGS = (
+    *("task", "seed", "trainable", "lora", "precision", "batch", "optimizer", "train", "decode"),
+)
+_COHORT = (
+    *("assessed", "kept", "excluded", "rules", "rules_turned_off", "stripped"),
+    *("cases", "patients", "ceiling"),
+)
+
+
+def facts(config: Mapping, cohort: Mapping, split: str) -> dict:
+    """{settings, cohort}: what the card and the items tell of a run's config.json and of its
+    cohort's manifest.json, in report.json. No folder, no name of a person or of a sheet."""
+    settings = {name: config[name] for name in _SETTINGS if name in config}
+    if "lora" in settings:
+        settings["lora"] = {k: v for k, v in settings["lora"].items() if k != "init_from"}
+    told = {name: cohort[name] for name in _COHORT if name in cohort}
+    parts = {
+        "rows": ("read",),
+        "source": ("name", "sha256"),
+        "deidentification": ("policy", "rows"),
+    }
+    for part, names in parts.items():
+        if cohort.get(part):
+            told[part] = {name: cohort[part][name] for name in names if name in cohort[part]}
+    if cohort.get("deidentification"):
+        found = cohort["deidentification"].get("classes") or ()
+        told["deidentification"]["classes"] = sorted(found)
+    if cohort.get("annotation") is not None:
+        annotation = cohort["annotation"]
+        told["annotation"] = {
+            "sheets": len(annotation.get("files") or ()),
+            "rows_offered": annotation.get("rows_offered", 0),
+        }
+    table1 = cohort.get("table1") or {}
+    if cohort:
+        told |= {"table1": "table1" in cohort, "flow": "flow" in cohort}
+    largest = (table1.get("largest_difference") or {}).get(split)
+    if largest and is_number(largest["smd"]):
+        told["largest_difference"] = {name: largest[name] for name in ("characteristic", "smd")}
+    return {"settings": settings, "cohort": told}
+
+
 @dataclass(frozen=True)
 class Source:
-    """What the manifests of one run tell.
+    """What report.json tells of one run.
 
     Attributes:
       entries: the run's tasks -> entry of report.json.
       split: the split that was evaluated.
-      config: the run's config.json; {} where the folder has none.
-      manifest: the run's manifest.json; {} likewise.
-      cohort: the cohort's manifest.json; {} where the cohort is not at hand.
+      model: the base's name, if known.
+      settings, cohort: see `facts`; {} where the run has no config.json, or no cohort at hand.
+      manifest: the run's manifest.json; {} where the folder has none.
+      answers: model -> how it was asked, by its source.json; {} where there is none.
     """
 
     entries: Mapping[str, Mapping]
     split: str
-    config: Mapping
-    manifest: Mapping
-    cohort: Mapping
+    model: str | None = None
+    settings: Mapping = field(default_factory=dict)
+    cohort: Mapping = field(default_factory=dict)
+    manifest: Mapping = field(default_factory=dict)
+    answers: Mapping = field(default_factory=dict)
+
+
+def disclose(report: Mapping) -> dict[str, dict]:
+    """The `disclosure` of report.json, made anew: {run: {settings, cohort, model_card, tripod_llm
+    {filled, lines, items}}}. Of the run's `disclosure` only `facts` need to be there."""
+    result = {}
+    for name, known in report["disclosure"].items():
+        provenance = report["provenance"][name]
+        source = Source(
+            entries={
+                task: entry
+                for task, first in report["tasks"].items()
+                for entry in (first, *first["further_runs"])
+                if entry["run"] == name
+            },
+            split=report["split"],
+            model=provenance.get("model"),
+            settings=known["settings"],
+            cohort=known["cohort"],
+            manifest=provenance.get("manifest") or {},
+            answers=provenance.get("answers") or {},
+        )
+        items = tripod_llm(source)
+        result[name] = {
+            "settings": known["settings"],
+            "cohort": known["cohort"],
+            "model_card": model_card(source),
+            "tripod_llm": {
+                "filled": sum(item["answer"] is not None for item in items),
+                "lines": len(items),
+                "items": items,
+            },
+        }
+    return result
 
 
 def model_card(source: Source) -> dict[str, dict[str, str | None]]:
@@ -135,40 +217,43 @@ def tripod_llm(source: Source) -> list[dict[str, str | None]]:
     answers = {
         "1": f"Fine-tuning and evaluation of a language model. Task: {tasks}. "
         "Population and setting: for the authors.",
-        "4": "Fine-tuning, and paired comparison of the tuned with the original model on held-out "
-        "cases.",
+        "4": "Fine-tuning, and paired comparison of the tuned with the original model on the same "
+        f"{cases_of(source.split)} (split {source.split}).",
         "5a": _sources(source),
         "5b": data,
         "5d": _preprocessing(source),
         "5e": _excluded(source),
         "6a": _base(source),
         "6b": _known(_decoding(source), _settings(source)),
-        "6c": _known(_trained(source), _settings(source), "No alignment step."),
+        "6c": _known(_trained(source), _settings(source)),
         "6d": "Raw text and the answer read from it, case by case, in predictions.jsonl.",
-        "6e": "The answer is the greedily decoded text; no threshold. Confidence is the "
-        "probability that the model gives its own answer.",
-        "6f": "ROUGE-1, with and without whole decimal numbers, beside field-by-field accuracy.",
+        "6e": _classified(source),
+        "6f": "ROUGE-1, with and without whole decimal numbers, beside the accuracy"
+        + (", which is told field by field too." if "regimen" in source.entries else "."),
         "7a": "Section Definitions of this report; formulae in the docstrings of the code.",
         "7c": _comparisons(source),
         "8a": _annotation(source),
-        "9a": "One fixed prompt per task (an instruction, the diagnosis text), the same in "
-        "training and decoding.",
-        "9b": "No data of this cohort: the prompt is part of the code.",
+        "9a": _prompts(source),
+        "9b": _prompt_data(source),
         "10": "Does not apply: no summarisation.",
         "12": _compute(source),
         "16a": _flow(source),
-        "16b": "table1.html in the cohort folder." if "table1" in source.cohort else None,
+        "16b": "table1.html in the cohort folder." if source.cohort.get("table1") else None,
         "16c": _shift(source),
         "16d": _splits(source),
         "17": " ".join(f"{TITLES[task]}: {_result(e)}" for task, e in source.entries.items()),
-        "19e": "Cases without text, dose or valid code are left out beforehand; an answer that "
-        "cannot be read counts as wrong and is told.",
+        "19e": _poor_input(source),
         "14f": _code(source),
     }
     return [
         {"item": item, "section": section, "asks": asks, "answer": answers.get(item) or None}
         for item, section, asks in TRIPOD_LLM
     ]
+
+
+def cases_of(split: str) -> str:
+    """What the cases of a split are to the tuned model."""
+    return "training cases" if split == "train" else "held-out cases"
 
 
 def _known(*texts: str | None) -> str | None:
@@ -185,7 +270,7 @@ def _listed(counts: Mapping) -> str:
 
 def _base(source: Source) -> str | None:
     base = source.manifest.get("base") or {}
-    name = source.config.get("model") or base.get("folder")
+    name = source.model or base.get("folder")
     if not name:
         return None
     hashes = base.get("sha256") or {}
@@ -202,8 +287,8 @@ def _trained(source: Source) -> str | None:
     if not parameters:
         return None
     text = f"{_number(parameters['trainable'])} parameters trained"
-    lora = source.config.get("lora") or {}
-    if source.config.get("trainable") == "lora" and lora:
+    lora = source.settings.get("lora") or {}
+    if source.settings.get("trainable") == "lora" and lora:
         text += (
             f" (LoRA, rank {lora.get('rank')}, alpha {lora.get('alpha')}, dropout "
             f"{lora.get('dropout')}, on {', '.join(lora.get('targets') or ())})"
@@ -212,8 +297,16 @@ def _trained(source: Source) -> str | None:
     before, after = (source.manifest.get(f"base_fingerprint_{w}") for w in ("before", "after"))
     if after is not None:
         text += " The frozen weights were the same before and after." if before == after else ""
-    step = source.manifest.get("best_step")
-    return text + (f" Checkpoint of step {step} was chosen on validation." if step else "")
+    return _known(text, _checkpoint(source))
+
+
+def _checkpoint(source: Source) -> str | None:
+    """Which one answered: `evaluate --step` may take another than the best."""
+    best, step = source.manifest.get("best_step"), source.answers.get("tuned", {}).get("step")
+    chosen = f"Checkpoint of step {_number(best)} was chosen on validation" if best else None
+    if step is None or step == best:
+        return chosen and f"{chosen}."
+    return f"{f'{chosen}; that' if best else 'That'} of step {_number(step)} gave these answers."
 
 
 def _versions(source: Source) -> str | None:
@@ -262,8 +355,7 @@ def _excluded(source: Source) -> str | None:
     excluded = source.cohort.get("excluded")
     if not excluded:
         return None
-    sentence = f"Left out, by first reason: {_listed(excluded)}."
-    return sentence + " Nothing was imputed and no class was weighted."
+    return f"Left out, by first reason: {_listed(excluded)}."
 
 
 def _splits(source: Source) -> str | None:
@@ -291,7 +383,7 @@ def _identifiers(source: Source) -> str | None:
 
 
 def _settings(source: Source) -> str | None:
-    config = source.config
+    config = source.settings
     if not config.get("optimizer"):
         return None
     parts = [
@@ -303,10 +395,114 @@ def _settings(source: Source) -> str | None:
 
 
 def _decoding(source: Source) -> str | None:
-    decode = source.config.get("decode")
-    if not decode:
+    tokens = _asked(source, "max_new_tokens", (source.settings.get("decode") or {}))
+    if tokens is None:
         return None
-    return f"Greedy (temperature 0), at most {decode.get('max_new_tokens')} new tokens."
+    return f"Greedy (temperature 0), at most {_number(tokens)} new tokens."
+
+
+def _asked(source: Source, name: str, section: Mapping):
+    """How the tuned model was asked: by its source.json, else as the config says."""
+    return source.answers.get("tuned", {}).get(name, section.get(name))
+
+
+def _variants(source: Source):
+    """(task, variant's name on the page, its settings) of all entries."""
+    return [
+        (task, name_of(name, asked), name, asked)
+        for task, entry in source.entries.items()
+        for name, asked in entry["variant_settings"].items()
+    ]
+
+
+def _classified(source: Source) -> str | None:
+    if _decoding(source) is None:
+        return None
+    parts = ["The answer is read from greedily decoded text, without a threshold."]
+    ways = {
+        "labels": "every label is scored, and the likeliest is the answer",
+        **dict.fromkeys(("table", "cohort"), "the text can only become a code of the set"),
+    }
+    for task, called, _, asked in _variants(source):
+        if asked["closed_set"] in ways:
+            parts.append(f"{called} ({TITLES[task]}): {ways[asked['closed_set']]}.")
+    if any(entry["confidence"].get("tuned") for entry in source.entries.values()):
+        parts.append(
+            "Confidence is the probability that the model gives its own answer; where labels are "
+            "scored, among all of them."
+        )
+    return " ".join(parts)
+
+
+def _examples(source: Source) -> list[str]:
+    """Each way of asking that shows training cases, in words, once."""
+    found = []
+    for _, called, name, asked in _variants(source):
+        if name == "original_examples":
+            number, seed = asked["examples"], source.answers.get(name, {}).get("seed")
+            shown = "an untold number of" if number is None else _number(number)
+            found.append(
+                f"{called}: {shown} training case{'' if number == 1 else 's'} of the cohort"
+                + ("" if seed is None else f", drawn with seed {seed},")
+            )
+    return list(dict.fromkeys(found))
+
+
+def _prompts(source: Source) -> str | None:
+    if _decoding(source) is None:
+        return None
+    return _known(
+        "One fixed prompt per task (an instruction, the diagnosis text), the same in training and "
+        "decoding.",
+        *(f"{shown} with the right answers before it." for shown in _examples(source)),
+    )
+
+
+def _prompt_data(source: Source) -> str | None:
+    """Of the data in prompts; what their wording was tried on, no manifest tells."""
+    if _decoding(source) is None:
+        return None
+    shown = _examples(source)
+    if not shown:
+        return (
+            "No case stands in a prompt but the one that is asked. On what the wording was tried: "
+            "for the authors."
+        )
+    return (
+        f"{'; '.join(f'{text} in each prompt' for text in shown)}. In other prompts no case stands "
+        "but the one that is asked. On what the wording was tried: for the authors."
+    )
+
+
+_REQUIRED = {
+    "diagnosis_present": "without diagnosis text",
+    "modality_identifiable": "without a modality that can be told",
+    "regimen_complete": "without dose and fractions that agree",
+    "code_present": "without one ICD-10-CM code",
+    "code_valid": "with a code that cannot be billed",
+}
+_TOO_LONG = {
+    "trim_diagnosis": "A diagnosis text that is too long for the model is cut at its end.",
+    "fail": "A text that is too long for the model is an error.",
+    "drop": "A text that is too long for the model is an error when it is asked.",
+}
+
+
+def _poor_input(source: Source) -> str | None:
+    rules = source.cohort.get("rules") or ()
+    missing = [words for rule, words in _REQUIRED.items() if rule in rules]
+    policy = _asked(source, "over_length", source.settings.get("batch") or {})
+    return _known(
+        f"Left out beforehand: cases {', '.join(missing)}." if missing else None,
+        _TOO_LONG.get(policy),
+        "An answer that cannot be read counts as wrong: "
+        + ", ".join(
+            f"{TITLES[task]} {_number(entry['tuned']['unparseable'])} of "
+            f"{_number(entry['tuned']['n'])} tuned"
+            for task, entry in source.entries.items()
+        )
+        + ".",
+    )
 
 
 def _percent(score: Mapping) -> str:
@@ -363,24 +559,23 @@ def _annotation(source: Source) -> str | None:
     annotation = source.cohort.get("annotation")
     if annotation is None:
         return None
-    sheets = annotation.get("files") or ()
+    sheets = annotation.get("sheets", 0)
     offered = annotation.get("rows_offered", 0)
     if not sheets:
         return (
             f"Labels come from the records; {_number(offered)} uncertain rows were offered to "
             "annotators, none was annotated."
         )
-    return (
-        f"{len(sheets)} annotation sheet(s) were read back; agreement is in the cohort's manifest."
-    )
+    return f"{sheets} annotation sheet(s) were read back; of agreement the cohort's manifest tells."
 
 
 def _comparisons(source: Source) -> str | None:
     names: list[str] = []
     for entry in source.entries.values():
         others = [*(entry.get("variants") or {}), *(entry["baselines"] or {})]
-        names += [name for name in others if name not in names and name not in ("tuned",)]
-    compared = ", ".join(name_of(name).lower() for name in names if name != "original")
+        called = (name_of(name, entry["variant_settings"].get(name)) for name in others)
+        names += [name.lower() for name in called if name.lower() not in names]
+    compared = ", ".join(names)
     return "The original model on the same cases" + (f"; {compared}." if compared else ".")
 
 
@@ -388,13 +583,11 @@ def _flow(source: Source) -> str | None:
     cohort = source.cohort
     if not cohort.get("assessed"):
         return None
-    return _known(_cohort(source), "flow.svg in the cohort folder." if "flow" in cohort else None)
+    return _known(_cohort(source), "flow.svg in the cohort folder." if cohort.get("flow") else None)
 
 
 def _shift(source: Source) -> str | None:
-    largest = ((source.cohort.get("table1") or {}).get("largest_difference") or {}).get(
-        source.split
-    )
+    largest = source.cohort.get("largest_difference")
     if not largest:
         return None
     return (

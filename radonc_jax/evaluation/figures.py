@@ -50,8 +50,21 @@ _PAGE_WIDTH = 3.7
 _TICKS = [0, 0.2, 0.4, 0.6, 0.8, 1]
 
 
-def name_of(model: str) -> str:
-    return NAMES.get(model, model.replace("_", " "))
+_CLOSED_SETS = {
+    "labels": "constrained to the labels",
+    "table": "constrained to the code table",
+    "cohort": "constrained to the cohort's codes",
+}
+
+
+def name_of(model: str, asked: Mapping | None = None) -> str:
+    """A model's name, with what `variant_settings` of an entry tells of it: how many examples its
+    prompts show, which closed set its answers are from."""
+    name, asked = NAMES.get(model, model.replace("_", " ")), asked or {}
+    if asked.get("examples"):
+        number = asked["examples"]
+        return name.replace("examples", f"{number:,} example{'s' if number > 1 else ''}")
+    return name.replace("constrained", _CLOSED_SETS.get(asked.get("closed_set"), "constrained"))
 
 
 def _label(model: str) -> str:

@@ -10,6 +10,7 @@ from radonc_jax.evaluation import confidence, details, subgroups
 from radonc_jax.evaluation import metrics as scores
 from radonc_jax.evaluation.baselines import judge_baselines
 from radonc_jax.evaluation.comparison import compare_models, pair_predictions
+from radonc_jax.evaluation.disclosure import disclose, facts
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.statistics import INTERVAL_METHOD, holm
@@ -23,13 +24,16 @@ NOTICE = "Research use only, not for clinical decisions."
 def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -> dict:
     """The content of report.json.
 
-    {"tasks": {task: entry}, "runs": [names], "split", "provenance": {run: ...}, "notice"}. Where
-    several runs share a task the first run's entry leads and holds the others' in `further_runs`.
+    {"tasks": {task: entry}, "runs": [names], "split", "provenance": {run: ...}, "disclosure": see
+    `disclose`, "notice"}. Where several runs share a task the first run's entry leads and holds the
+    others' in `further_runs`.
     An entry is
       run, model, sizes: names, and cases by split or null.
       original, tuned: metrics as in metrics.json. variants {name: metrics}: further ways in which
         the run's models answered; variant_tests {name: compare_models of tuned against it}, of the
-        original's.
+        original's; variant_settings {name: {examples, closed_set}}: how many training cases its
+        prompts show, and which answers it can give ("labels", "table" or "cohort" codes), where
+        source.json tells them, else null.
       tests: as `compare_models` gives it, tuned against original.
       baselines {majority, lookup, nearest, tfidf: metrics} or null where the cohort is not at hand;
         baseline_tests {name: compare_models of tuned against it} or null.
@@ -37,8 +41,11 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
       verdict: see `judge_tuning`. details: see `details.assess`.
       confidence {model or variant: see `confidence.assess`}: null for one without probabilities.
       robustness {model: {perturbation: {n, rate, expected}}} or null; subgroups: see there.
-      left_out: answers in the run folder that are of another checkpoint, base or cohort, a line
-        each; nothing of them is in the entry.
+      left_out: answers in the run folder that are of another checkpoint, base or cohort, or were
+        asked for in another way, a line each; nothing of them is in the entry.
+      judged_anew {model or "validation/" and model: n}: how many of its answers stand otherwise in
+        predictions.jsonl, read or judged by an earlier version of the code; every figure of the
+        entry is of this version.
       against {run, model, tests} or null: this run's tuned model against that of the first run of
         the task, where both answered the same cases.
     In every family of tests (`wilcoxon`, `wilcoxon_rouge1`, `wilcoxon_by_patient`, `mcnemar`) Holm
@@ -69,7 +76,7 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
     for task, group in found.items():
         for entry in group:
             entry["verdict"] = judge_tuning(task, entry)
-    return {
+    report = {
         "notice": NOTICE,
         "split": runs[0].split if runs else None,
         "tasks": {
@@ -77,7 +84,12 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
         },
         "runs": names,
         "provenance": {name: run.provenance for run, name in zip(runs, names, strict=True)},
+        "disclosure": {
+            name: facts(run.config, run.cohort, run.split)
+            for run, name in zip(runs, names, strict=True)
+        },
     }
+    return report | {"disclosure": disclose(report)}
 
 
 _TESTS = ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient", "mcnemar")
@@ -110,6 +122,9 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         "original": metrics["original"],
         "tuned": metrics["tuned"],
         "variants": {name: metrics[name] for name in metrics if name not in MODELS},
+        "variant_settings": {
+            name: _asked(run, name, task) for name in metrics if name not in MODELS
+        },
         "variant_tests": {
             name: compare_models(given, models["tuned"], names=(name, "tuned"), **options)
             for name, given in models.items()
@@ -131,6 +146,9 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         "ceiling": run.metrics["tuned"][task].get("ceiling", run.ceiling.get(task)),
         "sizes": run.sizes,
         "left_out": list(run.left_out),
+        "judged_anew": {
+            model: changed[task] for model, changed in run.judged_anew.items() if task in changed
+        },
         "details": details.assess(task, both, sites=sites, training_counts=counts, **options),
         "confidence": {
             model: confidence.assess(given, run.validation.get(model, {}).get(task))
@@ -155,6 +173,14 @@ def _code_counts(run: Run) -> tuple[Counter | None, dict[str, int] | None]:
     return counts, {case: counts[code] for case, code in codes.items() if code is not None}
 
 
+def _asked(run: Run, model: str, task: str) -> dict:
+    settings = run.provenance.get("answers", {}).get(model, {})
+    closed = settings.get("constraints", {}).get(task)
+    if closed is not None:
+        closed = "labels" if closed.startswith("labels") else settings.get("constrained")
+    return {"examples": settings.get("examples"), "closed_set": closed}
+
+
 def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
     """Model or variant -> its predictions, all in the order of the original's cases.
 
@@ -173,13 +199,16 @@ def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
 
 
 def _scored(run: Run, model: str, task: str, options: dict) -> dict:
-    """The model's metrics.json, scored anew where it was written before a score was thought of, or
-    its intervals were of another definition than those beside them."""
+    """The model's metrics.json, scored anew where it was written before a score was thought of, its
+    intervals were of another definition than those beside them, or its answers were read or judged
+    otherwise: figures and tests of a report are of one definition."""
     written = run.metrics[model][task]
     needed = (*scores.ROUGE_SCORES, *scores.CLASS_SCORES, "unparseable_share", "patients")
     same_intervals = written.get("interval_method") == INTERVAL_METHOD
+    same_answers = task not in run.judged_anew.get(model, {})
     with_patients = all("patients" in row for row in written["per_class"].values())
-    if same_intervals and with_patients and all(name in written for name in needed):
+    complete = all(name in written for name in needed)
+    if same_intervals and same_answers and with_patients and complete:
         return written
     anew = scores.score(
         run.predictions[model][task], TASKS[task], split=run.split, model=model, **options

@@ -98,6 +98,23 @@ def judge(task: Task, record: Record, output: str, **decoded) -> dict:
     }
 
 
+def judge_again(predictions: Sequence[dict], task: Task) -> tuple[list[dict], int]:
+    """Predictions read and judged as this version of the code does it, and how many of them an
+    earlier one read or judged otherwise. ROUGE, which hangs on words alone, stays as it is."""
+    verdicts: dict[tuple[str, str], dict] = {}  # the same answers are given again and again
+    judged, changed = [], 0
+    for prediction in predictions:
+        key = prediction["output"], prediction["reference"]
+        if key not in verdicts:
+            answer = task.parse(key[0])
+            verdicts[key] = {"answer": answer, "correct": bool(task.correct(answer, key[1]))}
+        verdict = verdicts[key]
+        same = all(prediction[name] == value for name, value in verdict.items())
+        changed += not same
+        judged.append(prediction if same else prediction | verdict)
+    return judged, changed
+
+
 def score(
     predictions: Sequence[dict],
     task: Task,

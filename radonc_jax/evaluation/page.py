@@ -14,7 +14,7 @@ from importlib import resources
 from matplotlib.figure import Figure
 
 from radonc_jax.evaluation import figures
-from radonc_jax.evaluation.disclosure import Source, model_card, tripod_llm
+from radonc_jax.evaluation.disclosure import cases_of
 from radonc_jax.evaluation.explorer import Texts, explorer_section
 from radonc_jax.evaluation.figures import TITLES, name_of
 from radonc_jax.evaluation.findings import NOTICE, entries
@@ -30,7 +30,6 @@ from radonc_jax.evaluation.markup import (
     plain_cell,
     score_cell,
 )
-from radonc_jax.evaluation.published import publish_cohort
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
@@ -76,14 +75,11 @@ def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = Tr
     else:
         omitted = "<p>Left out: this report was written without clinical text.</p>"
         sections.append(("cases", "Cases", omitted))
-    sources = [
-        (name, _source(report, run, name, include_text))
-        for run, name in zip(runs, report["runs"], strict=True)
-    ]
+    told = report["disclosure"].items()
     sections += [
         ("definitions", "Definitions", _definitions()),
-        ("card", "Model card", "".join(_card(s, name, several) for name, s in sources)),
-        ("tripod", "TRIPOD-LLM items", "".join(_tripod(s, name, several) for name, s in sources)),
+        ("card", "Model card", "".join(_card(d, name, several) for name, d in told)),
+        ("tripod", "TRIPOD-LLM items", "".join(_tripod(d, name, several) for name, d in told)),
         ("provenance", "Provenance", _provenance(report)),
     ]
     contents = "".join(f'<li><a href="#{key}">{escape(t)}</a></li>' for key, t, _ in sections)
@@ -111,11 +107,12 @@ def _document(report: Mapping, body: str, script: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>radonc_jax report</title>\n<style>\n{_read('page.css')}</style>\n</head>\n<body>\n"
         '<a class="skip" href="#main">Skip to the findings</a>\n<header>\n'
-        "<h1>Original and tuned model on the same held-out cases</h1>\n"
+        f"<h1>Original and tuned model on the same {cases_of(report['split'])}</h1>\n"
         f'<p class="soft">Split: {escape(report["split"])}. {runs}.</p>\n'
         f'<p class="notice"><strong>{escape(NOTICE)}</strong></p>\n</header>\n'
         f'<main id="main" tabindex="-1">\n{body}\n</main>\n'
-        "<footer><p>Every figure of this page stands in report.json.</p></footer>\n"
+        "<footer><p>Every figure of this page stands in report.json, or counts what stands there."
+        "</p></footer>\n"
         + (f"<script>{script}</script>\n" if script else "")
         + "</body>\n</html>\n"
     )
@@ -141,7 +138,8 @@ def _named(report: Mapping, task: str, entry: Mapping) -> Html:
 
 def _of_model(report: Mapping, task: str, entry: Mapping, name: str) -> Html:
     """What names a row of a table of models, in one cell: it stays when the table is scrolled."""
-    model = f'<span class="model">{escape(name_of(name))}</span>'
+    called = name_of(name, entry["variant_settings"].get(name))
+    model = f'<span class="model">{escape(called)}</span>'
     return Html(f"{_named(report, task, entry)} {model}")
 
 
@@ -695,7 +693,7 @@ DEFINITIONS = {
     "customary, and counts as wrong in dose or side.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
-    "of our own choice.",
+    "of our own choice. In the interval 3 is wholly wrong and 0 wholly right.",
     "Robustness": "The text is changed a little: where the side in it is flipped the side of a "
     "regimen or a code must follow and a modality must stay the same; synonyms, shuffled fields or "
     "an irrelevant sentence must not change the answer. Each answer is held against the model's "
@@ -715,7 +713,8 @@ DEFINITIONS = {
     "score: mean squared distance between confidence and right (1) or wrong (0). Coverage at 5 % "
     "error: the largest share of cases, most confident first, of which at most 5 % are wrong. "
     "Conformal sets hold the right answer in at least the stated share of cases if new cases are "
-    "like those of the validation split.",
+    "like those of the validation split. They stand where the same model answered that split too, "
+    "asked in the same way.",
     "Small groups": "Of fewer than 11 patients or cases a share says little, and in a report "
     "without clinical text such groups are not shown (nor, of a site or a sex, their names), nor "
     "is a score, a share or a count that would tell a number of 1 to 10 right or wrong answers.",
@@ -727,25 +726,13 @@ def _definitions() -> str:
     return f"<dl>{terms}</dl>"
 
 
-def _source(report: Mapping, run: Run, name: str, include_text: bool) -> Source:
-    provenance = report["provenance"][name]  # in the published form without folders
-    named = {"model": provenance.get("model")} if "model" in run.config else {}
-    return Source(
-        entries={task: entry for task, entry in entries(report) if entry["run"] == name},
-        split=run.split,
-        config=run.config | named,
-        manifest=provenance.get("manifest") or {},
-        cohort=run.cohort if include_text else publish_cohort(run.cohort),
-    )
-
-
 BLANK = Html('<span class="blank">To be filled in by a person.</span>')
 
 
-def _card(source: Source, name: str, several: bool) -> str:
+def _card(disclosure: Mapping, name: str, several: bool) -> str:
     parts = [f"<h3>{escape(name)}</h3>"] if several else []
     level = "h4" if several else "h3"
-    for heading, lines in model_card(source).items():
+    for heading, lines in disclosure["model_card"].items():
         terms = "".join(
             f"<dt>{escape(key)}</dt><dd>{BLANK if text is None else escape(text)}</dd>"
             for key, text in lines.items()
@@ -754,23 +741,23 @@ def _card(source: Source, name: str, several: bool) -> str:
     return "".join(parts)
 
 
-def _tripod(source: Source, name: str, several: bool) -> str:
-    rows = tripod_llm(source)
-    filled = sum(row["answer"] is not None for row in rows)
+def _tripod(disclosure: Mapping, name: str, several: bool) -> str:
+    items = disclosure["tripod_llm"]
     head = f"<h3>{escape(name)}</h3>" if several else ""
     table = make_table(
         "TRIPOD-LLM (Gallifant et al. 2025, doi 10.1038/s41591-024-03425-5), items in short.",
         ["Item", "Section", "Asks for", "Told by the manifests"],
         [
             [r["item"], r["section"], r["asks"], BLANK if r["answer"] is None else r["answer"]]
-            for r in rows
+            for r in items["items"]
         ],
         texts=4,
         wrap=True,
         stack=True,
     )
     return (
-        f"{head}<p>{filled} of {len(rows)} lines are filled; the others are for people.</p>{table}"
+        f"{head}<p>{items['filled']} of {items['lines']} lines are filled; the others are for "
+        f"people.</p>{table}"
     )
 
 

@@ -15,6 +15,7 @@ from radonc_jax.evaluation.cells import (
     rest_of,
     thin_out,
 )
+from radonc_jax.evaluation.disclosure import disclose
 from radonc_jax.evaluation.findings import entries
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.verdict import judge_tuning
@@ -61,6 +62,8 @@ def publish(report: Mapping) -> dict:
     result["provenance"] = _without_places(result["provenance"])
     for task, entry in entries(result):
         n, patients = entry["tuned"]["n"], entry["tuned"]["patients"]
+        for model, count in entry["judged_anew"].items():
+            entry["judged_anew"][model] = _SMALL if is_small(count) else count
         found = entry["details"]
         for named in filter(None, (entry, entry["against"])):
             named["model"] = _last_part(named["model"])
@@ -107,11 +110,13 @@ def publish(report: Mapping) -> dict:
             _publish_tests(tests, n, _right(entry["tuned"]))
         _publish_groups(entry, answers | (entry["baselines"] or {}))
         entry["verdict"] = judge_tuning(task, entry)  # its sentences tell what is hidden by now
-    return result
+    for told in result["disclosure"].values():
+        told["cohort"] = publish_cohort(told["cohort"])
+    return result | {"disclosure": disclose(result)}  # and so do these
 
 
 def publish_cohort(facts: Mapping) -> dict:
-    """A cohort's manifest with its counts of 1 to 10 rows or patients as "<11", for the page."""
+    """What the disclosure tells of a cohort, its counts of 1 to 10 rows or patients as "<11"."""
     result = dict(facts)
     if is_small(facts.get("assessed", 0) - facts.get("kept", 0)):
         # Where a patient has one row, the rows read tell it too.

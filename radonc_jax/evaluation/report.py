@@ -83,6 +83,14 @@ def write_runs(
     for run in runs:
         for line in run.left_out:
             print(f"{run.name}: left out of the report: {line}", file=sys.stderr)
+        for model, changed in run.judged_anew.items():
+            for task, n in changed.items():
+                print(
+                    f"{run.name}: {model}, task {task}: {n} answers were read or judged otherwise "
+                    "by an earlier version of the code; the report is of this one, evaluate again "
+                    "to have predictions.jsonl and metrics.json of it too",
+                    file=sys.stderr,
+                )
     report = build_report(runs, bootstrap=bootstrap, seed=seed)
     if not include_text:
         report = publish(report)

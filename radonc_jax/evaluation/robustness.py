@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from radonc_jax.data.cohort import sha256
-from radonc_jax.evaluation.run import PREDICTIONS, write_file
+from radonc_jax.evaluation.run import PREDICTIONS, PREDICTIONS_SHA256, write_file
 from radonc_jax.evaluation.statistics import bootstrap_mean
 from radonc_jax.tasks import Record, Task
 from radonc_jax.tasks.icd import other_side
@@ -320,6 +320,6 @@ def probe_tasks(
         lines += [json.dumps(case) + "\n" for case in cases]
     if output is not None:
         write_file(output / ROBUSTNESS_CASES, "".join(lines))
-        content = {"predictions_sha256": sha256(output / PREDICTIONS)} | summaries
+        content = {PREDICTIONS_SHA256: sha256(output / PREDICTIONS)} | summaries
         write_file(output / ROBUSTNESS, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return summaries

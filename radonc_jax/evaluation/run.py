@@ -17,6 +17,7 @@ from radonc_jax.tasks import Record, Task
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
 SOURCE = "source.json"  # which model answered, on what
+PREDICTIONS_SHA256 = "predictions_sha256"  # key of files that tell of predictions.jsonl
 MODELS = ("original", "tuned")
 # Each in a folder of its own: the answers of MODELS are free, and comparable with the paper.
 CONSTRAINED = "_constrained"
@@ -59,7 +60,8 @@ def evaluate(
 
     Returns:
       What metrics.json holds: the metrics of the one task, or for several tasks
-      {"task": "all", "split", "model", "n", "tasks": {name: metrics}}.
+      {"task": "all", "split", "model", "n", "tasks": {name: metrics}}; and, where it is written,
+      predictions_sha256, the hash of the predictions.jsonl that it tells of.
 
     Raises:
       ValueError: no records, a case id twice, a decoder that returns another number of answers or
@@ -69,19 +71,44 @@ def evaluate(
         raise ValueError(f"model is {model!r}; it must be one of {', '.join(VARIANTS)}")
     if not records:
         raise ValueError(f"split {split!r} has no cases; nothing can be evaluated")
-    predictions, scores = [], {}
+    options = {"split": split, "model": model, "output": output, "seed": seed}
+    predictions = {task.name: _answer(decode, records, task) for task in tasks}
+    return score_all(predictions, tasks, **options, ceiling=ceiling, bootstrap=bootstrap)
+
+
+def score_all(
+    predictions: Mapping[str, Sequence[dict]],
+    tasks: Sequence[Task],
+    *,
+    split: str,
+    model: str,
+    output: Path | None,
+    seed: int = 0,
+    ceiling: Mapping[str, float] | None = None,
+    bootstrap: int = 1000,
+) -> dict:
+    """The second half of `evaluate`: scores predictions, by task, and writes both."""
+    scores = {}
     for task in tasks:
-        answered = _answer(decode, records, task)
-        predictions += answered
         scores[task.name] = metrics.score(
-            answered, task, split=split, model=model, bootstrap=bootstrap, seed=seed
+            predictions[task.name],
+            task,
+            split=split,
+            model=model,
+            bootstrap=bootstrap,
+            seed=seed,
         )
         if ceiling is not None:
             scores[task.name]["ceiling"] = ceiling.get(task.name)
     result = join_tasks(scores, split=split, model=model)
     if output is not None:
-        lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in predictions)
-        write_file(output / PREDICTIONS, "".join(line + "\n" for line in lines))
+        content = "".join(
+            json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+            for task in tasks
+            for line in predictions[task.name]
+        ).encode()
+        result = result | {PREDICTIONS_SHA256: hashlib.sha256(content).hexdigest()}
+        write_file(output / PREDICTIONS, content)
         write_file(output / METRICS, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 
@@ -134,7 +161,9 @@ def join_tasks(scores: Mapping[str, dict], *, split: str, model: str) -> dict:
 
 def split_tasks(result: Mapping) -> dict[str, dict]:
     """The inverse of `join_tasks`: task name -> metrics, whichever form a metrics.json has."""
-    return dict(result["tasks"]) if "tasks" in result else {result["task"]: dict(result)}
+    if "tasks" in result:
+        return dict(result["tasks"])
+    return {result["task"]: {k: v for k, v in result.items() if k != PREDICTIONS_SHA256}}
 
 
 def read_predictions(path: Path) -> dict[str, list[dict]]:

@@ -3,8 +3,8 @@
 What does not belong together is refused, and what is of another checkpoint is left out and told.
 """
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +18,17 @@ from radonc_jax.data.cohort import (
     load_manifest,
     load_split,
     of_run,
+    sha256,
 )
 from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation import robustness
+from radonc_jax.evaluation.metrics import judge_again
 from radonc_jax.evaluation.run import (
     CONSTRAINED,
     METRICS,
     MODELS,
     PREDICTIONS,
+    PREDICTIONS_SHA256,
     SOURCE,
     VARIANTS,
     is_number,
@@ -42,7 +45,8 @@ class Run:
     `predictions` and `metrics` are by model, then by task; beside "original" and "tuned" they hold
     the variants that the folder has. `validation` are the predictions of the validation split, of
     the models that answered it; `robustness` what robustness.json of a model holds. What lies there
-    from another checkpoint, base or cohort than the model's answers to `split` is in `left_out`.
+    from another checkpoint, base or cohort than the model's answers to `split`, and validation
+    answers that were asked for with other settings, are in `left_out`.
     """
 
     name: str
@@ -60,18 +64,45 @@ class Run:
     validation: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
     robustness: dict[str, dict] = field(default_factory=dict)
     left_out: Sequence[str] = ()  # a line each
+    # Model (or "validation/" and model) and task -> answers that an earlier version of the code
+    # read or judged otherwise than `predictions` and `validation` have them.
+    judged_anew: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, writer: str = "evaluate", advice: str = "evaluate again") -> dict:
+    """What the file holds, {} where it is missing.
+
+    Raises:
+      ValueError: it is no JSON object, or a number in it is not finite: figures are taken from it
+        as they stand, and no report could be written of such a one.
+    """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON") from None
+        raise ValueError(
+            f"{path}, line {error.lineno}: not valid JSON, so not what {writer} writes; {advice}"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object")
+        raise ValueError(f"{path}: holds no JSON object; {advice}")
+    odd = _not_finite(content)
+    if odd is not None:
+        raise ValueError(f"{path}: not what {writer} writes, {odd} is no finite number; {advice}")
     return content
+
+
+def _not_finite(content: object) -> str | None:
+    """The place of the first number that is not finite ("icd.f1_macro.value"), else None."""
+    if isinstance(content, float):
+        return None if math.isfinite(content) else ""
+    inner = content.items() if isinstance(content, dict) else ()
+    inner = enumerate(content) if isinstance(content, list) else inner
+    for key, value in inner:
+        place = _not_finite(value)
+        if place is not None:
+            return f"{key}.{place}" if place else str(key)
+    return None
 
 
 def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> Run:
@@ -91,8 +122,9 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is no run folder")
-    predictions, metrics, provenance, sets = {}, {}, {}, {}
+    predictions, metrics, provenance, answers = {}, {}, {}, {}
     left_out: list[str] = []
+    judged_anew: dict[str, dict[str, int]] = {}
     for model in VARIANTS:
         folder = workdir / "evaluation" / split / model
         if not (folder / PREDICTIONS).is_file() or not (folder / METRICS).is_file():
@@ -104,17 +136,21 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
             )
         if not _is_of_same_model(workdir, split, folder, left_out):
             continue
-        sets[model] = _read_json(folder / SOURCE).get("constraints")
-        closed = sets[model] is not None
-        if closed and sets.get("original" + CONSTRAINED) not in (None, sets[model]):
+        answers[model] = _read_settings(folder)
+        closed = answers[model].get("constraints")
+        first = answers.get("original" + CONSTRAINED, {}).get("constraints", closed)
+        if closed not in (None, first):
+            del answers[model]
             left_out.append(
                 f"{split}/{model}: from another closed set than {split}/original{CONSTRAINED}; "
                 "evaluate both with the same --constrained"
             )
             continue
-        predictions[model], metrics[model] = _read_evaluation(folder, split)
-        content = (folder / PREDICTIONS).read_bytes()
-        provenance[f"{model}_predictions_sha256"] = hashlib.sha256(content).hexdigest()
+        found = read_evaluation(folder, split)
+        predictions[model], metrics[model] = found.predictions, found.metrics
+        if found.judged_anew:
+            judged_anew[model] = found.judged_anew
+        provenance[f"{model}_{PREDICTIONS_SHA256}"] = found.sha256
     if predictions["original"].keys() != predictions["tuned"].keys():
         raise ValueError(
             f"{workdir}: original answered {', '.join(predictions['original'])} and tuned "
@@ -124,9 +160,11 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     if unknown:
         raise ValueError(f"{workdir}: unknown task {', '.join(sorted(unknown))}")
 
-    config = _read_json(workdir / "config.json")
-    manifest = _read_json(workdir / "manifest.json")
+    put_back = "train", "put the run's own back"
+    config = _read_json(workdir / "config.json", *put_back)
+    manifest = _read_json(workdir / "manifest.json", *put_back)
     provenance |= {"workdir": str(workdir), "model": config.get("model"), "manifest": manifest}
+    provenance["answers"] = answers
     training = held_out = ()
     sizes, facts, cases = None, {}, None
     folder = cohort or (config.get("cohort") and of_run(config["cohort"], workdir))
@@ -145,7 +183,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         _check_cases(workdir, split, predictions["original"], cases["case_id"].astype(str))
         training, held_out = as_records(splits["train"]), as_records(cases)
         facts = load_manifest(folder)
-    validation = _read_validation(workdir, split, predictions, left_out)
+    validation = _read_validation(workdir, split, predictions, judged_anew, left_out)
     for given in validation.values() if sizes is not None else ():
         _check_cases(workdir, "validation", given, splits["validation"]["case_id"].astype(str))
     return Run(
@@ -162,7 +200,8 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         cohort=facts,
         cases=cases,
         validation=validation,
-        robustness=_read_robustness(workdir, split, provenance, left_out),
+        robustness=_read_robustness(workdir, split, provenance, judged_anew, left_out),
+        judged_anew=judged_anew,
         left_out=tuple(left_out),
     )
 
@@ -209,27 +248,110 @@ def _is_of_same_model(workdir: Path, split: str, folder: Path, left_out: list[st
     return False
 
 
+# What answers depend on beside weights and prompts, by their names in source.json.
+_FLAGS = ("examples", "constraints")  # those that `evaluate` is given
+_SETTINGS = (*_FLAGS, "max_new_tokens", "over_length", "precision")
+
+
+def _read_settings(folder: Path) -> dict:
+    """What a folder's source.json tells of the way its answers were asked for: step, seed,
+    _SETTINGS and "constrained", the word for the closed set; {} of a folder without one."""
+    source = _read_json(folder / SOURCE)
+    source |= {"precision": (source.get("answers") or {}).get("precision")}
+    names = ("step", "seed", "constrained", *_SETTINGS)
+    return {name: source[name] for name in names if source.get(name) is not None}
+
+
+def _evaluate_command(split: str, model: str, settings: Mapping) -> str:
+    plain = next(name for name in MODELS if model.startswith(name))
+    flags = [f"--split={split}", f"--model={plain}"]
+    if settings.get("examples"):
+        flags.append(f"--examples={settings['examples']}")
+    if settings.get("constraints"):
+        flags.append(f"--constrained={settings.get('constrained', 'table')}")
+    return f"python -m radonc_jax.evaluate {' '.join(flags)}"
+
+
+def _is_asked_alike(workdir: Path, split: str, folder: Path, left_out: list[str]) -> bool:
+    """Whether the validation answers in `folder` were asked for as those to `split`: else they are
+    those of another predictor, whose errors calibrate nothing. If not, a line is added to
+    `left_out`."""
+    model = folder.name
+    here, there = _read_settings(folder), _read_settings(workdir / "evaluation" / split / model)
+    names = list(_SETTINGS)
+    if here.get("examples") == there.get("examples") is not None:
+        names.append("seed")  # which draws the examples
+    differing = [name for name in names if here.get(name) != there.get(name)]
+    if not differing:
+        return True
+
+    def told(settings: Mapping, name: str) -> str:
+        if name == "constraints":  # in words, for it holds hashes
+            return settings.get("constrained", "not named") if name in settings else "none"
+        return str(settings.get(name, "not stated"))
+
+    listed = ", ".join(
+        f"{name} ({told(here, name)}, there {told(there, name)})" for name in differing
+    )
+    runs = [_evaluate_command("validation", model, there)]
+    same_word = there.get("constrained") in (None, here.get("constrained"))
+    if set(differing) - set(_FLAGS) or ("constraints" in differing and same_word):
+        # No flag of one evaluation mends what the config or the code table has changed.
+        runs.append(_evaluate_command(split, model, there))
+    left_out.append(
+        f"validation/{model}: asked for in another way than {split}/{model}: {listed}; run "
+        f"{' and '.join(runs)}{', so that both are asked alike' if len(runs) > 1 else ''}"
+    )
+    return False
+
+
 def _read_robustness(
-    workdir: Path, split: str, provenance: Mapping, left_out: list[str]
+    workdir: Path, split: str, provenance: Mapping, judged_anew: Mapping, left_out: list[str]
 ) -> dict[str, dict]:
-    """robustness.json by model, where it was measured against the answers that lie there now."""
+    """robustness.json by model, where it was measured against the answers that lie there now, read
+    as they are read now."""
     kept = {}
     for model in MODELS:
-        found = _read_json(workdir / "evaluation" / split / model / robustness.ROBUSTNESS)
+        name = f"{split}/{model}/{robustness.ROBUSTNESS}"
+        found = _read_json(workdir / "evaluation" / name, advice="evaluate --robustness again")
         if not found:
             continue
-        if found.pop("predictions_sha256", None) == provenance[f"{model}_predictions_sha256"]:
-            kept[model] = found
-        else:
+        if found.pop(PREDICTIONS_SHA256, None) != provenance[f"{model}_predictions_sha256"]:
             left_out.append(
-                f"{split}/{model}/{robustness.ROBUSTNESS}: measured against other answers than "
-                "those there now; evaluate --robustness again"
+                f"{name}: measured against other answers than those there now; evaluate "
+                "--robustness again"
             )
+            continue
+        for task in sorted(found.keys() & judged_anew.get(model, {}).keys()):
+            del found[task]
+            left_out.append(
+                f"{name}: of task {task}, measured by a version of the code that read or judged "
+                "answers otherwise; evaluate --robustness again"
+            )
+        kept[model] = found
     return kept
 
 
-def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], dict[str, dict]]:
-    """Predictions and metrics of one model by task, held against each other."""
+@dataclass(frozen=True)
+class Evaluation:
+    """One folder of answers: `predictions` and `metrics` by task, `sha256` of predictions.jsonl.
+
+    The predictions are read and judged as this version of the code does it; `judged_anew` tells, by
+    task, how many of them stand otherwise in the file, and so do the metrics of these tasks.
+    """
+
+    predictions: dict[str, list[dict]]
+    metrics: dict[str, dict]
+    sha256: str
+    judged_anew: dict[str, int]
+
+
+def read_evaluation(folder: Path, split: str) -> Evaluation:
+    """Predictions and metrics of one model by task, held against each other.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_run`, of this one folder.
+    """
     predictions = read_predictions(folder / PREDICTIONS)
     content = _read_json(folder / METRICS)
     try:
@@ -271,20 +393,42 @@ def _read_evaluation(folder: Path, split: str) -> tuple[dict[str, list[dict]], d
                 f"accuracy {accuracy:.4f} and {right:.4f}, {unparseable} and {unread} "
                 "unparseable); evaluate again"
             )
-    return predictions, metrics
+    digest = sha256(folder / PREDICTIONS)
+    if content.get(PREDICTIONS_SHA256, digest) != digest:  # older ones name none
+        raise ValueError(
+            f"{folder}: {METRICS} is not of the answers in {PREDICTIONS}: the SHA-256 that it "
+            "names is another; evaluate again"
+        )
+    judged_anew = {}
+    for task in predictions.keys() & TASKS.keys():
+        predictions[task], changed = judge_again(predictions[task], TASKS[task])
+        if changed:
+            judged_anew[task] = changed
+    return Evaluation(predictions, metrics, digest, judged_anew)
 
 
 def _read_validation(
-    workdir: Path, split: str, predictions: Mapping[str, Mapping], left_out: list[str]
+    workdir: Path,
+    split: str,
+    predictions: Mapping[str, Mapping],
+    judged_anew: dict[str, dict[str, int]],
+    left_out: list[str],
 ) -> dict[str, dict[str, list[dict]]]:
     """Predictions of the validation split by the models that answered it and `split`."""
     folder = workdir / "evaluation" / "validation"
     if split == "validation":  # would be calibrated on itself
         return {}
-    return {
-        model: _read_evaluation(folder / model, "validation")[0]
+    found = {
+        model: read_evaluation(folder / model, "validation")
         for model in predictions
         if (folder / model / PREDICTIONS).is_file()
         and (folder / model / METRICS).is_file()
         and _is_of_same_model(workdir, split, folder / model, left_out)
+        and _is_asked_alike(workdir, split, folder / model, left_out)
     }
+    judged_anew |= {
+        f"validation/{model}": given.judged_anew
+        for model, given in found.items()
+        if given.judged_anew
+    }
+    return {model: given.predictions for model, given in found.items()}

@@ -31,7 +31,7 @@ HIDDEN = "hidden"  # what the published form leaves out: a count below 11, or on
 def task_parts(
     task: str, entry: Mapping, run: str, drawer: Drawer, texts: Texts | None
 ) -> list[str]:
-    parts = [note] if (note := _left_out(entry, run)) else []
+    parts = [note for note in (_left_out(entry, run), _judged_anew(entry, run)) if note]
     verdict = entry.get("verdict") or {}
     if verdict.get("sentences"):
         heading = f"<h3>In short{escape(run)}</h3>" if run else ""
@@ -65,6 +65,19 @@ def _left_out(entry: Mapping, run: str) -> str:
         '<div class="notice"><p><strong>Left out of this report'
         f"{escape(run)}.</strong> These lie in the run folder, but are not of the models and "
         f"answers that are reported here:</p><ul>{listed}</ul></div>"
+    )
+
+
+def _judged_anew(entry: Mapping, run: str) -> str:
+    """That figures here are not those of the run folder's files, and of how many answers."""
+    changed = entry.get("judged_anew") or {}
+    if not changed:
+        return ""
+    listed = ", ".join(f"{model} {n}" for model, n in changed.items())
+    return (
+        f'<div class="notice"><p><strong>Judged anew{escape(run)}.</strong> An earlier version of '
+        f"the code read or judged some answers otherwise ({escape(listed)}). All figures here are "
+        "of this version; evaluate again to have them in the run folder's files too.</p></div>"
     )
 
 
@@ -275,13 +288,14 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
             "dotted line is 5 % error.",
             "Risk-coverage curve",
         )
+    names = {model: name_of(model, entry["variant_settings"].get(model)) for model in confidence}
     rows = []
     for model, values in confidence.items():
         conformal = values.get("conformal") or {}
         kinds = {"labels": "sets of labels", "answer": "the answer, or any"}
         rows.append(
             [
-                name_of(model),
+                names[model],
                 score_cell(values.get("ece")),
                 score_cell(values.get("brier")),
                 score_cell(values.get("coverage_at_5_percent_error")),
@@ -306,7 +320,7 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
     heads, rows = drop_unknown(heads, rows, 4)
     bins = [
         [
-            name_of(model),
+            names[model],
             plain_cell(bin_["confidence"]),
             plain_cell(bin_["accuracy"]),
             plain_cell(bin_["n"]),

@@ -137,6 +137,7 @@ def _tuning(entry: Mapping) -> str:
     original, tuned = (entry[model]["accuracy"]["value"] for model in ("original", "tuned"))
     difference, p = entry["tests"]["difference"], main_test(entry["tests"])["p_value"]
     adjusted, n = adjusted_p(entry["tests"]), entry["tuned"]["n"]
+    kind = "training" if entry["tuned"].get("split") == "train" else "held-out"
     if original == tuned == 0:
         change = "no answer is right, before tuning or after it"
     elif original == tuned == 1:
@@ -153,7 +154,7 @@ def _tuning(entry: Mapping) -> str:
         by = " by patient" if several_each(entry["tests"]) else ""
         said = f". The Wilcoxon test{by} finds a gain, but {' and '.join(against)}"
     return (
-        f"On {n:,} held-out case{'s' if n > 1 else ''} {change} (difference "
+        f"On {n:,} {kind} case{'s' if n > 1 else ''} {change} (difference "
         f"{100 * difference['value']:+.1f} points{_range(difference)}; one-sided "
         f"{main_name(entry['tests'])} {_p(p)}"
         f"{f', after Holm {_p(adjusted)}' if adjusted != p else ''}){said}."
