@@ -799,7 +799,7 @@ def test_groups_of_a_case():
     assert ages == ["0-39", "40-49", "80+", None, None]
 
 
-def tests_with(difference, mcnemar=0.02, wilcoxon=0.01, **by_patient):
+def paired_tests(difference, mcnemar=0.02, wilcoxon=0.01, **by_patient):
     """Of 100 cases of a patient each; `by_patient` tells another number of patients, n, and p."""
     return {
         "difference": difference,
@@ -816,8 +816,8 @@ def entry_with(tuned, baseline, difference, low, high):
         "original": {"accuracy": {"value": 0.1}},
         "tuned": {"accuracy": score, "n": 100, "unparseable": 0},
         "baselines": {"lookup": {"accuracy": {"value": baseline}}},
-        "baseline_tests": {"lookup": tests_with(interval)},
-        "tests": tests_with(interval),
+        "baseline_tests": {"lookup": paired_tests(interval)},
+        "tests": paired_tests(interval),
         "details": {},
         "ceiling": None,
     }
@@ -850,7 +850,7 @@ def test_the_verdict_says_plainly_who_wins():
                 "tuned_constrained": {"accuracy": {"value": 0.9}},  # no rival: it is tuned
             },
             "variant_tests": {
-                name: tests_with({"value": 0.3, "low": low, "high": high})
+                name: paired_tests({"value": 0.3, "low": low, "high": high})
                 for name in ("original_constrained", "original_examples")
             },
         }
@@ -860,7 +860,7 @@ def test_the_verdict_says_plainly_who_wins():
         assert said in judged["sentences"][2] and len(judged["sentences"]) == 4
     # Of other cases: the most accurate baseline is beaten, a less accurate one is not told apart.
     several = entry_with(0.8, 0.6, 0.2, 0.1, 0.3)
-    unclear = tests_with({"value": 0.3, "low": -0.1, "high": 0.7}, mcnemar=0.3)
+    unclear = paired_tests({"value": 0.3, "low": -0.1, "high": 0.7}, mcnemar=0.3)
     several["baselines"]["tfidf"] = {"accuracy": {"value": 0.5}}
     several["baseline_tests"]["tfidf"] = unclear
     several["variants"], several["variant_tests"] = (
@@ -898,7 +898,7 @@ def test_the_verdict_rests_on_the_test_by_patient_where_patients_have_several_ca
     """By case all is sure, of 100 cases of 20 patients."""
     interval = {"value": 0.3, "low": 0.2, "high": 0.4}
     unsure, one_sided, sure = (
-        tests_with(interval, 1e-9, 1e-9, n=20, p_value=p, p_two_sided=2 * p, p_holm=2 * p)
+        paired_tests(interval, 1e-9, 1e-9, n=20, p_value=p, p_two_sided=2 * p, p_holm=2 * p)
         for p in (0.06, 0.03, 0.004)
     )
     entry = entry_with(0.8, 0.5, 0.3, 0.2, 0.4)

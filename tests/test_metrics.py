@@ -183,7 +183,7 @@ def simulate_class_scores(classes, cases, each, runs, seed):
 
 @pytest.mark.parametrize(("classes", "cases", "each"), [(4, 200, 1), (15, 300, 1), (15, 300, 3)])
 def test_intervals_of_macro_f1_cover_and_hold_the_value(classes, cases, each):
-    value, low, high = simulate_class_scores(classes, cases, each, runs=1500, seed=1).T
+    value, low, high = simulate_class_scores(classes, cases, each, runs=1000, seed=1).T
     # The estimand: what a test split of this size and make scores on average.
     covered = np.mean((low <= value.mean()) & (value.mean() <= high))
     assert 0.93 <= covered <= 0.97
