@@ -176,6 +176,9 @@ def test_a_cohort_prepared_anew_is_refused(tmp_path, cohort):
     for model in run.MODELS:
         file = path / model / "predictions.jsonl"
         file.write_text(file.read_text().replace('"reference": "C61"', '"reference": "C62.10"'))
+        scores = json.loads((path / model / "metrics.json").read_text())
+        scores["predictions_sha256"] = sha256(file)
+        (path / model / "metrics.json").write_text(json.dumps(scores))
     with pytest.raises(ValueError, match="16 references of task icd differ"):
         report.write_report(folder, "test", bootstrap=20)
     assert not (folder / "report.json").exists()
