@@ -797,11 +797,11 @@ def evaluate(*_, split, **__):
     score = scores.pop(0)
     if score is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    return {"task": "icd", "accuracy": {"value": score}}
+    others = dict.fromkeys(("rouge1", "f1_macro"), {"value": 1 - score})
+    return {"task": "icd", "accuracy": {"value": score}} | others
 
 run.evaluate = evaluate
 command.run(train.main)
-assert not scores
 """
 
 
