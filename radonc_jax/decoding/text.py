@@ -176,19 +176,20 @@ class TextDecoder:
     def prompt(self, task: Task, diagnosis: str) -> Prompt:
         """The prompt of a diagnosis, cut where the policy is to cut; it may still not fit."""
         context = self.scheduler.room
-        trained = context if self.trained is None else self.trained
+        rooms = [context] if self.trained is None else [min(self.trained, context), context]
         tokens = encode_prompt(self.tokenizer, task.prompt(diagnosis))
         trimmed = False
         if self.over_length == "trim_diagnosis":
             # An instruction that was not trained may be longer than all that training saw.
-            for room in (min(trained, context), context):
+            for room in rooms:
                 if len(tokens) <= room:
                     break
                 cut = trim_prompt(self.tokenizer, task, diagnosis, room)
                 if cut is not None:
                     tokens, trimmed = cut, True
                     break
-        return Prompt(tokens, trimmed, len(tokens) <= context, len(tokens) > trained)
+        beyond = self.trained is not None and len(tokens) > self.trained
+        return Prompt(tokens, trimmed, len(tokens) <= context, beyond)
 
     def __call__(self, task: Task, diagnoses: Sequence[str]) -> list[Generation]:
         """Answers a task for each diagnosis; errors as `encode`."""
