@@ -78,6 +78,7 @@ def test_text_tells_what_the_ceiling_conditions_on(extract):
                         if printed[1]:
                             words = wording.replace("{side}", printed[1])
                             words = words.replace("{S}", printed[1][0].upper())
+                        assert not set("{}") & set(words), (law.key, words)
                         key = normalise_text(words)
                         same = law.posterior(meaning.setdefault(key, printed))
                         codes = {law.places[p].code(s) for p, s, _ in same}

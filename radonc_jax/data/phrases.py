@@ -558,7 +558,7 @@ SITES = {
         "target": "larynx",
         "sex": "*",
         "age": (46, 86),
-        "places": [("C32.0", 1, "glottis|{side} true vocal cord|{side} TVC, glottic larynx")],
+        "places": [("C32.0", 1, "glottis|true vocal cord|TVC, glottic larynx")],
         "histology": "squamous cell carcinoma|SCC",
         "stages": "N0 M0|N0",
         "history": "hoarseness|laryngoscopy with biopsy",
