@@ -38,6 +38,7 @@ def evaluated(workspace, tmp_path_factory):
         "--config.task=modality",
         "--config.train.steps=40",
         "--config.batch.examples=32",
+        "--config.batch.sequence_length=256",  # changed texts are answered where they fit
         "--config.optimizer.learning_rate=0.02",
         "--config.final_evaluation=False",
         f"--workdir={workdir}",
