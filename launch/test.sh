@@ -10,4 +10,4 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 # Two files at a time; a file stays in one process.
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

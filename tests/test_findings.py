@@ -650,7 +650,7 @@ def test_other_shares_over_a_known_number_are_counts_too():
     # 20 of cost 1 and 2 of cost 3: 26 - 22 wrong ones tells the 2.
     assert small_parts(report, "modality")["cost"] == (math.inf, 4)
     cost = published.publish(report)["tasks"]["modality"]["details"]["cost"]
-    assert cost["tuned"] is None and cost["original"]["value"] == 1
+    assert cost["tuned"] is None and cost["original"]["value"] == pytest.approx(1)
 
 
 def test_groups_of_one_patient_are_hidden_and_sites_by_name_too():
@@ -1404,6 +1404,9 @@ class Decoder:
     def source(self):
         return {}
 
+    def prompt(self, task, diagnosis):
+        return SimpleNamespace(beyond=False)
+
     def __call__(self, task, diagnoses):
         self.asked.extend(diagnoses)
         fields = {"tokens": [], "logprob": -1.0, "finished": True, "gap": None}
@@ -1420,7 +1423,7 @@ def test_evaluating_again_judges_anew_what_is_there_and_replaces_what_does_not_b
         precision=SimpleNamespace(compute="float32", base="float32"),
     )  # fmt: skip
     folder, records = tmp_path / "tuned", load_records(cohort, "test")
-    origin = {"trained_fingerprint": "a", "base_fingerprint": "b"}
+    origin = {"trained_fingerprint": "a", "base_fingerprint": "b", "architecture": {}, "lora": None}
 
     def evaluate():
         decoder = Decoder([])

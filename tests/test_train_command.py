@@ -805,7 +805,7 @@ command.run(train.main)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_step_is_that_of_the_highest_accuracy_killed_or_not(workspace, tmp_path):
     workdir = tmp_path / "run"
     arguments = (

@@ -206,7 +206,7 @@ def attend(
     return checkpoint_name(output, "attention")
 
 
-def _xla(query, key, value, visible: Visible, beginning, ordered: bool) -> jax.Array:
+def _xla(query, key, value, visible: Visible, beginning=None, ordered: bool = False) -> jax.Array:
     """Packed rows in blocks of queries, each with the keys up to its end: what comes later in the
     row is never seen, so nearly half of the scores need not be computed."""
     length = query.shape[1]
