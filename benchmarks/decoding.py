@@ -53,9 +53,17 @@ SIZES = {
 MEDIAN, SHARED, NEW = 250, 130, 64  # tokens of a prompt, of its instruction, and of an answer
 WAYS = ("ours", "ours without shared prefix", "generate 1", "generate 32", "generate 128",
         "generate 32 static cache", "generate_batch", "ours bfloat16")  # fmt: skip
-FEW = {"generate 1": 8, "ours bfloat16": 24}  # cases of what would take minutes
+# Cases of what would take minutes.
+FEW = {
+    "30m": {"generate 1": 8, "ours bfloat16": 24},
+    "7b": {"generate 1": 8, "generate 32": 256, "generate 128": 512, "generate_batch": 512,
+           "generate 32 static cache": 64},
+}  # fmt: skip
 REPEATS = 12  # of a measured rate
 SHARES = ("share_of_flop_floor", "share_of_bandwidth_floor", "share_of_floor")
+
+
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 
 def main(argv):
@@ -63,23 +71,23 @@ def main(argv):
     if _WAY.value is not None:
         run_way(_WAY.value, Path(_FOLDER.value))
         return
+    os.environ[PREALLOCATE] = "false"  # the memory is for the ways, each in its process
+    kept = {name: value for name, value in os.environ.items() if name != PREALLOCATE}
     if _SIZE.value == "7b":
         import jax
-        from jax.extend import backend
 
         if jax.devices()[0].platform != "gpu":
             sys.exit(
                 "error: --size=7b measures a GPU of 80 GB or more, and JAX finds none here; "
                 "run the same command there"
             )
-        backend.clear_backends()  # the memory is for the ways, each in its process
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))
         ways = _WAYS.value or WAYS
         for turn in range(_TURNS.value):
             for way in ways:
-                once = way in FEW or way not in (
+                once = way in FEW[_SIZE.value] or way not in (
                     "ours",
                     "generate 32",
                     "ours without shared prefix",
@@ -88,7 +96,7 @@ def main(argv):
                     continue
                 command = [sys.executable, __file__, f"--way={way}", f"--folder={folder}"]
                 command += [f"--{flag.name}={flag.value}" for flag in (_SIZE, _CASES, _BATCH)]
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True, env=kept)
                 lines = done.stdout.splitlines()
                 result = (
                     json.loads(lines[-1])
@@ -98,6 +106,11 @@ def main(argv):
                 results.setdefault(way, []).append(result)
                 short = {k: v for k, v in result.items() if k not in ("tokens", "gaps")}
                 print(way, json.dumps(short), flush=True)
+                write_report(results)  # so far: nothing is lost if it is cut off
+    print_table(summarise(results)["ways"])
+
+
+def write_report(results) -> None:
     from radonc_jax import tracking
 
     report = summarise(results)
@@ -107,7 +120,6 @@ def main(argv):
     report |= {"environment": tracking.environment()}
     Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
     tracking.write_json(Path(_OUTPUT.value), report)
-    print_table(report["ways"])
 
 
 def cases() -> int:
@@ -154,7 +166,7 @@ def hf_config():
 def run_way(way: str, folder: Path) -> None:
     """Runs one way and prints its figures as the last line."""
     given = json.loads((folder / "prompts.json").read_text())
-    given["prompts"] = given["prompts"][: FEW.get(way)]
+    given["prompts"] = given["prompts"][: FEW[_SIZE.value].get(way)]
     result = (ours if way.startswith("ours") else theirs)(way, folder, **given)
     seconds = result["seconds"]
     count = len(given["prompts"])
@@ -294,8 +306,9 @@ def rates(dtype) -> dict:
     import jax.numpy as jnp
 
     size = SIZES[_SIZE.value]
-    x = jnp.ones((2048, size["hidden_size"]), dtype)
-    w = jnp.ones((size["hidden_size"], size["intermediate_size"]), dtype)
+    shapes = (2048, size["hidden_size"]), (size["hidden_size"], size["intermediate_size"])
+    # Random: a product of ones takes less current, so that a GPU runs it faster.
+    x, w = (jax.random.normal(jax.random.key(0), shape, dtype) for shape in shapes)
     multiply = jax.jit(lambda x, w: jnp.dot(x, w, precision="highest"))
     product = least_seconds(lambda: multiply(x, w).block_until_ready())
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -389,8 +402,8 @@ def theirs(way, folder, prompts, shared, stops):
         batches = [order[place : place + batch] for place in range(0, len(order), batch)]
         steps = sum(max(steps_of(answers[i]) for i in rows) for rows in batches)
     hidden, wide = model.config.hidden_size, model.config.intermediate_size
-    x = torch.ones(2048, hidden, device=device, dtype=model.dtype)
-    w = torch.ones(hidden, wide, device=device, dtype=model.dtype)
+    x = torch.randn(2048, hidden, device=device, dtype=model.dtype)
+    w = torch.randn(hidden, wide, device=device, dtype=model.dtype)
     stream = torch.zeros(2**28, device=device, dtype=torch.float32)
 
     def multiply():

@@ -12,7 +12,6 @@ has not been answered. One command per host: all of them run this same program. 
 """
 
 import contextlib
-import functools
 import math
 import os
 import time
@@ -86,8 +85,7 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     from radonc_jax.data import batches, cohort
     from radonc_jax.evaluation import run as evaluation
     from radonc_jax.evaluation.report import describe, write_report
-    from radonc_jax.models import attention, huggingface, lora
-    from radonc_jax.models.decoder import Execution
+    from radonc_jax.models import huggingface, lora
     from radonc_jax.tasks import select
     from radonc_jax.training import checkpoint, meters, preflight, step
     from radonc_jax.training.optimizer import make_optimizer, make_schedule
@@ -124,7 +122,8 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     per_epoch = -(-len(examples["train"]) // config.batch.examples)
     epochs = -(-config.train.steps // per_epoch) if config.train.steps else config.train.epochs
     platform = mesh.devices.flat[0].platform
-    layout = preflight.row_layout(architecture, platform, shards)
+    compute = huggingface.as_dtype(config.precision.compute)
+    layout = preflight.row_layout(architecture, platform, shards, config.train.attention, compute)
     train_batches = batches.Batches(
         examples["train"], config.batch, epochs=epochs, seed=config.seed, **layout
     )
@@ -136,30 +135,16 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
 
     # ---- model without arrays: whatever can be refused is refused here -------------------------
     tracking.check_folder(workdir, config.as_dict())
-    compute = huggingface.as_dtype(config.precision.compute)
-    both = (train_batches, validation_batches)
-    # Each process tests its own device, and all must compile the same program.
-    backend, why = preflight.common_backend(
-        parallel.on_all(
-            lambda: attention.choose_backend(
-                config.train.attention,
-                platform=platform,
-                dtype=compute,
-                num_heads=architecture.num_heads,
-                num_kv_heads=architecture.num_kv_heads,
-                head_dim=architecture.head_dim,
-                row_lengths=[b.row_length for b in both],
-            )
-        )
-    )
-    execution = Execution(
-        attention.AttentionConfig(
-            backend,
-            segments=max(b.segments for b in both),
-            segment_length=-(-max(b.longest for b in both) // 64) * 64,
-        ),
+    execution, why = preflight.choose_execution(
+        config.train.attention,
         config.train.recompute,
+        architecture,
+        compute,
+        huggingface.as_dtype(config.precision.stored),
+        (train_batches, validation_batches),
+        mesh,
     )
+    backend = execution.attention.backend
     partition = lora.partition(
         architecture, config.adapter, compute, config.precision.quantized, execution
     )
@@ -309,9 +294,7 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
 
     # ---- what is jitted ------------------------------------------------------------------------
     train_step = step.jit_train_step(partition, optimizer, config.seed, mesh)
-    evaluation_step = jax.jit(
-        functools.partial(step.evaluation_step, partition), out_shardings=parallel.replicated(mesh)
-    )
+    evaluation_step = step.jit_evaluation_step(partition, mesh)
 
     def place(batch):
         return parallel.put(batch, mesh, None, parallel.BATCH_AXES)

@@ -13,7 +13,7 @@ from radonc_jax.models import attention
 from radonc_jax.models.attention import AttentionConfig, attend, choose_backend, see, self_test
 
 
-def forward_by_xla(query, key, value, lengths, window):
+def forward_by_xla(query, key, value, lengths, starts, window):
     """JAX's public function, with its own log-sum-exp in float32."""
 
     def run(query, key, value):
@@ -33,7 +33,7 @@ def forward_by_xla(query, key, value, lengths, window):
     return run(query, key, value)[0], run(*wide)[1].transpose(0, 2, 1)
 
 
-def backward_by_xla(query, key, value, lengths, window, output, log_sum_exp, gradient):
+def backward_by_xla(query, key, value, lengths, starts, window, output, log_sum_exp, gradient):
     """Dao 2023, arXiv 2307.08691, section 3.1.2: from what the forward pass left, and no more."""
     query_, key_, value_, output, gradient = (
         x.astype(jnp.float32) for x in (query, key, value, output, gradient)

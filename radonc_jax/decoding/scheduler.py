@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from radonc_jax import parallel
+from radonc_jax import compiler, parallel
 from radonc_jax.decoding import constrain, greedy
 from radonc_jax.models.decoder import Cache
 from radonc_jax.models.lora import Partition
@@ -33,6 +33,7 @@ FEWEST_BATCHES = {"cpu": 1, "gpu": 4, "tpu": 4}
 # Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
+SHAPES_AHEAD = 8  # are compiled while others run, where cores are free for it
 # A row's float32 numbers are the same to the last bit, whatever rows are beside it and however
 # many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment, which the
 # tests repeat) that is so with at least two rows, of at least 4096 numbers together wherever a
@@ -174,11 +175,10 @@ class Scheduler:
                 model, logits, cache, beginning, begun + lengths, labels, label_lengths
             )
 
-        options = None
-        if self.mesh.devices.flat[0].platform == "cpu" and jax.__version_info__ >= (0, 11):
-            # Its library of fused products adds up in an order that depends on the rows.
-            options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-        jit = functools.partial(jax.jit, compiler_options=options)
+        device = self.mesh.devices.flat[0]
+        jit = functools.partial(jax.jit, compiler_options=compiler.options(device, "decoding"))
+        self._workers = compiler.workers(device)
+        ahead = functools.partial(compiler.Ahead, workers=self._workers)
 
         def cut(side, length):
             return jax.tree.map(lambda array: array[..., :length, :], side)
@@ -189,9 +189,9 @@ class Scheduler:
         self._empty = jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
         self._begin = jit(begin, out_shardings=shared_axes)
         self._cut = jit(cut, static_argnums=1, out_shardings=cache)
-        self._admit = jit(admit, donate_argnums=2, out_shardings=placed)
-        self._decode = jit(decode, donate_argnums=1, out_shardings=(placed, whole))
-        self._score = jit(score, out_shardings=whole)
+        self._admit = ahead(jit(admit, donate_argnums=2, out_shardings=placed))
+        self._decode = ahead(jit(decode, donate_argnums=1, out_shardings=(placed, whole)))
+        self._score = ahead(jit(score, out_shardings=whole))
 
     @property
     def room(self) -> int:
@@ -281,11 +281,34 @@ class Scheduler:
             weights = self._weights(trainable, frozen)
             state = self._empty(*self._architecture, padded_length(max(needed)))
         size = self.batch // self._shards
+
+        expected = set()
+
+        def expect(state):
+            """Has the next few shapes compiled while others run."""
+            for shape in list(dict.fromkeys(group[1:] for group in groups))[:SHAPES_AHEAD]:
+                if (*shape, state.cache.length) in expected:
+                    continue
+                expected.add((*shape, state.cache.length))
+                shared, rows, width = shape
+                self._admit.expect(
+                    trainable,
+                    frozen,
+                    state,
+                    *(started if shared else (None, np.int32(0))),
+                    *self._rows(prompts, [None] * rows, 0, width),
+                    self._slots(np.zeros(rows, np.int32)),
+                    trie,
+                )
+                self._decode.expect(weights, state, everywhere, np.int32(0), np.int32(0), trie)
+
         free, held, ends = [list(range(size)) for _ in range(self._shards)], {}, {}
         while groups or held:
             with jax.set_mesh(self.mesh):
                 if sum(len(group) for group, *_ in groups) >= self._fewest_batches * self.batch:
                     state = self._shorten(state, max([*needed, *ends.values()]))
+                if self._workers is not None:
+                    expect(state)
                 while groups and (seats := self._seats(free, groups[0])):
                     needed.popleft()
                     group, shared, rows, width = groups.popleft()
@@ -294,14 +317,13 @@ class Scheduler:
                         seated[row], slots[row] = number, slot
                         held[part * size + slot] = number
                         ends[number] = places(number, shared)
-                    slots = slots.reshape(self._shards, -1)
                     state = self._admit(
                         trainable,
                         frozen,
                         state,
                         *(started if shared else (None, np.int32(0))),
                         *self._rows(prompts, seated, len(prefix) * shared, width),
-                        parallel.put(slots, self.mesh, parallel.BATCH_AXES),
+                        self._slots(slots),
                         trie,
                     )
                 # Until the next group fits; at the end a few at a time, so that little is lost
@@ -363,21 +385,26 @@ class Scheduler:
         groups = self._groups(prompts, prefix)
         with jax.set_mesh(self.mesh):
             started = self._prefix(trainable, frozen, prefix)
-        for group, shared, rows, width in groups:
+
+        def arguments(group, shared, rows, width):
+            return (
+                trainable,
+                frozen,
+                *(started if shared else (None, np.int32(0))),
+                *self._rows(
+                    prompts, group + [None] * (rows - len(group)), len(prefix) * shared, width
+                ),
+                padded,
+                lengths,
+            )
+
+        if self._workers is not None:
             with jax.set_mesh(self.mesh):
-                values = self._score(
-                    trainable,
-                    frozen,
-                    *(started if shared else (None, np.int32(0))),
-                    *self._rows(
-                        prompts,
-                        group + [None] * (rows - len(group)),
-                        len(prefix) * shared,
-                        width,
-                    ),
-                    padded,
-                    lengths,
-                )
+                for _, *shape in groups:
+                    self._score.expect(*arguments([], *shape))
+        for group, *shape in groups:
+            with jax.set_mesh(self.mesh):
+                values = self._score(*arguments(group, *shape))
                 values = jax.device_get(values)
             for number, row in zip(group, values, strict=False):  # filler rows are the last
                 yield number, [float(value) for value in row]
@@ -458,6 +485,10 @@ class Scheduler:
             tokens[row, : len(rest)] = rest
             lengths[row] = len(rest)
         return parallel.put((tokens, lengths), self.mesh, parallel.BATCH_AXES)
+
+    def _slots(self, slots: np.ndarray) -> jax.Array:
+        """Slots [rows], counted within their parts, as `greedy.admit` takes them."""
+        return parallel.put(slots.reshape(self._shards, -1), self.mesh, parallel.BATCH_AXES)
 
     def _prefix(self, trainable, frozen, prefix) -> tuple[Cache | None, np.int32]:
         """(keys and values of the prefix, its length), or (None, 0) without one."""

@@ -1,8 +1,9 @@
 """Attention behind one function: causal, inside one segment, within a window.
 
-Three backends give the same outputs: "xla" everywhere; "cudnn" on NVIDIA GPUs, for which packed
-rows are laid out as padded segments; "splash" on TPUs. The latter two must pass `self_test` on the
-device at hand before they are used (`choose_backend`).
+Four backends give the same outputs: "xla" everywhere; "cudnn_packed" on NVIDIA GPUs, and "cudnn"
+where that does not run, for which packed rows are laid out as padded segments; "splash" on TPUs.
+All but the first must pass `self_test` on the device at hand before they are used
+(`choose_backend`).
 
 Axes: B batch, T query, S key, N query heads, K key/value heads, G = N / K, H head dim,
 E segments of a row, P tokens of the longest segment.
@@ -19,14 +20,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from radonc_jax import parallel
+from radonc_jax import compiler, parallel
 from radonc_jax.models.products import few_rows, matmul_precision, ordered_sum
 
-BACKENDS = ("xla", "cudnn", "splash")
+BACKENDS = ("xla", "cudnn_packed", "cudnn", "splash")
+FAST = {"gpu": ("cudnn_packed", "cudnn"), "tpu": ("splash",)}  # by platform, best first
 QUERY_BLOCK = 128  # queries of a packed row that "xla" takes at a time,
 MOST_BLOCKS = 8  # unless the row would have more blocks than that
 SPREAD = 4  # what a third run may differ, over what two runs of the same input did
-# What "cudnn" leaves for its backward pass besides query, key and value, by checkpoint name. The
+# What cuDNN leaves for its backward pass besides query, key and value, by checkpoint name. The
 # name "attention" is then a copy of the first, and need not be kept.
 CUDNN_NAMES = ("cudnn_output", "cudnn_log_sum_exp")
 
@@ -37,8 +39,8 @@ class AttentionConfig:
 
     Attributes:
       backend: one of BACKENDS; it is used where packed rows train, "xla" everywhere else.
-      segments: the most segments of a row, and
-      segment_length: tokens of the longest; "cudnn" alone reads these two.
+      segments: the most segments of a row, which cuDNN wants to know, and
+      segment_length: tokens of the longest; "cudnn" alone reads it.
       interpret: run the "splash" kernel without a TPU, slowly, for tests.
     """
 
@@ -63,6 +65,7 @@ class Visible:
       beginning: bool [B, T, P], the same of keys that all rows share, see `decoder.Beginning`.
       padded: int [B, E, P], the place in the row of each token of each segment, for "cudnn";
       place: int [B, T], where each token lies among those E * P;
+      starts: int [B, E + 1], where each segment begins in the row, for "cudnn_packed";
       lengths: int [B, E], tokens of each segment.
     """
 
@@ -73,6 +76,7 @@ class Visible:
     beginning: jax.Array | None = None
     padded: jax.Array | None = None
     place: jax.Array | None = None
+    starts: jax.Array | None = None
     lengths: jax.Array | None = None
     window: int | None = field(default=None, metadata={"static": True})
     config: AttentionConfig = field(default=AttentionConfig(), metadata={"static": True})
@@ -127,21 +131,34 @@ def see(
     if config.backend == "splash":
         return Visible(positions, key_positions, segments, window=window, config=config)
     # Segments are numbered from 1 and lie one after the other; 0 is padding.
-    number = jnp.arange(1, config.segments + 1)
-    inside = segments[:, None, :] == number[:, None]  # [B, E, T]
-    first = jnp.argmax(inside, axis=-1)
+    most = config.segments
+    if config.backend == "cudnn_packed":
+        most = max(most, 2)  # with one it would be told nothing of where that lies
+    inside = segments[:, None, :] == jnp.arange(1, most + 1)[:, None]  # [B, E, T]
+    first = jnp.argmax(inside, axis=-1).astype(jnp.int32)
+    lengths = jnp.sum(inside, axis=-1, dtype=jnp.int32)
+    if config.backend == "cudnn_packed":
+        starts = jnp.pad(jnp.where(lengths > 0, first, -1), [(0, 0), (0, 1)], constant_values=-1)
+        return Visible(
+            positions,
+            key_positions,
+            segments,
+            starts=starts,
+            lengths=jnp.where(lengths > 0, lengths, -1),
+            window=window,
+            config=config,
+        )
     offsets = jnp.arange(config.segment_length)
     padded = jnp.minimum(first[..., None] + offsets, segments.shape[1] - 1)
     place = jnp.maximum(segments - 1, 0) * config.segment_length + positions
-    # No kernel is asked about nothing: an empty segment is given one token that nobody reads.
-    lengths = jnp.maximum(jnp.sum(inside, axis=-1), 1).astype(jnp.int32)
     return Visible(
         positions,
         key_positions,
         segments,
         padded=padded,
         place=place,
-        lengths=lengths,
+        # No kernel is asked about nothing: an empty segment is given one token that nobody reads.
+        lengths=jnp.maximum(lengths, 1),
         window=window,
         config=config,
     )
@@ -199,7 +216,7 @@ def attend(
     """
     if visible.config.backend == "splash":
         return _splash(query, key, value, visible)
-    if visible.config.backend == "cudnn":
+    if visible.config.backend in FAST["gpu"]:
         output = _cudnn(query, key, value, visible)
     else:
         output = _xla(query, key, value, visible, beginning, ordered)
@@ -278,23 +295,29 @@ def _softmax(scores, first=None) -> tuple[jax.Array, jax.Array | None]:
 
 
 class Kernels(NamedTuple):
-    """A kernel for padded rows, each of which is one segment that begins at its first token.
+    """A kernel for segments, each of which is causal and apart.
+
+    They lie in rows [R, P]: each row is one that begins at its first token, `lengths` is [R] and
+    `starts` None; or each row has up to E of them at `starts` [R, E + 1], `lengths` is [R, E], and
+    both have -1 where there is none.
 
     Attributes:
-      forward: (query [R, P, N, H], key and value [R, P, K, H], lengths [R], window) ->
-        (output [R, P, N, H], log-sum-exp of the scores, float32 [R, N, P]).
-      backward: (query, key, value, lengths, window, output, log-sum-exp, gradient of the output)
-        -> gradients of query, key and value.
+      forward: (query [R, P, N, H], key and value [R, P, K, H], lengths, starts, window) ->
+        (output [R, P, N, H], log-sum-exp of the scores, float32 [R, N, P], or of each segment by
+        itself [R * E, N, P], those of all rows numbered without a gap).
+      backward: (query, key, value, lengths, starts, window, output, log-sum-exp, gradient of the
+        output) -> gradients of query, key and value.
 
-    What they are given and give beyond the length of a row is never looked at.
+    What they are given and give beyond the length of a segment is never looked at.
     """
 
     forward: Callable
     backward: Callable
 
 
-def _cudnn_forward(query, key, value, lengths, window):
-    """What JAX's public function runs, which would round the log-sum-exp to 16 bits."""
+def _cudnn_forward(query, key, value, lengths, starts, window):
+    """What JAX's public function runs, which would round the log-sum-exp to 16 bits, and which
+    takes no `starts`."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     return cudnn.dot_product_attention(
@@ -303,6 +326,8 @@ def _cudnn_forward(query, key, value, lengths, window):
         value,
         q_seqlen=lengths,
         kv_seqlen=lengths,
+        q_offsets=starts,
+        kv_offsets=starts,
         scale=query.shape[-1] ** -0.5,
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
         sliding_window_length=window,
@@ -310,13 +335,13 @@ def _cudnn_forward(query, key, value, lengths, window):
     )
 
 
-def _cudnn_backward(query, key, value, lengths, window, output, log_sum_exp, gradient):
+def _cudnn_backward(query, key, value, lengths, starts, window, output, log_sum_exp, gradient):
     """JAX's own pullback, with what was kept in the place of what its forward pass would leave.
 
     Nothing uses that forward pass then, so it is not run.
     """
     made, pullback = jax.vjp(
-        lambda *arrays: _cudnn_forward(*arrays, lengths, window), query, key, value
+        lambda *arrays: _cudnn_forward(*arrays, lengths, starts, window), query, key, value
     )
     kept = {id(new): old for new, old in zip(made, (output, log_sum_exp), strict=True)}
     pullback = jax.tree.map(lambda leaf: kept.get(id(leaf), leaf), pullback)
@@ -328,47 +353,96 @@ CUDNN = Kernels(_cudnn_forward, _cudnn_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cudnn(query, key, value, visible: Visible, kernels: Kernels = CUDNN) -> jax.Array:
-    """Segments as padded rows of their own, for this product alone.
+    """Segments where they lie, or as padded rows of their own for this product alone.
 
     Rows stay packed for all other products, which is where the work is, and in what is kept for the
     backward pass: padded, a layer's output alone would be several times as large.
     """
-    return _padded_forward(query, key, value, visible, kernels)[0]
+    return _segments_forward(query, key, value, visible, kernels)[0]
 
 
-def _padded_forward(query, key, value, visible: Visible, kernels: Kernels):
+def _segments_forward(query, key, value, visible: Visible, kernels: Kernels):
+    layout_of = _layout(visible)
+
     def on_device(arrays, rows):
-        layout = _Padded(visible.window, *rows)
+        layout = layout_of(visible.window, *rows)
         output, log_sum_exp = kernels.forward(
-            *(layout.unpack(x) for x in arrays), layout.lengths, layout.window
+            *(layout.unpack(x) for x in arrays), layout.lengths, layout.starts, layout.window
         )
-        return layout.pack(output), layout.pack(log_sum_exp.transpose(0, 2, 1)[..., None])
+        return layout.pack(output), layout.pack_statistic(log_sum_exp)
 
-    output, log_sum_exp = _on_each_device(on_device, (query, key, value), _Padded.rows(visible))
+    output, log_sum_exp = _on_each_device(on_device, (query, key, value), layout_of.rows(visible))
     output = checkpoint_name(output, CUDNN_NAMES[0])
     log_sum_exp = checkpoint_name(log_sum_exp, CUDNN_NAMES[1])
     return output, (query, key, value, visible, output, log_sum_exp)
 
 
-def _padded_backward(kernels: Kernels, saved, gradient):
+def _segments_backward(kernels: Kernels, saved, gradient):
     *arrays, visible, output, log_sum_exp = saved
+    layout_of = _layout(visible)
 
     def on_device(arrays, rows):
-        layout = _Padded(visible.window, *rows)
-        *inputs, output, log_sum_exp, gradient = (layout.unpack(x) for x in arrays)
-        # Queries beyond the end have no weights and no gradient, however a kernel goes about it.
-        log_sum_exp = jnp.where(layout.inside, log_sum_exp, 1e30)[..., 0].transpose(0, 2, 1)
-        gradient = jnp.where(layout.inside, gradient, 0)
+        layout = layout_of(visible.window, *rows)
+        *arrays, log_sum_exp, gradient = arrays
+        *inputs, output = (layout.unpack(x) for x in arrays)
+        # Queries beyond the end have no gradient, however a kernel goes about it.
+        gradient = jnp.where(layout.inside, layout.unpack(gradient), 0)
         gradients = kernels.backward(
-            *inputs, layout.lengths, layout.window, output, log_sum_exp, gradient
+            *inputs,
+            layout.lengths,
+            layout.starts,
+            layout.window,
+            output,
+            layout.unpack_statistic(log_sum_exp),
+            gradient,
         )
         return tuple(layout.pack(x) for x in gradients)
 
     arrays = (*arrays, output, log_sum_exp, gradient)
-    return *_on_each_device(on_device, arrays, _Padded.rows(visible)), None
+    return *_on_each_device(on_device, arrays, layout_of.rows(visible)), None
 
 
-_cudnn.defvjp(_padded_forward, _padded_backward)
+_cudnn.defvjp(_segments_forward, _segments_backward)
+
+
+def _layout(visible: Visible) -> type:
+    return _InPlace if visible.config.backend == "cudnn_packed" else _Padded
+
+
+class _InPlace:
+    """Segments that a kernel finds in their rows [B, T, ...]."""
+
+    @staticmethod
+    def rows(visible: Visible) -> tuple[jax.Array, ...]:
+        """Of `visible`, what a device needs of its own rows."""
+        return visible.starts, visible.lengths, visible.segments, visible.positions
+
+    def __init__(self, window: int | None, starts, lengths, segments, positions):
+        length = segments.shape[1]
+        self.starts, self.lengths = starts, lengths
+        self.window = window if window is not None and window < length else None
+        self.inside = (segments > 0)[..., None, None]
+        counts = jnp.sum(lengths > 0, axis=1)
+        number = (jnp.cumsum(counts) - counts)[:, None] + segments - 1
+        self._statistics = lengths.size, length
+        self._place = jnp.where(segments > 0, number * length + positions, lengths.size * length)
+
+    def unpack(self, x):
+        return x
+
+    def pack(self, x):
+        return jnp.where(self.inside, x, 0)
+
+    def pack_statistic(self, x):
+        """[B * E, N, T], each segment from its own beginning, to [B, T, N, 1]."""
+        x = x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+        return self.pack(jnp.take(x, self._place, axis=0, mode="clip")[..., None])
+
+    def unpack_statistic(self, x):
+        heads = x.shape[2]
+        flat = jnp.zeros((np.prod(self._statistics), heads), x.dtype)
+        flat = flat.at[self._place].set(x[..., 0], mode="drop")
+        return flat.reshape(*self._statistics, heads).transpose(0, 2, 1)
 
 
 class _Padded:
@@ -384,7 +458,7 @@ class _Padded:
         self._shape = batch * parts, longest
         self._padded = padded.reshape(batch, parts * longest)
         self._place, self._segments = place, segments
-        self.lengths = lengths.reshape(-1)
+        self.lengths, self.starts = lengths.reshape(-1), None
         self.window = window if window is not None and window < longest else None
         # A segment's own tokens are those that come back to where they were taken from.
         back = jnp.take_along_axis(place, self._padded, axis=1)
@@ -400,6 +474,14 @@ class _Padded:
         x = x.reshape(*self._padded.shape, *x.shape[2:])
         x = jnp.take_along_axis(x, self._place[..., None, None], axis=1)
         return jnp.where(self._segments[..., None, None] > 0, x, 0)
+
+    def pack_statistic(self, x):
+        """[B * E, N, P] to [B, T, N, 1]."""
+        return self.pack(x.transpose(0, 2, 1)[..., None])
+
+    def unpack_statistic(self, x):
+        # Queries beyond the end have no weights either.
+        return jnp.where(self.inside, self.unpack(x), 1e30)[..., 0].transpose(0, 2, 1)
 
 
 def _on_each_device(kernel, arrays: tuple[jax.Array, ...], rows: tuple[jax.Array, ...]):
@@ -482,38 +564,46 @@ def choose_backend(
     Raises:
       ValueError: the wanted backend is not of this platform, or fails its self-test here.
     """
-    fast = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+    fast = FAST.get(platform, ())
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"train.attention must be one of {('auto', *BACKENDS)}, not {wanted!r}")
-    if wanted == "xla" or (wanted == "auto" and fast is None):
+    if wanted == "xla" or (wanted == "auto" and not fast):
         return "xla", "as asked" if wanted == "xla" else f"the one for {platform}"
-    if wanted not in ("auto", fast):
+    if wanted not in ("auto", *fast):
         raise ValueError(f'train.attention="{wanted}" does not run on {platform}: use "auto"')
-    unfit, unsteady = unfit_for(fast, dtype, head_dim, row_lengths), []
-    if unfit is None and proven:
-        try:
-            length = -(-max(256, *row_lengths) // 128) * 128
-            unsteady = self_test(fast, dtype, num_heads, num_kv_heads, head_dim, length)
-        except Exception as error:  # whatever a kernel dies of, it is not used
-            unfit = f"{fast} attention failed its self-test here: {' '.join(str(error).split())}"
-    if unfit is None and not proven:
-        return fast, "not tested: it is not run here"
-    if unfit is None and unsteady:
-        return fast, (
-            f"passed its self-test; its {', '.join(unsteady)} differ in the last bits from run to "
-            "run, unless XLA_FLAGS=--xla_gpu_deterministic_ops=true"
-        )
-    if unfit is None:
-        return fast, "passed its self-test"
-    if wanted == fast:
-        raise ValueError(f'{unfit}. Set train.attention="xla"')
-    return "xla", unfit
+    reasons = []
+    for backend in fast if wanted == "auto" else (wanted,):
+        unfit, unsteady = unfit_for(backend, dtype, head_dim, row_lengths), []
+        if unfit is None and proven:
+            try:
+                length = -(-max(256, *row_lengths) // 128) * 128
+                unsteady = self_test(backend, dtype, num_heads, num_kv_heads, head_dim, length)
+            except Exception as error:  # whatever a kernel dies of, it is not used
+                unfit = f"{backend} attention failed its self-test here: " + " ".join(
+                    str(error).split()
+                )
+        if unfit is not None:
+            reasons.append(unfit)
+            continue
+        why = "passed its self-test" if proven else "not tested: it is not run here"
+        if unsteady:
+            why += (
+                f"; its {', '.join(unsteady)} differ in the last bits from run to run, unless "
+                "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+            )
+        return backend, "; ".join([why, *reasons])
+    if wanted != "auto":
+        raise ValueError(f'{reasons[0]}. Set train.attention="xla"')
+    return "xla", "; ".join(dict.fromkeys(reasons))
 
 
 def unfit_for(backend: str, dtype, head_dim: int, row_lengths: Sequence[int]) -> str | None:
     """What a backend cannot compute of this, by its own limits; None if it can."""
-    if backend == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+    if backend in FAST["gpu"] and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention computes in 16 bits, not {jnp.dtype(dtype).name}"
+    if backend == "cudnn_packed" and jax.__version_info__ < (0, 11, 1):
+        # https://github.com/jax-ml/jax/pull/39521
+        return f"JAX {jax.__version__} finds packed segments of grouped queries in the wrong places"
     if backend == "splash" and head_dim % 128:
         return f"splash attention wants heads of a multiple of 128, not {head_dim}"
     if backend == "splash" and any(length % 128 for length in row_lengths):
@@ -565,7 +655,11 @@ def self_test(
     tolerance = max(4 * float(jnp.finfo(dtype).eps), 1e-5)
 
     # In a mesh, a test of one device's kernel would be cut up: it runs outside of it.
-    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(
+        jax.jit,
+        static_argnums=(0, 1),
+        compiler_options=compiler.options(jax.local_devices()[0], "training"),
+    )
     def run(config, window, query, key, value, weight):
         visible = see(positions, positions, jnp.asarray(segments), window, config)
 

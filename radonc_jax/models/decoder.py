@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from radonc_jax import parallel
-from radonc_jax.models.attention import CUDNN_NAMES, AttentionConfig, attend, see
+from radonc_jax.models.attention import CUDNN_NAMES, FAST, AttentionConfig, attend, see
 from radonc_jax.models.products import few_rows, matmul_precision, ordered_sum
 
 # What the backward pass keeps per layer, by how much it may compute again. "nothing": no matrix
@@ -186,12 +186,15 @@ class Execution:
     Attributes:
       attention: of packed rows.
       recompute: what the backward pass computes again, to save memory; a key of `SAVED_NAMES`.
+      unrolled: layers are compiled one by one and not as a loop, whose body must copy what is kept
+        for the backward pass into stacks.
       implied: names that need not be kept beside "direction", from which they follow; set by
         `lora.inject`.
     """
 
     attention: AttentionConfig = AttentionConfig()
     recompute: str = "nothing"
+    unrolled: bool = False
     implied: tuple[str, ...] = ()
 
     @property
@@ -454,12 +457,14 @@ class Decoder(nnx.Module):
 
             return nnx.merge(graph, jax.tree.map(at_layer, weights), rest)
 
-        def run_layer(carry, inputs):
-            # The cache is carried, not scanned over, so that each layer updates it in place.
-            x, cache = carry
-            layer, rest = inputs
+        def run_layer(carry, rest):
+            # The cache is carried, not scanned over, so that each layer updates it in place. So is
+            # the layer's number: on GPUs a product reads its weights where they lie in the stack
+            # if their place follows from the number of the loop's passes, and a copy otherwise.
+            x, cache, layer = carry
             run = block(layer, rest)
-            return run(x, rope, places, visible, cache, layer, None, first(layer)), None
+            x, cache = run(x, rope, places, visible, cache, layer, None, first(layer))
+            return (x, cache, layer + 1), None
 
         def run_last(carry, rest):
             x, cache = carry
@@ -471,13 +476,15 @@ class Decoder(nnx.Module):
             names = self.execution.saved_names
             keep = jax.checkpoint_policies.save_only_these_names
             run_last = jax.checkpoint(run_last, policy=keep(*names))
-            if names and attention.backend == "cudnn":
+            if names and attention.backend in FAST["gpu"]:
                 names = (*(name for name in names if name != "attention"), *CUDNN_NAMES)
             run_layer = jax.checkpoint(run_layer, policy=keep(*names), prevent_cse=False)
         last = config.num_layers - 1
-        inputs = (jnp.arange(last), jax.tree.map(lambda stack: stack[:last], rest))
-        carry, _ = jax.lax.scan(run_layer, (x, cache), inputs)
-        x, cache = run_last(carry, jax.tree.map(lambda stack: stack[last], rest))
+        earlier = jax.tree.map(lambda stack: stack[:last], rest)
+        unroll = cache is None and self.execution.unrolled
+        start = (x, cache, jnp.int32(0))
+        (x, cache, _), _ = jax.lax.scan(run_layer, start, earlier, length=last, unroll=unroll)
+        x, cache = run_last((x, cache), jax.tree.map(lambda stack: stack[last], rest))
         return self.norm(x, ordered=cache is not None), cache
 
     def logits(self, hidden: jax.Array, *, exact: bool = False) -> jax.Array:

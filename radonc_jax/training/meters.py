@@ -78,6 +78,23 @@ def matmul_parameters(config: ModelConfig) -> int:
     return c.num_layers * (attention + mlp) + c.vocab_size * c.hidden_size
 
 
+def parameters(config: ModelConfig) -> int:
+    """All weights."""
+    c = config
+    norms = (2 * c.num_layers + 1) * c.hidden_size
+    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    return matmul_parameters(config) + embedding + norms
+
+
+def kept_bytes(config: ModelConfig, dtype) -> int:
+    """What a token leaves for the backward pass of all layers where no product with the weights
+    runs twice: query, key, value, attention and its log-sum-exp, residual, gate and up."""
+    c = config
+    heads = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
+    wide = heads + c.hidden_size + 2 * c.intermediate_size
+    return c.num_layers * (wide * jnp.dtype(dtype).itemsize + 4 * c.num_heads)
+
+
 def flops_per_token(config: ModelConfig, *, full: bool) -> float:
     """Model FLOPs of a trained token by the 4 N convention.
 

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from radonc_jax import parallel
+from radonc_jax import compiler, parallel
 from radonc_jax.models.lora import Partition
 
 FINGERPRINT = "2:"  # version of the fingerprints, which stands before them
@@ -110,7 +110,23 @@ def jit_train_step(
         functools.partial(train_step, partition, optimizer, seed),
         donate_argnums=0,
         out_shardings=(placements, parallel.replicated(mesh)),
+        compiler_options=_compiler_options(partition, mesh),
     )
+
+
+def jit_evaluation_step(partition: Partition, mesh: Mesh):
+    """`evaluation_step`, (trainable, base, batch) -> sums, jitted for a mesh."""
+    return jax.jit(
+        functools.partial(evaluation_step, partition),
+        out_shardings=parallel.replicated(mesh),
+        compiler_options=_compiler_options(partition, mesh),
+    )
+
+
+def _compiler_options(partition: Partition, mesh: Mesh) -> dict | None:
+    unrolled = partition.merge(partition.trainable, partition.frozen).execution.unrolled
+    work = "training" if unrolled else "training by a loop"
+    return compiler.options(mesh.devices.flat[0], work)
 
 
 def evaluation_step(partition: Partition, trainable, base, batch) -> dict[str, jax.Array]:
