@@ -14,7 +14,9 @@ from radonc_jax.models.attention import AttentionConfig, attend, choose_backend,
 
 
 def forward_by_xla(query, key, value, lengths, starts, window):
-    """JAX's public function, with its own log-sum-exp in float32."""
+    """JAX's public function, with its own log-sum-exp in float32; for packed rows a dense one."""
+    if starts is not None:
+        return packed_forward(query, key, value, lengths, starts, window)
 
     def run(query, key, value):
         return jax.nn.dot_product_attention(
@@ -33,6 +35,57 @@ def forward_by_xla(query, key, value, lengths, starts, window):
     return run(query, key, value)[0], run(*wide)[1].transpose(0, 2, 1)
 
 
+def seen_in_place(length, lengths, starts, window):
+    """bool [R, P, S] by where the segments of each row begin and how long they are."""
+    place = jnp.arange(length)
+    ends = jnp.where(lengths > 0, starts[:, :-1] + lengths, -1)
+    inside = (place >= starts[:, :-1, None]) & (place < ends[..., None])  # [R, E, P]
+    distance = place[:, None] - place
+    same = jnp.any(inside[..., :, None] & inside[..., None, :], axis=1)
+    return same & (distance >= 0) & (distance < (window or length))
+
+
+def packed_forward(query, key, value, lengths, starts, window):
+    """As cuDNN does it by JAX's documentation: statistics by segment, without gaps."""
+    groups = query.shape[2] // key.shape[2]
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    query_, key_, value_ = wide
+    key_, value_ = (jnp.repeat(x, groups, axis=2) for x in (key_, value_))
+    scores = query.shape[3] ** -0.5 * jnp.einsum("RPNH,RSNH->RNPS", query_, key_)
+    seen = seen_in_place(query.shape[1], lengths, starts, window)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    log_sum_exp = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(log_sum_exp), log_sum_exp, 0)[..., None])
+    # What lies in no segment is never written: whatever was there before, here NaN.
+    output = jnp.einsum("RNPS,RSNH->RPNH", weights, value_)
+    output = jnp.where(seen.any(-1)[..., None, None], output, jnp.nan)
+    parts = [
+        jnp.roll(log_sum_exp[row], -starts[row, number], axis=-1)
+        for row in range(lengths.shape[0])
+        for number in range(lengths.shape[1])
+    ]
+    order = jnp.argsort(lengths.ravel() <= 0, stable=True)
+    parts = jnp.where((lengths.ravel() > 0)[:, None, None], jnp.stack(parts), jnp.nan)[order]
+    return output.astype(query.dtype), parts
+
+
+def of_rows(log_sum_exp, lengths, starts):
+    """Statistics by segment [R * E, N, P] as those of rows [R, N, P]."""
+    rows, most = lengths.shape
+    back = jnp.argsort(jnp.argsort(lengths.ravel() <= 0, stable=True))
+    parts = log_sum_exp[back].reshape(rows, most, *log_sum_exp.shape[1:])
+    place = jnp.arange(log_sum_exp.shape[-1])
+    made = []
+    for row in range(rows):
+        total = jnp.full(parts.shape[2:], jnp.inf)
+        for number in range(most):
+            start, length = starts[row, number], lengths[row, number]
+            inside = (length > 0) & (place >= start) & (place < start + length)
+            total = jnp.where(inside, jnp.roll(parts[row, number], start, axis=-1), total)
+        made.append(total)
+    return jnp.stack(made)
+
+
 def backward_by_xla(query, key, value, lengths, starts, window, output, log_sum_exp, gradient):
     """Dao 2023, arXiv 2307.08691, section 3.1.2: from what the forward pass left, and no more."""
     query_, key_, value_, output, gradient = (
@@ -41,9 +94,13 @@ def backward_by_xla(query, key, value, lengths, starts, window, output, log_sum_
     groups, scale = query.shape[2] // key.shape[2], query.shape[3] ** -0.5
     key_, value_ = (jnp.repeat(x, groups, axis=2) for x in (key_, value_))
     scores = scale * jnp.einsum("RPNH,RSNH->RNPS", query_, key_)
-    distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
-    seen = (distance >= 0) & (distance < (window or key.shape[1]))
-    seen = seen & (jnp.arange(key.shape[1]) < lengths[:, None, None])
+    if starts is None:
+        distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
+        seen = (distance >= 0) & (distance < (window or key.shape[1]))
+        seen = seen & (jnp.arange(key.shape[1]) < lengths[:, None, None])
+    else:
+        seen = seen_in_place(query.shape[1], lengths, starts, window)
+        log_sum_exp = of_rows(log_sum_exp, lengths, starts)
     weights = jnp.where(seen[:, None], jnp.exp(scores - log_sum_exp[..., None]), 0)
     to_weights = jnp.einsum("RPNH,RSNH->RNPS", gradient, value_)
     to_weights -= jnp.einsum("RPNH,RPNH->RNP", gradient, output)[..., None]
@@ -85,7 +142,7 @@ def slow_attention(query, key, value, segments, window):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("backend", ["xla", "cudnn", "splash"])
+@pytest.mark.parametrize("backend", ["xla", "cudnn_packed", "cudnn", "splash"])
 def test_every_backend_is_the_slow_one(backend, window, cudnn_layout, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 48)  # the row has three blocks, the last shorter
     head_dim = 128 if backend == "splash" else 8
@@ -140,6 +197,7 @@ def test_a_kernel_is_given_no_gradient_beyond_the_end_of_a_segment():
 
 
 def test_the_self_test_passes_what_is_right(cudnn_layout):
+    assert self_test("cudnn_packed", jnp.bfloat16, 8, 2, 16) == []
     assert self_test("cudnn", jnp.bfloat16, 8, 2, 16) == []
     assert self_test("splash", jnp.float32, 4, 2, 128, length=384, interpret=True) == []
 
@@ -245,7 +303,7 @@ def test_a_kernel_that_cannot_run_here_is_not_used():
         choose_backend("splash", platform="cpu", **facts)
 
 
-def test_what_a_backend_cannot_compute_is_told(cudnn_layout):
+def test_what_a_backend_cannot_compute_is_told(cudnn_layout, monkeypatch):
     facts = dict(dtype=jnp.float32, num_heads=4, num_kv_heads=2, head_dim=64)
     assert "16 bits" in choose_backend("auto", platform="gpu", **facts)[1]
     assert "heads of a multiple of 128" in choose_backend("auto", platform="tpu", **facts)[1]
@@ -254,10 +312,18 @@ def test_what_a_backend_cannot_compute_is_told(cudnn_layout):
         "choose such a batch.sequence_length" in choose_backend("auto", platform="tpu", **wide)[1]
     )
     facts["dtype"] = jnp.bfloat16
-    assert choose_backend("auto", platform="gpu", **facts) == ("cudnn", "passed its self-test")
+    monkeypatch.setattr(attention.jax, "__version_info__", (0, 11, 1))
+    chosen = choose_backend("auto", platform="gpu", **facts)
+    assert chosen == ("cudnn_packed", "passed its self-test")
+    monkeypatch.setattr(attention.jax, "__version_info__", (0, 11, 0))
+    backend, why = choose_backend("auto", platform="gpu", **facts)
+    assert backend == "cudnn"
+    assert re.fullmatch("passed its self-test; JAX .* in the wrong places", why)
+    with pytest.raises(ValueError, match="in the wrong places"):
+        choose_backend("cudnn_packed", platform="gpu", **facts)
 
 
-@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+@pytest.mark.parametrize("backend", ["splash", "cudnn_packed", "cudnn"])
 def test_kernels_run_on_each_device_of_a_mesh(backend, cudnn_layout):
     mesh = parallel.make_mesh(parallel.MeshConfig(2, 1, 2), jax.devices()[:4])
     rng = np.random.default_rng(0)

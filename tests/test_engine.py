@@ -38,6 +38,7 @@ ALL = lora.LoRAConfig(16, 32.0, 0.0, tuple(lora.PROJECTIONS), False, False)
 DORA = replace(ALL, dora=True)
 XLA, SPLASH = AttentionConfig(), AttentionConfig("splash")
 CUDNN = AttentionConfig("cudnn", segments=17, segment_length=512)
+PACKED = AttentionConfig("cudnn_packed", segments=17)
 
 
 def weight_flops(jaxpr) -> float:
@@ -124,6 +125,7 @@ def count_primitives(jaxpr, name) -> int:
 def cudnn_anywhere(monkeypatch):
     """Programs with cuDNN's kernel can be traced where cuDNN is not."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
 
 
 def gradient_jaxpr(recompute, attention):
@@ -140,9 +142,10 @@ def gradient_jaxpr(recompute, attention):
 @pytest.mark.parametrize(("recompute", "runs"), [("nothing", 1), ("mlp", 1), ("layer", 2)])
 def test_kernels_do_not_run_again_for_their_log_sum_exp(recompute, runs, cudnn_anywhere):
     """Once in the loop over the layers; the last one's attention, at answer positions, is "xla"."""
-    jaxpr = gradient_jaxpr(recompute, CUDNN)
-    assert count_primitives(jaxpr, "dot_product_attention_fwd_wrapper") == runs
-    assert count_primitives(jaxpr, "dot_product_attention_bwd_wrapper") == 1
+    for config in (CUDNN, PACKED):
+        jaxpr = gradient_jaxpr(recompute, config)
+        assert count_primitives(jaxpr, "dot_product_attention_fwd_wrapper") == runs
+        assert count_primitives(jaxpr, "dot_product_attention_bwd_wrapper") == 1
     # Splash has two kernels for gradients: of query, and of key and value.
     assert count_primitives(gradient_jaxpr(recompute, SPLASH), "pallas_call") == runs + 2
 
@@ -171,8 +174,8 @@ def test_cudnn_is_asked_as_by_jaxs_public_function(window, cudnn_anywhere):
         return output, *pullback(gradient)
 
     def ours(query, key, value, lengths, gradient):
-        kept = attention._cudnn_forward(query, key, value, lengths, window)
-        arrays = (query, key, value, lengths, window, *kept, gradient)
+        kept = attention._cudnn_forward(query, key, value, lengths, None, window)
+        arrays = (query, key, value, lengths, None, window, *kept, gradient)
         return kept[0], *attention._cudnn_backward(*arrays)
 
     def kernels(function):
@@ -197,7 +200,7 @@ def _loss(partition, base, microbatch, trainable):
     return step.answer_loss(partition.merge(trainable, base), microbatch)
 
 
-@pytest.mark.parametrize("backend", [XLA, CUDNN, SPLASH], ids=lambda c: c.backend)
+@pytest.mark.parametrize("backend", [XLA, CUDNN, PACKED, SPLASH], ids=lambda c: c.backend)
 def test_what_is_kept_for_the_backward_pass(backend, cudnn_anywhere):
     assert 80e3 < saved_bytes("nothing", backend) <= 95e3
     assert saved_bytes("mlp", backend) <= 38e3
@@ -221,6 +224,24 @@ def test_computing_again_changes_no_gradient(recompute, monkeypatch):
     monkeypatch.setattr(jax, "checkpoint", lambda function, **_: function)
     plain = gradients(partition)
     for ours, theirs in zip(jax.tree.leaves(lean), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_compiled_one_by_one_are_those_of_the_loop():
+    partition, trainable, base = start(ADAPTER)
+    unrolled = lora.partition(
+        CONFIG, ADAPTER, jnp.float32, execution=Execution(attention=XLA, unrolled=True)
+    )
+    batch = Batches(examples(6), batch_config(), epochs=1, seed=None, row_multiple=1)[0]
+    microbatch = {name: array[0] for name, array in batch.items()}
+
+    def run(partition):
+        jitted = jax.jit(jax.value_and_grad(functools.partial(_loss, partition, base, microbatch)))
+        return jitted(trainable), jitted.lower(trainable).as_text().count("stablehlo.while")
+
+    (found, loops), (expected, more) = run(unrolled), run(partition)
+    assert loops == 0 and more == 2
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,169 @@
+"""What XLA is told, and programs that are compiled before they are called."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_parallel import SEVEN_B
+
+from radonc_jax import compiler, loading, parallel
+from radonc_jax.data.batches import BatchConfig
+from radonc_jax.models import attention, lora
+from radonc_jax.models.decoder import ModelConfig
+from radonc_jax.training import meters, preflight
+
+SMALL = ModelConfig(300, 3, 64, 4, 2, 16, 128, 1e-5, 1e4, None, None, False, 1024)
+
+
+def device(platform):
+    return SimpleNamespace(platform=platform)
+
+
+def test_this_xla_knows_every_option():
+    for platform in ("gpu", "cuda"):
+        for work, wanted in compiler.OPTIONS["gpu"].items():
+            assert compiler.options(device(platform), work) == wanted
+    assert compiler.options(device("tpu"), "training") is None
+    assert compiler.options(device("cpu"), "training") is None
+
+
+def test_an_option_that_this_xla_does_not_know_is_left_out(monkeypatch):
+    kept = {"xla_gpu_enable_triton_gemm": False}
+    told = {"gpu": {"training": kept | {"xla_gpu_was_removed_in_this_version": True}}}
+    monkeypatch.setattr(compiler, "OPTIONS", told)
+    assert compiler.options(device("gpu"), "training") == kept
+    told["gpu"]["training"] = {"xla_gpu_was_removed_in_this_version": True}
+    assert compiler.options(device("gpu"), "training") is None
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+def test_what_was_expected_is_not_compiled_again(threads):
+    mesh = parallel.make_mesh(parallel.MeshConfig(2, 1, 1), jax.devices()[:2])
+    jitted = jax.jit(lambda x, y: (x + y, None), donate_argnums=0)
+    ahead = compiler.Ahead(jitted, threads)
+    with jax.set_mesh(mesh):
+        x, y = (parallel.put(np.ones(4, np.float32), mesh, "data") for _ in range(2))
+        ahead.expect(x, y)
+        ahead.expect(x, y)
+        total, none = ahead(x, y)
+    assert none is None and total.tolist() == [2, 2, 2, 2]
+    assert x.is_deleted()  # donated, as by the function itself
+    assert len(ahead._compiled) == 1 and jitted._cache_size() == 0
+    with jax.set_mesh(mesh):  # other places or shapes are another program
+        x = parallel.put(np.ones(4, np.float32), mesh)
+        assert ahead(x, y)[0].tolist() == [2, 2, 2, 2]
+    assert jitted._cache_size() == 1
+
+
+def test_what_cannot_be_compiled_fails_where_it_is_called(threads):
+    ahead = compiler.Ahead(jax.jit(lambda x: x @ jnp.ones(3)), threads)
+    with jax.set_mesh(parallel.make_mesh(parallel.MeshConfig(1, 1, 1), jax.devices()[:1])):
+        ahead.expect(np.ones(2, np.float32))
+        with pytest.raises(TypeError, match="contracting dimensions"):
+            ahead(np.ones(2, np.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 2)])
+def test_answers_do_not_depend_on_when_their_programs_are_compiled(axes, threads, monkeypatch):
+    mesh = parallel.make_mesh(parallel.MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
+    partition = lora.partition(SMALL, None, jnp.float32)
+
+    def draw():
+        leaves, structure = jax.tree.flatten(partition.trainable)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        drawn = (0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True))
+        return structure.unflatten(drawn)
+
+    weights = jax.jit(draw, out_shardings=parallel.shardings(partition.trainable, mesh))()
+    rng = np.random.default_rng(0)
+    beginning = rng.integers(3, 300, 30).tolist()
+    prompts = [beginning + rng.integers(3, 300, n).tolist() for n in rng.integers(5, 200, 40)]
+    prompts.append(rng.integers(3, 300, 20).tolist())
+    labels = [[5, 2], [7, 8, 2]]
+
+    def run():
+        scheduler = loading.make_scheduler(partition, mesh, SMALL, (2, 5, 9), 8, 12)
+        given = weights, partition.frozen, prompts
+        return (
+            scheduler,
+            scheduler(*given, prefix=beginning),
+            dict(scheduler.score(*given, labels, prefix=beginning)),
+        )
+
+    _, *expected = run()
+    monkeypatch.setattr(compiler, "workers", lambda _: threads)
+    scheduler, *found = run()
+    assert found == expected
+    for ahead in (scheduler._admit, scheduler._decode, scheduler._score):
+        assert ahead._compiled and ahead._function._cache_size() == 0
+
+
+def test_cpus_and_runs_of_several_processes_compile_in_their_turn(monkeypatch):
+    assert compiler.workers(jax.devices()[0]) is None
+    compiler.workers(device("gpu")).shutdown()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert compiler.workers(device("gpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "gigabytes", "mesh", "recompute", "unrolled"),
+    [
+        ("gpu", 105, (1, 1, 1), "nothing", True),  # an H200, by JAX's own share of its memory
+        ("gpu", 73, (1, 1, 1), "nothing", False),  # an H100: its loop needs 69
+        ("gpu", 73, (4, 1, 1), "nothing", True),
+        ("gpu", 40, (1, 2, 4), "nothing", True),
+        ("gpu", 105, (1, 1, 1), "mlp", False),
+        ("gpu", None, (1, 1, 1), "nothing", False),
+        ("tpu", 105, (1, 1, 1), "nothing", False),
+        ("cpu", 105, (1, 1, 1), "nothing", False),
+    ],
+)
+def test_layers_are_compiled_one_by_one_where_there_is_room(
+    platform, gigabytes, mesh, recompute, unrolled, monkeypatch
+):
+    """A step of 16,064 tokens, as measured: 88 GB with weights on an H200, by a loop 69."""
+    limit = None if gigabytes is None else gigabytes * 10**9
+    monkeypatch.setattr(meters, "memory_bytes", lambda _: limit)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: ("cudnn_packed", "passed"))
+    shape = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    mesh = SimpleNamespace(shape=shape, devices=np.array([device(platform)]))
+    batches = SimpleNamespace(
+        rows=8,
+        row_length=2008,
+        config=BatchConfig(64, 1, 2048, True, "fail"),
+        segments=8,
+        longest=444,
+    )
+    execution, why = preflight.choose_execution(
+        "auto", recompute, SEVEN_B, jnp.bfloat16, jnp.bfloat16, [batches], mesh
+    )
+    assert execution.unrolled == unrolled and why == "passed"
+    assert execution.attention == attention.AttentionConfig("cudnn_packed", 8, 448)
+
+
+def test_rows_are_long_where_attention_looks_at_nothing_else_of_them():
+    cost = meters.attention_cost(SEVEN_B)
+    for platform, wanted, dtype, expected in [
+        ("gpu", "auto", jnp.bfloat16, 0.0),
+        ("gpu", "cudnn", jnp.float16, 0.0),
+        ("gpu", "xla", jnp.bfloat16, cost),
+        ("gpu", "auto", jnp.float32, cost),
+        ("cpu", "auto", jnp.bfloat16, cost),
+        ("tpu", "auto", jnp.bfloat16, cost),
+    ]:
+        layout = preflight.row_layout(SEVEN_B, platform, 2, wanted, dtype)
+        assert layout["attention_cost"] == expected and layout["row_multiple"] == 2
+
+
+def test_kept_bytes_and_parameters_are_those_of_mistral_7b():
+    assert meters.parameters(SEVEN_B) == 7_241_732_096
+    assert meters.kept_bytes(SEVEN_B, jnp.bfloat16) == 32 * 86_144
