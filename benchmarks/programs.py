@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "7b": ModelConfig(32000, 32, 4096, 32, 8, 128, 14336, 1e-5, 1e4, None, None, False, 4096),
     "tiny": ModelConfig(500, 3, 64, 4, 2, 16, 128, 1e-5, 1e4, None, None, False, 4096),
 }
+EXAMPLES = {"7b": 64, "tiny": 8}  # of a training step
 SLOTS, LENGTH, BEGUN, NEW = 256, 256, 130, 64  # of a cache, of it shared, tokens of an answer
 ROWS, WIDTH = 64, 128  # of a prefill
 TOP = 30  # kernels that are told
@@ -139,8 +140,8 @@ def compiled(programs: dict, mesh):
 def training(mesh):
     architecture = ARCHITECTURES[_SIZE.value]
     data = Batches(
-        clinical_examples(192, architecture.vocab_size),
-        BatchConfig(64, 1, 2048, True, "fail"),
+        clinical_examples(3 * EXAMPLES[_SIZE.value], architecture.vocab_size),
+        BatchConfig(EXAMPLES[_SIZE.value], 1, 2048, True, "fail"),
         epochs=1,
         seed=0,
         row_multiple=1,

@@ -12,8 +12,9 @@ examples in every step, same AdamW. Each way is a process of its own, and they t
 * peft packed         rows packed as here, isolated by positions and a block mask
 * peft compiled       padded to a multiple of 64, without checkpointing, torch.compile
 
-With 7b the ways of peft take a step in four parts, for memory, and but for the first sort it by
-length before, which is more than its users do. On a GPU set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+With 7b the ways of peft take a step in four parts, for memory; all but "peft" and "peft packed"
+sort it by length before, which is more than their users do. On a GPU set
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 A useful token is one of an example; padding does not count. Prints a table and writes JSON, and
 fails if the ways' losses are not the same in every step, up to rounding.
@@ -106,7 +107,8 @@ def main(argv):
                         results, failures
                     )  # so far: nothing is lost if it is cut off
     if different:
-        sys.exit(f"error: other losses than those of {ways[0]}: {', '.join(different)}")
+        first = next(way for way, turns in results.items() if turns)
+        sys.exit(f"error: other losses than those of {first}: {', '.join(different)}")
 
 
 def this_command(scratch):
@@ -152,7 +154,8 @@ def clinical_examples(count):
 
 
 @functools.cache
-def batches():
+def batches(packed_for: str):
+    """`packed_for`: "cudnn", to which long rows cost nothing, or "mask", a dense one."""
     from radonc_jax.data.batches import BatchConfig, Batches
     from radonc_jax.models.huggingface import read_config
     from radonc_jax.training import preflight
@@ -169,7 +172,7 @@ def batches():
             architecture,
             "cpu" if _SIZE.value == "30m" else "gpu",
             1,
-            "auto",
+            "auto" if packed_for == "cudnn" else "xla",
             "float32" if _SIZE.value == "30m" else "bfloat16",
         ),
     )
@@ -221,15 +224,15 @@ def train_here(way, folder):
     from radonc_jax.training import meters, preflight, step
     from radonc_jax.training.optimizer import OptimizerConfig, make_optimizer
 
-    data = batches()
+    data = batches("cudnn")
     architecture = huggingface.read_config(folder / "base")
     mesh = parallel.make_mesh(parallel.MeshConfig(1, 1, 1), jax.devices()[:1])
     name = "float32" if _SIZE.value == "30m" else "bfloat16"
     dtype = huggingface.as_dtype(name)
-    execution, why = preflight.choose_execution(
-        "auto", "nothing", architecture, dtype, dtype, [data], mesh
-    )
     config = lora.LoRAConfig(RANK, float(ALPHA), 0.0, tuple(PROJECTIONS), False, False)
+    execution, why = preflight.choose_execution(
+        "auto", "nothing", architecture, dtype, dtype, config, None, [data], mesh
+    )
     partition = lora.partition(architecture, config, dtype, execution=execution)
     base = loading.load_base(folder / "base", architecture, partition, name, mesh)
     adapter = loading.find_adapter(folder / "adapter", architecture.num_layers)
@@ -269,7 +272,7 @@ def train_peft(way, folder):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    data = batches()
+    data = batches("mask")
     device = "cpu" if _SIZE.value == "30m" else "cuda"
     dtype = torch.float32 if _SIZE.value == "30m" else torch.bfloat16
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype).to(device)
@@ -291,14 +294,15 @@ def train_peft(way, folder):
         """Of each part of a step: model inputs, labels [rows, T] (-100 where no answer is)."""
         if way == "peft packed":
             step = {name: torch.from_numpy(x[0]) for name, x in data[number].items()}
-            for batch in zip(*(x.tensor_split(parts) for x in step.values()), strict=True):
+            count = min(parts, len(step["tokens"]))
+            for batch in zip(*(x.tensor_split(count) for x in step.values()), strict=True):
                 yield packed(dict(zip(step, batch, strict=True)))
             return
         chosen = set(data.case_ids(number))
         examples = [e for e in data.examples if e.case_id in chosen]
         if way != "peft":  # people take them as they come
             examples.sort(key=lambda example: example.length)
-        for part in np.array_split(np.arange(len(examples)), parts):
+        for part in np.array_split(np.arange(len(examples)), min(parts, len(examples))):
             yield padded([examples[i] for i in part])
 
     def packed(batch):

@@ -67,8 +67,8 @@ class TrainConfig:
       metric: that chooses the best checkpoint: "loss", or one of generated answers: "accuracy",
         "rouge1", "f1_macro" (averaged over tasks).
       validation_cases: how many validation cases are answered for it, the first ones; 0 for all.
-      attention: of packed rows: "xla"; "cudnn" (NVIDIA) or "splash" (TPU), which must pass a test
-        at the start; "auto" for the platform's own if it passes, else "xla".
+      attention: of packed rows: "xla"; "cudnn_packed" or "cudnn" (NVIDIA), or "splash" (TPU), which
+        must pass a test at the start; "auto" for the platform's own if it passes, else "xla".
       recompute: what the backward pass computes again to save memory: "nothing", "mlp" (gate and
         up projections) or "layer" (all of a layer).
     """

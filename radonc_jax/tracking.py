@@ -38,14 +38,19 @@ PACKAGES = (
 # Settings that may differ between a run and its continuation: none changes what is learned.
 FREE_KEYS = (
     ("train", "log_every"),
-    ("train", "attention"),
     ("train", "recompute"),
     ("decode", "batch"),
     ("decode", "constrained"),
     ("final_evaluation",),
 )
 # Dropout masks are drawn by place in the batch, which these move.
-FREE_WITHOUT_DROPOUT = ("batch.microbatches", "mesh.data", "mesh.fsdp", "mesh.tensor")
+FREE_WITHOUT_DROPOUT = (
+    "train.attention",
+    "batch.microbatches",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
 
 
 def write_json(path: Path, content) -> None:
@@ -149,7 +154,8 @@ def check_rows(workdir: Path, rows: list[int]) -> None:
         raise ValueError(
             f"{workdir} was begun with {then} microbatches, rows and tokens a row, which would be "
             f"{rows} here: with dropout that would be another run. Go on with as many devices of "
-            "the kind as before, or set lora.dropout=0 in a new --workdir"
+            "the kind and with the attention (manifest.json) as before, or set lora.dropout=0 in "
+            "a new --workdir"
         )
 
 

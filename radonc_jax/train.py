@@ -123,15 +123,18 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     epochs = -(-config.train.steps // per_epoch) if config.train.steps else config.train.epochs
     platform = mesh.devices.flat[0].platform
     compute = huggingface.as_dtype(config.precision.compute)
-    layout = preflight.row_layout(architecture, platform, shards, config.train.attention, compute)
-    train_batches = batches.Batches(
-        examples["train"], config.batch, epochs=epochs, seed=config.seed, **layout
-    )
-    validation_batches = batches.Batches(
-        examples["validation"], config.batch, epochs=1, seed=None, **layout
-    )
-    steps = config.train.steps or train_batches.steps
-    rows = [config.batch.microbatches, train_batches.rows, train_batches.row_length]
+
+    def lay_out(attention: str):
+        """Batches of both splits, in rows that suit the attention."""
+        layout = preflight.row_layout(architecture, platform, shards, attention, compute)
+        return (
+            batches.Batches(
+                examples["train"], config.batch, epochs=epochs, seed=config.seed, **layout
+            ),
+            batches.Batches(examples["validation"], config.batch, epochs=1, seed=None, **layout),
+        )
+
+    both = lay_out(config.train.attention)
 
     # ---- model without arrays: whatever can be refused is refused here -------------------------
     tracking.check_folder(workdir, config.as_dict())
@@ -141,10 +144,17 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
         architecture,
         compute,
         huggingface.as_dtype(config.precision.stored),
-        (train_batches, validation_batches),
+        config.adapter,
+        config.precision.quantized,
+        both,
         mesh,
     )
     backend = execution.attention.backend
+    if backend == "xla":  # which may not be what the rows were laid out for
+        both = lay_out(backend)
+    train_batches, validation_batches = both
+    steps = config.train.steps or train_batches.steps
+    rows = [config.batch.microbatches, train_batches.rows, train_batches.row_length]
     partition = lora.partition(
         architecture, config.adapter, compute, config.precision.quantized, execution
     )
@@ -281,6 +291,7 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
         "packing_fill": round(train_batches.fill, 4),
         "rows": rows,
         "attention": backend,
+        "layers": "one by one" if execution.unrolled else "a loop",
         "environment": tracking.environment(),
     }
     run.write_manifest(manifest)

@@ -288,7 +288,9 @@ def test_the_self_test_catches_what_is_wrong(broken, message, monkeypatch):
         self_test("cudnn", jnp.bfloat16, 4, 2, 16)
     # Asked for by name it refuses to run; left to choose, the plain one is taken, and it is said.
     facts = dict(platform="gpu", dtype=jnp.bfloat16, num_heads=4, num_kv_heads=2, head_dim=16)
-    with pytest.raises(ValueError, match='failed its self-test.*Set train.attention="xla"'):
+    with pytest.raises(
+        ValueError, match='failed its self-test.*Set train.attention="auto", or "xla"'
+    ):
         choose_backend("cudnn", **facts)
     backend, why = choose_backend("auto", **facts)
     assert backend == "xla" and re.search(message, why)

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
-from conftest import ROOT
+from conftest import ROOT, command_environment
 
 
 @pytest.fixture
@@ -38,11 +41,43 @@ def turns(*losses):
 )
 def test_ways_that_train_something_else_are_not_compared(training, tmp_path, losses, agree):
     results = {"radonc_jax": turns((9.08358, 9.06221)), "peft": turns((9.08358, 9.06221), losses)}
-    if agree:
-        training.report(results, {})
-    else:
-        with pytest.raises(SystemExit, match="other losses than those of radonc_jax: peft"):
-            training.report(results, {})
+    different = training.report(results, {})
+    assert different == ([] if agree else ["peft"])
     written = json.loads((tmp_path / "training.json").read_text())
     assert written["differing_losses"] == ([] if agree else ["peft"])
     assert "peft" in written["environment"]["versions"]
+
+
+def test_a_benchmark_whose_ways_differ_ends_with_an_error(training, monkeypatch):
+    def run(command, **_):
+        losses = (9.1,) if "--one=peft" in command else (9.0,)
+        return SimpleNamespace(returncode=0, stdout=json.dumps(turns(losses)[0]))
+
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(training, "WAYS", ("radonc_jax", "peft"))
+    with pytest.raises(SystemExit, match="other losses than those of radonc_jax: peft"):
+        training.main(["training"])
+
+
+@pytest.mark.slow
+def test_single_programs_are_measured(tmp_path):
+    """With a tiny model on a CPU; on a GPU the same command measures Mistral-7B's shapes."""
+    path = tmp_path / "programs.json"
+    subprocess.run(
+        [
+            sys.executable,
+            "benchmarks/programs.py",
+            "--size=tiny",
+            "--repeats=1",
+            f"--output={path}",
+        ],
+        cwd=ROOT,
+        env=command_environment() | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        timeout=500,
+    )
+    found = json.loads(path.read_text())
+    losses = {round(form["loss"], 5) for form in found["training"].values()}
+    assert len(found["training"]) == 4 and len(losses) == 1
+    assert found["decoding"]["decode step"]["runs"] == 64

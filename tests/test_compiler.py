@@ -1,6 +1,8 @@
 """What XLA is told, and programs that are compiled before they are called."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -71,6 +73,45 @@ def test_what_cannot_be_compiled_fails_where_it_is_called(threads):
             ahead(np.ones(2, np.float32))
 
 
+def test_what_failed_ahead_is_tried_again(threads):
+    jitted, failures = jax.jit(lambda x: x + 1), [1]
+
+    def lower(*arguments):
+        if failures:
+            raise RuntimeError(f"out of memory, {failures.pop()}")
+        return jitted.lower(*arguments)
+
+    def function(x):
+        return jitted(x)
+
+    function.lower = lower
+    ahead = compiler.Ahead(function, threads)
+    with jax.set_mesh(parallel.make_mesh(parallel.MeshConfig(1, 1, 1), jax.devices()[:1])):
+        ahead.expect(np.float32(1))
+        assert ahead(np.float32(1)) == 2 and not ahead._compiled
+
+
+def test_what_is_not_wanted_any_more_is_not_compiled():
+    begun, go_on, compiled = threading.Event(), threading.Event(), []
+
+    def lower(x):
+        begun.set()
+        assert go_on.wait(60)
+        compiled.append(x)
+        return SimpleNamespace(compile=lambda: lambda x: x)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = compiler.Ahead(SimpleNamespace(lower=lower), pool)
+        with jax.set_mesh(parallel.make_mesh(parallel.MeshConfig(1, 1, 1), jax.devices()[:1])):
+            for width in (1, 2, 3):
+                ahead.expect(np.ones(width))
+            assert begun.wait(60)
+            ahead.cancel()
+            go_on.set()
+            assert ahead(np.ones(1)).tolist() == [1]
+    assert len(compiled) == 1 and len(ahead._compiled) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 2)])
 def test_answers_do_not_depend_on_when_their_programs_are_compiled(axes, threads, monkeypatch):
@@ -109,45 +150,71 @@ def test_answers_do_not_depend_on_when_their_programs_are_compiled(axes, threads
 
 def test_cpus_and_runs_of_several_processes_compile_in_their_turn(monkeypatch):
     assert compiler.workers(jax.devices()[0]) is None
+    assert compiler.workers(device("tpu")) is None
     compiler.workers(device("gpu")).shutdown()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert compiler.workers(device("gpu")) is None
 
 
+PLAIN = lora.LoRAConfig(16, 32.0, 0.0, tuple(lora.PROJECTIONS), False, False)
+
+
 @pytest.mark.parametrize(
-    ("platform", "gigabytes", "mesh", "recompute", "unrolled"),
+    ("other", "unrolled"),
     [
-        ("gpu", 105, (1, 1, 1), "nothing", True),  # an H200, by JAX's own share of its memory
-        ("gpu", 73, (1, 1, 1), "nothing", False),  # an H100: its loop needs 69
-        ("gpu", 73, (4, 1, 1), "nothing", True),
-        ("gpu", 40, (1, 2, 4), "nothing", True),
-        ("gpu", 105, (1, 1, 1), "mlp", False),
-        ("gpu", None, (1, 1, 1), "nothing", False),
-        ("tpu", 105, (1, 1, 1), "nothing", False),
-        ("cpu", 105, (1, 1, 1), "nothing", False),
+        ({}, True),  # an H200, by JAX's own share of its memory
+        ({"gigabytes": 73}, False),  # an H100: its loop needs 69
+        ({"gigabytes": 73, "axes": (4, 1, 1)}, True),
+        ({"gigabytes": 200, "axes": (1, 4, 1)}, False),
+        ({"gigabytes": 200, "axes": (1, 1, 4)}, False),
+        ({"gigabytes": None}, False),
+        ({"backend": "cudnn"}, False),
+        ({"backend": "xla"}, False),
+        ({"recompute": "mlp"}, False),
+        ({"stored": jnp.float32}, False),
+        ({"quantized": "int8"}, False),
+        ({"adapter": None}, False),
+        ({"adapter": replace(PLAIN, dora=True)}, False),
+        ({"adapter": replace(PLAIN, dropout=0.1)}, False),
+        ({"adapter": replace(PLAIN, rank=512)}, False),  # 21 GB of its own
     ],
+    ids=str,
 )
-def test_layers_are_compiled_one_by_one_where_there_is_room(
-    platform, gigabytes, mesh, recompute, unrolled, monkeypatch
+def test_layers_are_compiled_one_by_one_where_it_was_measured_and_fits(
+    other, unrolled, monkeypatch
 ):
-    """A step of 16,064 tokens, as measured: 88 GB with weights on an H200, by a loop 69."""
-    limit = None if gigabytes is None else gigabytes * 10**9
-    monkeypatch.setattr(meters, "memory_bytes", lambda _: limit)
-    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: ("cudnn_packed", "passed"))
-    shape = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
-    mesh = SimpleNamespace(shape=shape, devices=np.array([device(platform)]))
-    batches = SimpleNamespace(
-        rows=8,
-        row_length=2008,
-        config=BatchConfig(64, 1, 2048, True, "fail"),
-        segments=8,
-        longest=444,
+    """A step of 16,064 tokens: 88 GB with weights on an H200, by a loop 69."""
+    facts = dict(
+        gigabytes=105,
+        axes=(1, 1, 1),
+        backend="cudnn_packed",
+        recompute="nothing",
+        stored=jnp.bfloat16,
+        adapter=PLAIN,
+        quantized=None,
     )
+    facts |= other
+    limit = None if facts["gigabytes"] is None else facts["gigabytes"] * 10**9
+    monkeypatch.setattr(meters, "memory_bytes", lambda _: limit)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: (facts["backend"], "passed"))
+    mesh = parallel.make_mesh(
+        parallel.MeshConfig(*facts["axes"]), jax.devices()[: int(np.prod(facts["axes"]))]
+    )
+    config = BatchConfig(64, 1, 2048, True, "fail")
+    batches = SimpleNamespace(rows=8, row_length=2008, config=config, segments=8, longest=444)
     execution, why = preflight.choose_execution(
-        "auto", recompute, SEVEN_B, jnp.bfloat16, jnp.bfloat16, [batches], mesh
+        "auto",
+        facts["recompute"],
+        SEVEN_B,
+        jnp.bfloat16,
+        facts["stored"],
+        facts["adapter"],
+        facts["quantized"],
+        [batches],
+        mesh,
     )
     assert execution.unrolled == unrolled and why == "passed"
-    assert execution.attention == attention.AttentionConfig("cudnn_packed", 8, 448)
+    assert execution.attention == attention.AttentionConfig(facts["backend"], 8, 448)
 
 
 def test_rows_are_long_where_attention_looks_at_nothing_else_of_them():

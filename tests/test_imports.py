@@ -23,6 +23,7 @@ COMMANDS = {
 # A module may import modules of lower levels, and those of its own folder.
 LEVELS = {
     "command": 0,
+    "compiler": 0,
     "parallel": 0,
     "tracking": 0,
     "tasks": 1,

@@ -195,4 +195,7 @@ def test_where_one_process_cannot_use_a_backend_none_does():
     assert preflight.common_backend([fast, fast]) == ("cudnn", "passed its self-test")
     assert preflight.common_backend([fast, failed]) == ("xla", "process 1: cudnn attention failed")
     assert preflight.common_backend([failed, fast]) == ("xla", "process 0: cudnn attention failed")
+    other = ["cudnn_packed", "passed its self-test"]
+    told = ("xla", "process 1: passed its self-test")
+    assert preflight.common_backend([other, fast]) == told
     assert preflight.common_backend([["xla", "as asked"]] * 2) == ("xla", "as asked")

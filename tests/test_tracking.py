@@ -38,9 +38,15 @@ def with_change(config, key):
 
 
 CONFIG = settings.from_mapping(tiny_icd.get_config().to_dict()).as_dict()
-FREE = {"train.log_every", "train.attention", "train.recompute", "final_evaluation"}
+FREE = {"train.log_every", "train.recompute", "final_evaluation"}
 FREE |= {"decode.batch", "decode.constrained"}
-FREE_WITHOUT_DROPOUT = {"batch.microbatches", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+FREE_WITHOUT_DROPOUT = {
+    "train.attention",
+    "batch.microbatches",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -63,7 +63,7 @@ def padded_length(length: int) -> int:
 class Scheduler:
     """Decodes lists of prompts with one model on one mesh.
 
-    Keep one and call it again: each shape is compiled at its first use only.
+    Keep one and call it again: each shape is compiled once, on GPUs while others run.
 
     Args:
       partition: the model without its arrays.
@@ -192,6 +192,7 @@ class Scheduler:
         self._admit = ahead(jit(admit, donate_argnums=2, out_shardings=placed))
         self._decode = ahead(jit(decode, donate_argnums=1, out_shardings=(placed, whole)))
         self._score = ahead(jit(score, out_shardings=whole))
+        self._ahead = (self._admit, self._decode, self._score)
 
     @property
     def room(self) -> int:
@@ -265,6 +266,12 @@ class Scheduler:
           ValueError: as `check`.
         """
         self.check(prompts)
+        try:
+            yield from self._stream(trainable, frozen, prompts, prefix, trie)
+        finally:
+            self._cancel()
+
+    def _stream(self, trainable, frozen, prompts, prefix, trie) -> Iterator[tuple[int, Answer]]:
         if not prompts:
             return
         groups = self._groups(prompts, prefix)
@@ -306,7 +313,10 @@ class Scheduler:
         while groups or held:
             with jax.set_mesh(self.mesh):
                 if sum(len(group) for group, *_ in groups) >= self._fewest_batches * self.batch:
+                    longer = state.cache.length
                     state = self._shorten(state, max([*needed, *ends.values()]))
+                    if state.cache.length < longer:
+                        self._cancel()
                 if self._workers is not None:
                     expect(state)
                 while groups and (seats := self._seats(free, groups[0])):
@@ -402,12 +412,19 @@ class Scheduler:
             with jax.set_mesh(self.mesh):
                 for _, *shape in groups:
                     self._score.expect(*arguments([], *shape))
-        for group, *shape in groups:
-            with jax.set_mesh(self.mesh):
-                values = self._score(*arguments(group, *shape))
-                values = jax.device_get(values)
-            for number, row in zip(group, values, strict=False):  # filler rows are the last
-                yield number, [float(value) for value in row]
+        try:
+            for group, *shape in groups:
+                with jax.set_mesh(self.mesh):
+                    values = jax.device_get(self._score(*arguments(group, *shape)))
+                for number, row in zip(group, values, strict=False):  # filler rows are the last
+                    yield number, [float(value) for value in row]
+        finally:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        """Programs that were expected and have not been begun are not compiled any more."""
+        for ahead in self._ahead:
+            ahead.cancel()
 
     def _groups(self, prompts, prefix) -> deque:
         """What is run together: (prompt numbers, begins with the prefix, rows, width), longest

@@ -24,7 +24,8 @@ from radonc_jax import compiler, parallel
 from radonc_jax.models.products import few_rows, matmul_precision, ordered_sum
 
 BACKENDS = ("xla", "cudnn_packed", "cudnn", "splash")
-FAST = {"gpu": ("cudnn_packed", "cudnn"), "tpu": ("splash",)}  # by platform, best first
+CUDNN_BACKENDS = ("cudnn_packed", "cudnn")
+FAST = {"gpu": CUDNN_BACKENDS, "tpu": ("splash",)}  # by platform, best first
 QUERY_BLOCK = 128  # queries of a packed row that "xla" takes at a time,
 MOST_BLOCKS = 8  # unless the row would have more blocks than that
 SPREAD = 4  # what a third run may differ, over what two runs of the same input did
@@ -66,7 +67,7 @@ class Visible:
       padded: int [B, E, P], the place in the row of each token of each segment, for "cudnn";
       place: int [B, T], where each token lies among those E * P;
       starts: int [B, E + 1], where each segment begins in the row, for "cudnn_packed";
-      lengths: int [B, E], tokens of each segment.
+      lengths: int [B, E], tokens of each segment; where there is none -1, for "cudnn" 1.
     """
 
     positions: jax.Array
@@ -138,6 +139,10 @@ def see(
     first = jnp.argmax(inside, axis=-1).astype(jnp.int32)
     lengths = jnp.sum(inside, axis=-1, dtype=jnp.int32)
     if config.backend == "cudnn_packed":
+        # No kernel is asked about nothing: in an empty row the first token, which nobody reads, is
+        # a segment.
+        empty = (lengths[:, 0] == 0)[:, None] & (jnp.arange(most) == 0)
+        lengths = jnp.where(empty, 1, lengths)
         starts = jnp.pad(jnp.where(lengths > 0, first, -1), [(0, 0), (0, 1)], constant_values=-1)
         return Visible(
             positions,
@@ -157,8 +162,7 @@ def see(
         segments,
         padded=padded,
         place=place,
-        # No kernel is asked about nothing: an empty segment is given one token that nobody reads.
-        lengths=jnp.maximum(lengths, 1),
+        lengths=jnp.maximum(lengths, 1),  # nor is one asked about nothing here
         window=window,
         config=config,
     )
@@ -216,7 +220,7 @@ def attend(
     """
     if visible.config.backend == "splash":
         return _splash(query, key, value, visible)
-    if visible.config.backend in FAST["gpu"]:
+    if visible.config.backend in CUDNN_BACKENDS:
         output = _cudnn(query, key, value, visible)
     else:
         output = _xla(query, key, value, visible, beginning, ordered)
@@ -593,13 +597,13 @@ def choose_backend(
             )
         return backend, "; ".join([why, *reasons])
     if wanted != "auto":
-        raise ValueError(f'{reasons[0]}. Set train.attention="xla"')
+        raise ValueError(f'{reasons[0]}. Set train.attention="auto", or "xla"')
     return "xla", "; ".join(dict.fromkeys(reasons))
 
 
 def unfit_for(backend: str, dtype, head_dim: int, row_lengths: Sequence[int]) -> str | None:
     """What a backend cannot compute of this, by its own limits; None if it can."""
-    if backend in FAST["gpu"] and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+    if backend in CUDNN_BACKENDS and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention computes in 16 bits, not {jnp.dtype(dtype).name}"
     if backend == "cudnn_packed" and jax.__version_info__ < (0, 11, 1):
         # https://github.com/jax-ml/jax/pull/39521
@@ -642,9 +646,10 @@ def self_test(
     """
     # Some padding is left at the end of each row.
     sizes = (length // 4 - 3, 1, 2 * length // 5, length // 4 + 6)
-    segments = np.zeros((2, length), np.int32)
-    positions = np.zeros((2, length), np.int32)
-    for row, order in enumerate((sizes, sizes[::-1])):
+    # Rows of more and of fewer segments, none of as many as there could be, and an empty one.
+    segments = np.zeros((3, length), np.int32)
+    positions = np.zeros((3, length), np.int32)
+    for row, order in enumerate((sizes[::-1][:3], sizes)):
         start = 0
         for number, size in enumerate(order, start=1):
             segments[row, start : start + size] = number
@@ -677,11 +682,11 @@ def self_test(
         # Few heads are as telling as many, and the group's size is kept.
         groups = heads[0] // heads[1]
         kv = min(heads[1], 2)
-        shapes = [(2, length, n, head_dim) for n in (groups * kv, kv, kv, groups * kv)]
+        shapes = [(3, length, n, head_dim) for n in (groups * kv, kv, kv, groups * kv)]
         arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
         weight = arrays.pop().astype(jnp.float32) * (segments > 0)[:, :, None, None]
         other = [jnp.where(changed[:, :, None, None], -2 * x + 1, x) for x in arrays]
-        config = AttentionConfig(backend, len(sizes), -(-max(sizes) // 64) * 64, interpret)
+        config = AttentionConfig(backend, len(sizes) + 1, -(-max(sizes) // 64) * 64, interpret)
         for window in (None, max(17, length // 7)):
             what = f"{groups} queries a key head, window {window}"
             got = run(config, window, *arrays, weight)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from radonc_jax import parallel
-from radonc_jax.models.attention import CUDNN_NAMES, FAST, AttentionConfig, attend, see
+from radonc_jax.models.attention import CUDNN_BACKENDS, CUDNN_NAMES, AttentionConfig, attend, see
 from radonc_jax.models.products import few_rows, matmul_precision, ordered_sum
 
 # What the backward pass keeps per layer, by how much it may compute again. "nothing": no matrix
@@ -476,7 +476,7 @@ class Decoder(nnx.Module):
             names = self.execution.saved_names
             keep = jax.checkpoint_policies.save_only_these_names
             run_last = jax.checkpoint(run_last, policy=keep(*names))
-            if names and attention.backend in FAST["gpu"]:
+            if names and attention.backend in CUDNN_BACKENDS:
                 names = (*(name for name in names if name != "attention"), *CUDNN_NAMES)
             run_layer = jax.checkpoint(run_layer, policy=keep(*names), prevent_cse=False)
         last = config.num_layers - 1

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from radonc_jax import parallel
 from radonc_jax.data import batches, cohort
-from radonc_jax.models import attention, hub, huggingface
+from radonc_jax.models import attention, hub, huggingface, lora
 from radonc_jax.models.decoder import Execution, ModelConfig
-from radonc_jax.models.lora import Partition
+from radonc_jax.models.lora import LoRAConfig, Partition
 from radonc_jax.tasks import select
 from radonc_jax.training import meters, step
 
@@ -87,14 +87,22 @@ def choose_execution(
     architecture: ModelConfig,
     compute,
     stored,
+    adapter: LoRAConfig | None,
+    quantized: str | None,
     made: Sequence[batches.Batches],
     mesh: Mesh,
 ) -> tuple[Execution, str]:
     """How a run's steps are carried out, the same in all of its processes, and why.
 
+    Layers are compiled one by one where that was measured to be faster and its memory is known: on
+    GPUs that hold the whole model, with packed cuDNN attention, and a plain adapter on a base in
+    the type that it computes in.
+
     Args:
       wanted, recompute: `train.attention` and `train.recompute`.
       compute, stored: types of activations and of the base's weights.
+      adapter: None where the whole model trains.
+      quantized: as of `lora.partition`.
       made: the batches that it will see.
 
     Raises:
@@ -112,15 +120,19 @@ def choose_execution(
             head_dim=architecture.head_dim,
             row_lengths=[b.row_length for b in made],
         )
-        limit = meters.memory_bytes(device)
-        if device.platform != "gpu" or recompute != "nothing" or limit is None:
+        known = backend == "cudnn_packed" and recompute == "nothing" and stored == compute
+        known &= adapter is not None and not adapter.dora and not adapter.dropout
+        known &= quantized is None and mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+        limit = meters.memory_bytes(jax.local_devices()[0]) if known else None
+        if limit is None:
             return backend, why, False
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        tokens = max(b.rows * b.row_length // b.config.microbatches for b in made) // shards
-        kept = tokens * meters.kept_bytes(architecture, compute) / mesh.shape["tensor"]
-        base = meters.parameters(architecture) * jnp.dtype(stored).itemsize
-        base /= mesh.shape["fsdp"] * mesh.shape["tensor"]
-        return backend, why, base + UNROLLED_MEMORY * kept <= limit
+        tokens = max(b.rows * b.row_length // b.config.microbatches for b in made)
+        needed = UNROLLED_MEMORY * meters.kept_bytes(architecture, compute)
+        needed *= tokens / mesh.shape["data"]
+        needed += meters.parameters(architecture) * jnp.dtype(stored).itemsize
+        trained = lora.count(lora.partition(architecture, adapter, compute).trainable)
+        needed += 16 * trained  # float32, with its gradient and two moments
+        return backend, why, needed <= limit
 
     # Each process tests its own device, and all must compile the same program.
     chosen = parallel.on_all(choose)
@@ -203,13 +215,13 @@ def stored_shapes(partition: Partition, dtype, mesh: Mesh):
 
 def common_backend(chosen: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """The attention backend that all processes take and why, from what each would take: "xla" as
-    soon as one cannot use another, since two programs would wait for each other for ever."""
-    if len({backend for backend, _ in chosen}) > 1:
-        for number, (backend, why) in enumerate(chosen):
-            if backend == "xla":
-                return backend, f"process {number}: {why}"
+    soon as they differ, since two programs would wait for each other for ever."""
     backend, why = chosen[0]
-    return backend, why
+    number = next((n for n, (other, _) in enumerate(chosen) if other != backend), None)
+    if number is None:
+        return backend, why
+    number = 0 if backend == "xla" else number
+    return "xla", f"process {number}: {chosen[number][1]}"
 
 
 def compile_step(
