@@ -25,9 +25,12 @@ OPTIONS: dict[str, dict[str, dict]] = {
         # Products with one left factor are not made one: their kernels would be copied together.
         "decoding": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0},
     },
-    # Since jaxlib 0.11 fused products add up in an order that depends on the rows.
-    "cpu": {"decoding": {"xla_cpu_experimental_ynn_fusion_type": ""}},
+    "cpu": {},
 }
+if jax.__version_info__ >= (0, 11):
+    # Its library of fused products adds up in an order that depends on the rows. An older version
+    # knows the option too, and without it adds up in the order that is wanted.
+    OPTIONS["cpu"]["decoding"] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def options(device: jax.Device, work: str) -> dict | None:
@@ -68,6 +71,10 @@ class Ahead:
     def __init__(self, function: Callable, workers: ThreadPoolExecutor | None):
         self._function, self._workers = function, workers
         self._compiled: dict[tuple, Future] = {}
+
+    def lower(self, *arguments):
+        """As that of the function."""
+        return self._function.lower(*arguments)
 
     def expect(self, *arguments) -> None:
         """Compiles for such arguments, of which shapes, types and places count; does not wait."""

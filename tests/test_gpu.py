@@ -79,10 +79,10 @@ def decoding():
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
     with jax.set_mesh(mesh):
-        decode = scheduler._decode._function.lower(
+        decode = scheduler._decode.lower(
             [(weights, partition.frozen)], state, shared, number, number, None
         )
-        admit = scheduler._admit._function.lower(
+        admit = scheduler._admit.lower(
             weights, partition.frozen, state, shared, number, ints(24, 128), ints(24),
             ints(1, 24), None,
         )
