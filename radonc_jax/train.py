@@ -124,9 +124,10 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     platform = mesh.devices.flat[0].platform
     compute = huggingface.as_dtype(config.precision.compute)
 
-    def lay_out(attention: str):
-        """Batches of both splits, in rows that suit the attention."""
-        layout = preflight.row_layout(architecture, platform, shards, attention, compute)
+    def layout_for(attention: str) -> dict:
+        return preflight.row_layout(architecture, platform, shards, attention, compute)
+
+    def lay_out(layout: dict):
         return (
             batches.Batches(
                 examples["train"], config.batch, epochs=epochs, seed=config.seed, **layout
@@ -134,7 +135,8 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
             batches.Batches(examples["validation"], config.batch, epochs=1, seed=None, **layout),
         )
 
-    both = lay_out(config.train.attention)
+    layout = layout_for(config.train.attention)
+    both = lay_out(layout)
 
     # ---- model without arrays: whatever can be refused is refused here -------------------------
     tracking.check_folder(workdir, config.as_dict())
@@ -150,8 +152,8 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
         mesh,
     )
     backend = execution.attention.backend
-    if backend == "xla":  # which may not be what the rows were laid out for
-        both = lay_out(backend)
+    if layout_for(backend) != layout:  # another attention than the rows were laid out for
+        both = lay_out(layout_for(backend))
     train_batches, validation_batches = both
     steps = config.train.steps or train_batches.steps
     rows = [config.batch.microbatches, train_batches.rows, train_batches.row_length]
