@@ -40,7 +40,9 @@ _CASES = flags.DEFINE_integer("cases", 192, "Prompts; 1581 with --size=7b.", low
 _TURNS = flags.DEFINE_integer("turns", 2, "Timed runs of each way.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "Our slots; 256 with --size=7b.", lower_bound=1)
 _WAYS = flags.DEFINE_list("ways", None, "Only these; all when left out.")
-_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/decoding.json", "JSON to write.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "JSON to write; benchmarks/results/decoding.json, or decoding_7b.json."
+)
 _WAY = flags.DEFINE_string("way", None, "Set by the benchmark itself, for a process of its own.")
 _FOLDER = flags.DEFINE_string("folder", None, "As --way.")
 
@@ -118,8 +120,10 @@ def write_report(results) -> None:
     report |= {"prompt_tokens_median": MEDIAN, "shared": SHARED, "longest_answer": NEW}
     report |= {"machine": platform.platform(), "cores": os.cpu_count()}
     report |= {"environment": tracking.environment()}
-    Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
-    tracking.write_json(Path(_OUTPUT.value), report)
+    name = "decoding.json" if _SIZE.value == "30m" else f"decoding_{_SIZE.value}.json"
+    output = Path(_OUTPUT.value or Path("benchmarks", "results", name))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tracking.write_json(output, report)
 
 
 def cases() -> int:

@@ -40,7 +40,9 @@ _STEPS = flags.DEFINE_integer("steps", 8, "Timed steps of each turn.", lower_bou
 _TURNS = flags.DEFINE_integer("turns", 3, "Turns of each way.", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", None, "In a step; 16, or 64 for 7b.")
 _WAYS = flags.DEFINE_list("ways", None, "Some of them only.")
-_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/training.json", "JSON to be written.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "JSON to be written; benchmarks/results/training.json, or training_7b.json."
+)
 _SCRATCH = flags.DEFINE_string("scratch", None, "Folder for weights; a temporary one if absent.")
 _ONE = flags.DEFINE_string("one", None, "Used by the benchmark itself: the way of a process.")
 
@@ -100,7 +102,8 @@ def main(argv):
                         text=True,
                     )
                     if found.returncode:
-                        failures[way] = found.stderr.strip().splitlines()[-1][:300]
+                        told = found.stderr.strip().splitlines() or [f"exit {found.returncode}"]
+                        failures[way] = told[-1][:300]
                     else:
                         results[way].append(json.loads(found.stdout.splitlines()[-1]))
                     different = report(
@@ -109,6 +112,8 @@ def main(argv):
     if different:
         first = next(way for way, turns in results.items() if turns)
         sys.exit(f"error: other losses than those of {first}: {', '.join(different)}")
+    if "radonc_jax" in failures:
+        sys.exit(f"error: radonc_jax did not run: {failures['radonc_jax']}")
 
 
 def this_command(scratch):
@@ -414,10 +419,12 @@ def report(results, failures) -> list[str]:
         "cores": os.cpu_count(),
         "environment": tracking.environment(),
     }
-    Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
+    name = "training.json" if _SIZE.value == "30m" else f"training_{_SIZE.value}.json"
+    output = Path(_OUTPUT.value or Path("benchmarks", "results", name))
+    output.parent.mkdir(parents=True, exist_ok=True)
     different = differing_losses(results, LOSS_TOLERANCE[_SIZE.value])
     content["differing_losses"] = different
-    tracking.write_json(Path(_OUTPUT.value), content)
+    tracking.write_json(output, content)
     return different
 
 

@@ -14,6 +14,7 @@ has not been answered. One command per host: all of them run this same program. 
 import contextlib
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -411,6 +412,7 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     ):
         if progress.validation_due:
             judge(start, state.trainable)
+            clock = time.monotonic()
         pending = None
         for number in range(start + 1, steps + 1):
             if progress.stopped_early:
@@ -451,9 +453,17 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     if manifest["base_fingerprint_after"] != manifest["base_fingerprint_before"]:
         raise ValueError("the frozen base changed during training: a bug; do not use this run")
     del state
-    best, trainable = checkpoint.restore_trainable(
-        workdir, partition.trainable, placements.trainable, progress.best_step or "latest"
-    )
+    wanted = progress.best_step or "latest"
+    shapes, places = partition.trainable, placements.trainable
+    try:
+        best, trainable = checkpoint.restore_trainable(workdir, shapes, places, wanted)
+    except (FileNotFoundError, ValueError) as error:
+        if wanted in ("latest", steps):  # there is no other to go on with
+            raise
+        best, trainable = checkpoint.restore_trainable(workdir, shapes, places, "latest")
+        if main_process:
+            told = f"{error}; the last one, of step {best}, is evaluated in its place"
+            print(told, file=sys.stderr, flush=True)
     manifest |= {"best_step": best, "trained_fingerprint": step.fingerprint(trainable)}
     run.write_manifest(manifest)
     if not config.final_evaluation:

@@ -250,6 +250,22 @@ def test_a_damaged_best_gives_way_to_the_one_before(tmp_path):
     assert checkpoint.find_step(tmp_path, "best") == 2
 
 
+def test_a_best_that_is_lost_is_named_no_more(tmp_path):
+    manager, progress = Checkpoints(tmp_path), Progress()
+    manager.save(1, state_at(1), progress)
+    progress.judge(2, 0.5, sign=1, patience=9)
+    manager.save(2, state_at(2), progress)
+    manager.close()
+    assert checkpoint.find_step(tmp_path, "best") == 2
+    for path in (tmp_path / "checkpoints" / "2").rglob("*"):
+        if path.is_file():
+            cut(path)
+    _, progress, manager = reopened(tmp_path, 1)
+    manager.close()
+    assert progress.best_step is None
+    assert checkpoint.find_step(tmp_path, "best") == 1  # as of a run that never validated
+
+
 def test_where_nothing_can_be_read_nothing_is_moved(tmp_path):
     manager = Checkpoints(tmp_path)
     for step in (1, 2):

@@ -14,10 +14,12 @@ from test_parallel import SEVEN_B
 from radonc_jax import compiler, loading, parallel
 from radonc_jax.data.batches import BatchConfig
 from radonc_jax.models import attention, lora
-from radonc_jax.models.decoder import ModelConfig
-from radonc_jax.training import meters, preflight
+from radonc_jax.models.decoder import Execution, ModelConfig
+from radonc_jax.training import meters, preflight, step
+from radonc_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 SMALL = ModelConfig(300, 3, 64, 4, 2, 16, 128, 1e-5, 1e4, None, None, False, 1024)
+PLAIN = lora.LoRAConfig(16, 32.0, 0.0, tuple(lora.PROJECTIONS), False, False)
 
 
 def device(platform):
@@ -39,6 +41,26 @@ def test_an_option_that_this_xla_does_not_know_is_left_out(monkeypatch):
     assert compiler.options(device("gpu"), "training") == kept
     told["gpu"]["training"] = {"xla_gpu_was_removed_in_this_version": True}
     assert compiler.options(device("gpu"), "training") is None
+
+
+@pytest.mark.parametrize(
+    ("unrolled", "work"), [(True, "training"), (False, "training by a loop")], ids=str
+)
+def test_a_step_is_compiled_as_its_layers_are(unrolled, work, monkeypatch):
+    """What a GPU is told of either, and not only that it is told something."""
+    asked = []
+    monkeypatch.setattr(compiler, "options", lambda _, work: asked.append(work))
+    partition = lora.partition(SMALL, PLAIN, jnp.float32, execution=Execution(unrolled=unrolled))
+    mesh = parallel.make_mesh(parallel.MeshConfig(1, 1, 1), jax.devices()[:1])
+    optimizer = make_optimizer(OptimizerConfig(2e-4, "constant", 0.0, 0.0, 1.0, 0.9, 0.999), 9)
+    given = []
+    monkeypatch.setattr(jax, "jit", lambda _, **options: given.append(options))
+    step.jit_train_step(partition, optimizer, 0, mesh)
+    step.jit_evaluation_step(partition, mesh)
+    assert asked == [work] * 2 and all("compiler_options" in options for options in given)
+    told = compiler.OPTIONS["gpu"]
+    assert told["training by a loop"]["xla_gpu_enable_dynamic_slice_fusion"] is False
+    assert "xla_gpu_enable_dynamic_slice_fusion" not in told["training"]
 
 
 @pytest.fixture
@@ -154,9 +176,6 @@ def test_cpus_and_runs_of_several_processes_compile_in_their_turn(monkeypatch):
     compiler.workers(device("gpu")).shutdown()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert compiler.workers(device("gpu")) is None
-
-
-PLAIN = lora.LoRAConfig(16, 32.0, 0.0, tuple(lora.PROJECTIONS), False, False)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tokenizers.models import WordLevel
 from radonc_jax import parallel
 from radonc_jax.data.batches import trim_prompt
 from radonc_jax.decoding import constrain, greedy
+from radonc_jax.decoding import journal as journal_module
 from radonc_jax.decoding.journal import Journal
 from radonc_jax.decoding.scheduler import PREFILL_TOKENS, Scheduler, padded_length
 from radonc_jax.decoding.text import TextDecoder, shared_prefix
@@ -56,6 +57,7 @@ FAMILIES = ("llama", "mistral")
 WINDOW = 7
 LONGEST, NEW = 60, 12  # tokens of a prompt and of an answer
 STOPS = (EOS, 11, 50)
+ADAPTER = lora.LoRAConfig(4, 8.0, 0.1, ("q_proj", "down_proj"), False, False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -146,8 +148,7 @@ def build(family, folder):
     model.eval()
     model.save_pretrained(folder, safe_serialization=True)
     ours = huggingface.read_config(folder)
-    adapter = lora.LoRAConfig(4, 8.0, 0.1, ("q_proj", "down_proj"), False, False)
-    partition = lora.partition(ours, adapter, jnp.float32)
+    partition = lora.partition(ours, ADAPTER, jnp.float32)
     mesh = one_device()
     frozen = weight_files.load_weights(
         folder, partition.frozen, shardings(partition.frozen, mesh), jnp.float32, ours.num_layers
@@ -586,6 +587,35 @@ def test_eight_devices_give_the_same_answers(mistral, mesh_config):
     expected = mistral.decode(longer)
     assert answers(results) == answers(expected)
     assert_close_logprobs(results, expected)
+    # Labels that are scored, and answers from a closed set.
+    labels = [[5, 7, EOS], [8, EOS]]
+
+    def score(scheduler, trainable, frozen):
+        found = dict(scheduler.score(trainable, frozen, longer, labels, prefix=beginning))
+        return [found[number] for number in range(len(longer))]
+
+    alone = score(mistral.scheduler(), mistral.trainable, mistral.frozen)
+    np.testing.assert_allclose(score(scheduler, *placed), alone, atol=1e-5)
+    trie = constrain.build_trie(labels)
+    results = scheduler(*placed, longer, prefix=beginning, trie=trie)
+    assert answers(results) == answers(mistral.decode(longer, trie=trie))
+
+
+def test_a_prefill_runs_the_head_at_the_last_position_alone(mistral):
+    scheduler, (rows, width) = mistral.scheduler(), (5, 48)
+    with jax.set_mesh(scheduler.mesh):
+        state = scheduler._empty(*scheduler._architecture, 64)
+        tokens = scheduler._rows([[3] * 40], [0] * rows, 0, width)
+        slots = scheduler._slots(np.arange(rows))
+        begun = None, np.int32(0)
+        arrays = mistral.trainable, mistral.frozen, state, *begun, *tokens, slots, None
+        program = scheduler._admit.lower(*arrays).compile().as_text()
+    sizes = {
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"f32\[([\d,]+)\]", program)
+        if str(VOCAB) in shape.split(",")
+    }
+    assert rows * VOCAB in sizes and rows * width * VOCAB not in sizes
 
 
 def test_between_devices_that_share_a_batch_no_keys_and_values_move(mistral):
@@ -757,7 +787,9 @@ def test_a_prompt_that_does_not_fit_is_refused_or_cut_as_in_training_and_flagged
     assert mistral.decode([prompt])[0].tokens == cut.tokens
 
 
-def test_answers_are_kept_as_they_finish_and_never_taken_from_another_source(mistral, tmp_path):
+def test_answers_are_kept_as_they_finish_and_never_taken_from_another_source(
+    mistral, tmp_path, monkeypatch
+):
     path, task = tmp_path / "journal", Question()
     texts = [f"case {number}" for number in range(6)]
     quiet = text_decoder(mistral)(task, texts)
@@ -786,24 +818,29 @@ def test_answers_are_kept_as_they_finish_and_never_taken_from_another_source(mis
     assert decode(texts, {"adapter": "one"}) == quiet
     assert sorted(path.read_bytes().splitlines()) == sorted(content.splitlines())
     assert decode(texts, {"adapter": "another"}) == quiet
-    assert ran == [4, 2, 1, 6]
+    monkeypatch.setattr(journal_module, "FORMAT", journal_module.FORMAT + 1)
+    assert decode(texts, {"adapter": "another"}) == quiet
+    assert ran == [4, 2, 1, 6, 6]
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_answers_as_its_slow_reference(mistral, kind, tmp_path):
     mistral.torch_model.save_pretrained(tmp_path)
-    partition = lora.partition(mistral.config, None, jnp.float32, kind)
-    weights = weight_files.load_weights(
+    partition = lora.partition(mistral.config, ADAPTER, jnp.float32, kind)
+    frozen = weight_files.load_weights(
         tmp_path,
-        partition.trainable,
-        shardings(partition.trainable, one_device()),
+        partition.frozen,
+        shardings(partition.frozen, one_device()),
         jnp.float32,
         mistral.config.num_layers,
     )
-    model = Tiny(mistral.torch_model, mistral.config, partition, weights, partition.frozen)
+    trainable = lora.init(partition.trainable, frozen, seed=0)
+    trainable = jax.tree.map(lambda leaf: leaf + 0.05, trainable)
+    model = Tiny(mistral.torch_model, mistral.config, partition, trainable, frozen)
     prompts = ragged_prompts(8, seed=19)
     expected = [model.slow_greedy(prompt) for prompt in prompts]
     assert answers(model.decode(prompts)) == expected
+    assert answers(mistral.decode(prompts, trainable=trainable)) != expected
     # And so they do where the heads, and the codes, are shared out over devices.
     mesh = make_mesh(MeshConfig(2, 2, 2), devices=jax.devices()[:8])
     placed = model.placed(mesh)

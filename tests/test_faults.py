@@ -1,7 +1,8 @@
 """Runs that are killed, told to end, damaged or out of room end as if nothing had happened.
 
-`RADONC_KILLS` sets how often the run of the first test is killed: a few times in CI, for its
-twenty minutes; twenty times with  RADONC_KILLS=20 launch/test.sh tests/test_faults.py
+`RADONC_KILLS` sets how often the run of the first test is killed (and, up to six times, that of the
+second): a few times in CI, for its twenty minutes; twenty times with
+RADONC_KILLS=20 launch/test.sh tests/test_faults.py
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 from conftest import ROOT, command_environment, run_command
 from test_train_command import SHORT, last_line, losses, losses_or_none
@@ -133,6 +135,113 @@ def test_killed_at_random_moments_it_ends_as_a_quiet_run_does(quiet, workspace, 
     assert saved == 0 or f"resumed at step {saved} of 6" in result.stdout
     assert resumed or saved, "no blow fell after a checkpoint"
     assert_same_end(workdir, quiet[0])
+
+
+# `evaluate`, at a pace at which blows fall between answers.
+SLOWLY = """
+import time
+from radonc_jax import command, evaluate
+from radonc_jax.decoding.journal import Journal
+
+add = Journal.add
+
+def slowly(*arguments):
+    add(*arguments)
+    time.sleep(0.05)
+
+Journal.add = slowly
+command.run(evaluate.main)
+"""
+
+
+@pytest.mark.slow
+def test_evaluate_killed_at_random_moments_ends_as_a_quiet_one_does(quiet, tmp_path):
+    moments = random.Random(11)
+    workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    shutil.rmtree(workdir / "evaluation")
+    place = workdir / "evaluation" / "test" / "tuned"
+    journal = place / ".answers.jsonl"
+
+    def kept():
+        """The lines of answers that are whole."""
+        lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
+
+    expected = (quiet[0] / "evaluation/test/tuned/predictions.jsonl").read_bytes()
+    total = expected.count(b"\n")
+    for blow in range(min(KILLS, 6)):
+        before = kept()
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOWLY, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=command_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 300
+        if blow == 0:  # before there is any answer
+            time.sleep(moments.uniform(0.1, 3))
+        else:
+            wanted = len(before) + moments.randint(1, max(1, (total - len(before)) // 4))
+            while process.poll() is None and len(kept()) < wanted:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        errors = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, errors[-2000:]
+        assert not (place / "predictions.jsonl").exists()
+        # What was answered is kept, and asked no more.
+        assert kept()[: len(before)] == before and (blow == 0 or len(kept()) > len(before))
+    assert 0 < len(kept()) < total
+    run_command("evaluate", f"--workdir={workdir}")
+    assert (place / "predictions.jsonl").read_bytes() == expected
+    assert not journal.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_predict_as_one_does(quiet, workspace, tmp_path):
+    """Two devices then share the batch, so last bits may differ, and tokens may not."""
+    workdir = tmp_path / "run"
+    shutil.copytree(quiet[0], workdir)
+    shutil.rmtree(workdir / "evaluation" / "test" / "tuned")
+    cases = pd.read_parquet(workspace.cohort / "test.parquet")[["case_id", "diagnosis"]]
+    cases.to_csv(tmp_path / "cases.csv", index=False)
+    options = (f"--workdir={workdir}", f"--input={tmp_path}/cases.csv")
+    for command in (
+        ("radonc_jax.evaluate", f"--workdir={workdir}"),
+        ("radonc_jax.predict", *options, f"--output={tmp_path}/pair.csv"),
+    ):
+        processes = two_processes("-m", *command)
+        try:
+            outputs = [process.communicate(timeout=300)[0] for process in processes]
+        finally:
+            for process in processes:  # one may wait for the other for ever
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    run_command("predict", *options, f"--output={tmp_path}/alone.csv")
+
+    def answered(folder):
+        return pd.read_json(folder / "evaluation/test/tuned/predictions.jsonl", lines=True)
+
+    def read(name):
+        return pd.read_csv(tmp_path / name, dtype=str, keep_default_na=False)
+
+    for ours, theirs, same in (
+        (answered(workdir), answered(quiet[0]), "case_id output answer finished correct"),
+        (read("pair.csv"), read("alone.csv"), "case_id diagnosis answer parsed finished problem"),
+    ):
+        assert ours[same.split()].equals(theirs[same.split()])
+        ours, theirs = (rows["logprob"].astype(float).tolist() for rows in (ours, theirs))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "alone.csv",
+        "cases.csv",
+        "pair.csv",
+        "run",
+    ]
+    assert not list(workdir.rglob("*.part*")) and not list(workdir.rglob(".answers*"))
 
 
 def newest_checkpoint(workdir):
@@ -367,6 +476,31 @@ def test_damage_that_only_one_of_two_processes_would_meet_is_told_to_both(tmp_pa
     assert "checkpoint 2 is damaged" in outputs[0] and "damaged" not in outputs[1]
     assert all("restored 1" in output for output in outputs)
     assert (tmp_path / "damaged" / "2").is_dir()
+
+
+@pytest.mark.slow
+def test_a_process_of_two_that_is_killed_costs_the_run_nothing(quiet, workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = command(
+        workspace, workdir, "--config.mesh.fsdp=2", "--config.final_evaluation=False"
+    )
+    processes = two_processes(*arguments)
+    try:
+        wait_for_step(3, workdir, *processes)
+        processes[1].kill()
+        processes[0].communicate(timeout=200)  # it does not wait for ever
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode != 0
+    saved = newest_checkpoint(workdir)
+    processes = two_processes(*arguments)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
+    assert saved and f"resumed at step {saved} of 6" in outputs[0]
+    got, expected = losses(workdir), losses(quiet[0])
+    assert got.keys() == expected.keys()
+    assert list(got.values()) == pytest.approx([expected[key] for key in got], rel=1e-5)
 
 
 def test_a_dry_run_tells_what_a_run_would_do_without_weights(workspace, tmp_path):

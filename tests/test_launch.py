@@ -24,6 +24,7 @@ esac
 PYTHON = """#!/usr/bin/env bash
 echo "worker $WORKER: $RADONC_DISTRIBUTED:$(printf ' <%s>' "$@")"
 [ "$WORKER" != "${FAILING:-none}" ] || exit 7
+[ -z "${TOLD:-}" ] || { sleep "$((2 * WORKER))"; touch "$HOSTS/saved-$WORKER"; exit 75; }
 [ -z "${FAILING:-}" ] || sleep 60
 """
 
@@ -68,6 +69,17 @@ def test_a_failing_worker_ends_the_others_and_gives_the_exit_code(tmp_path):
     result = launch(tmp_path, FAILING="1")
     assert result.returncode == 7
     assert "worker 1: exit code 7" in result.stdout
+
+
+def test_workers_that_are_told_to_end_all_come_to_their_end(tmp_path):
+    """With the exit code of a preemption; one that fails beside them is told before it."""
+    result = launch(tmp_path, TOLD="all")
+    assert result.returncode == 75
+    for worker in range(3):
+        assert f"worker {worker}: exit code 75" in result.stdout
+        assert (tmp_path / f"saved-{worker}").exists()
+    (tmp_path / "again").mkdir()
+    assert launch(tmp_path / "again", TOLD="all", FAILING="2").returncode == 7
 
 
 @pytest.mark.parametrize("missing", ["TPU", "ZONE"])

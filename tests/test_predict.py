@@ -355,8 +355,21 @@ def test_progress_is_told_while_answers_arrive(tmp_path, monkeypatch, capsys):
     rows, _ = answered(tmp_path / "cases.csv", tmp_path)
     assert len(rows) == 100
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 100 * 5 // 30
-    assert told[0] == "6 of 100 rows, 0.2 rows/s, 470 s left"
+    assert len(told) == 99 * 5 // 30
+    assert told[0] == "7 of 100 rows, 0.2 rows/s, 465 s left"
+
+
+def test_progress_without_a_row_yet_is_not_told(monkeypatch, capsys):
+    """Where half a minute went by before the first answer, as in skipping what is done."""
+    now = [100.0]
+    monkeypatch.setattr(table, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with table._Progress(lines=True, total=50, initial=20, disable=True) as bar:
+        for seconds, rows in ((40, 0), (31, 0), (9, 10), (31, 10)):
+            now[0] += seconds
+            bar.update(rows)
+    # The first 40 seconds are no measure of the pace: 10 rows in 40, then 20 in 71.
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["30 of 50 rows, 0.2 rows/s, 80 s left", "40 of 50 rows, 0.3 rows/s, 36 s left"]
 
 
 def test_each_label_s_probability_and_a_prompt_beyond_training_have_columns(tmp_path):

@@ -752,6 +752,37 @@ def test_early_stopping_survives_a_restart(workspace, tmp_path):
     assert losses(workdir) == expected
     run_command("train", *arguments)
     assert losses(workdir) == expected
+    # The best, which is not the newest, is lost: the run still comes to its end, and says so.
+    for path in (workdir / "checkpoints" / "1" / "trainable").rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    result = run_command("train", *arguments)
+    assert "checkpoint 1 of" in result.stderr and "of step 3, is evaluated" in result.stderr
+    assert json.loads((workdir / "manifest.json").read_text())["best_step"] == 3
+
+
+@pytest.mark.slow
+def test_the_best_step_by_loss_is_that_of_the_smallest_restarted_or_not(workspace, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = (
+        *workspace.arguments,
+        "--config.train.evaluate_every=1",
+        "--config.train.metric=loss",
+        "--config.final_evaluation=False",
+        f"--workdir={workdir}",
+    )
+
+    def best():
+        return json.loads((workdir / "best.json").read_text())
+
+    run_command("train", *arguments, "--config.train.steps=3")
+    judged = {step: loss for (step, split), loss in losses(workdir).items() if split != "train"}
+    assert best() == {"step": 3, "value": judged[3]} and judged[3] == min(judged.values())
+    assert len(set(judged.values())) == len(judged) == 3
+    # The step before the best, as if killed there: it is judged better again.
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    run_command("train", *arguments, "--config.train.steps=3")
+    assert best() == {"step": 3, "value": judged[3]}
 
 
 @pytest.mark.slow

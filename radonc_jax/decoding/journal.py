@@ -7,6 +7,8 @@ from pathlib import Path
 
 from radonc_jax import parallel
 
+FORMAT = 1  # raised where answers of an older release may differ: they are not taken then
+
 
 class Journal:
     """One line an answer, appended and flushed; keyed by all that an answer depends on.
@@ -23,7 +25,7 @@ class Journal:
 
     def __init__(self, path: Path, source: Mapping):
         self.path = Path(path)
-        self._source = json.dumps(source, sort_keys=True)
+        self._source = json.dumps({"format": FORMAT, "source": source}, sort_keys=True)
         self._file = None
         content = b""
         if parallel.is_main_process():

@@ -50,13 +50,15 @@ class _Progress(tqdm):
     def __init__(self, *, lines: bool, initial: int, **options):
         super().__init__(initial=initial, **options)
         self._lines = lines and self.disable
-        self._first = self._done = initial  # a bar that is off does not count
-        self._begun = self._told = time.monotonic()
+        self._done = initial  # a bar that is off does not count
+        self._first = self._begun = self._told = None
 
     def update(self, n=1):
         self._done += n
         now = time.monotonic()
-        if self._lines and now - self._told >= REPORT_SECONDS:
+        if self._begun is None:  # what was kept, and skipping it, is no measure of the pace
+            self._first, self._begun, self._told = self._done, now, now
+        elif self._lines and now - self._told >= REPORT_SECONDS and self._done > self._first:
             self._told, rate = now, (self._done - self._first) / (now - self._begun)
             left = (self.total - self._done) / rate
             print(

@@ -323,10 +323,13 @@ def _read_through(folder: Path, shapes: TrainState) -> None:
 
 
 def write_best(workdir: Path, progress: Progress) -> None:
-    """Writes `best.json`: the step and metric of the best validation so far."""
-    if progress.best_step is None or not parallel.is_main_process():
+    """Writes `best.json`: the step and metric of the best validation so far; none, no file."""
+    if not parallel.is_main_process():
         return
     path = Path(workdir) / "best.json"
+    if progress.best_step is None:
+        path.unlink(missing_ok=True)
+        return
     aside = path.with_suffix(".json.partial")
     content = {"step": progress.best_step, "value": progress.best_value}
     aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
