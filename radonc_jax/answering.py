@@ -108,9 +108,10 @@ def answer_split(
     """Decodes, scores and, where `output` names a folder, writes answers, scores and their source.
 
     Answers that are already there from the same source are kept, and not decoded again, but judged
-    and scored anew where an earlier version of the code read or judged one otherwise; of an
-    evaluation that was killed, those are kept that were finished. How many prompts are longer than
-    any in training, and were not cut, is told and stands in the source.
+    and scored anew where an earlier version of the code read or judged one otherwise, or where
+    metrics.json does not name the answers that it is of; of an evaluation that was killed, those
+    are kept that were finished. How many prompts are longer than any in training, and were not
+    cut, is told and stands in the source.
 
     Args:
       decoder: of the model.
@@ -160,7 +161,8 @@ def answer_split(
         "split": split,
         "model": model,
         "seed": config.seed,
-        "ceiling": cohort.load_manifest(config.cohort).get("ceiling"),
+        # Of the patients of the test split, and so of no other.
+        "ceiling": cohort.load_manifest(config.cohort).get("ceiling") if split == "test" else None,
     }
     journal = None
     if output is not None:
@@ -171,7 +173,7 @@ def answer_split(
         if there:
             if main:  # left by a kill after the last answer
                 (output / JOURNAL).unlink(missing_ok=True)
-                if found.judged_anew:
+                if found.judged_anew or not found.proven:
                     evaluation.score_all(found.predictions, tasks, output=output, **options)
             metrics = (output / evaluation.METRICS).read_bytes() if main else b""
             return json.loads(parallel.from_main(metrics))
@@ -225,7 +227,7 @@ def _find(output: Path, source: Mapping) -> Evaluation | None:
     if _content(written) != _content(source):
         return None
     try:
-        return read_evaluation(output, source["split"])
+        return read_evaluation(output, source["split"], source["model"])
     except ValueError:
         return None
 

@@ -20,6 +20,7 @@ from reports import run_in_memory
 from radonc_jax.evaluation.findings import build_report
 from radonc_jax.evaluation.page import render_page
 from radonc_jax.evaluation.published import publish
+from radonc_jax.tasks import icd
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -228,7 +229,7 @@ def verdicts(item):
             {"wrong", "cannot be read"},
         ),
         ("Only tuned right", 5 + 1667, {"wrong", "cannot be read"}, {"right"}),
-        ("Right words, wrong dose or side", 5, {"right"}, {"wrong"}),
+        ("Right words, wrong dose, side or kind", 5, {"right"}, {"wrong"}),
     ],
 )
 def test_every_result_lists_the_cases_it_names(browser, pages, result, cases, original, tuned):
@@ -277,7 +278,8 @@ def test_the_published_page_shows_that_cells_are_hidden(browser, pages):
     assert cells("modality", "Age: 60-69")[0] == "25"
     assert cells("regimen", "Site: hidden") == ["hidden", dash, dash]
     # Of 15 references with a side the models have 5 and 10 right.
-    assert cells("regimen", "Side") == ["15", dash, dash]
+    side = cells("regimen", "Side")
+    assert side[0] == "15" and set(side[1:]) == {dash}
     words = browser.find_element(By.TAG_NAME, "main").text
     assert "Left out: this report was written without clinical text." in words
     page = (pages / "public.html").read_text()
@@ -484,3 +486,56 @@ def test_screenshot_and_print(own_browser, pages):
     show(browser, pages / "report.html", media="print")
     shown = "[...document.querySelectorAll('nav, form, .pager')].filter(e => e.offsetHeight)"
     assert browser.execute_script(f"return {shown}.length") == 0
+
+
+def with_everything(task, answers, name):
+    """A run of two cases a patient with all that makes its tables wide."""
+    patients = [f"patient-{i // 2}" for i in range(len(answers))]
+    run = run_in_memory(answers, task, patients=patients, name=name)
+    variants = ("original_examples", "original_constrained", "tuned_constrained")
+    return dataclasses.replace(
+        run,
+        predictions=run.predictions | dict.fromkeys(variants, run.predictions["tuned"]),
+        metrics=run.metrics | dict.fromkeys(variants, run.metrics["tuned"]),
+        training=run.held_out,
+        validation={"tuned": run.predictions["tuned"]},
+        ceiling={task: 0.959},
+    )
+
+
+@pytest.fixture(scope="module")
+def wide_page(tmp_path_factory):
+    codes = [code for code in icd.leaves() if len(code) == 8][:12]
+    answers = {
+        "regimen": [(RIGHT, "", RIGHT), (RIGHT, RIGHT, WRONG_DOSE), (RIGHT, "", "unknown")] * 8,
+        "modality": [("photon", "electron", "photon"), ("proton", "", "proton")] * 12,
+        "icd": [(code, "", codes[i % 5]) for i, code in enumerate(codes * 10)],
+    }
+    runs = [with_everything(task, given, f"mistral_7b_{task}") for task, given in answers.items()]
+    runs.append(with_everything("icd", [("C61", "", "C20")] * 30, "another_cohorts_adapter"))
+    path = tmp_path_factory.mktemp("wide") / "report.html"
+    path.write_text(render_page(build_report(runs, bootstrap=20), runs), encoding="utf-8")
+    return path
+
+
+# Inside the margins of 14 mm, in CSS pixels: US letter sideways, on which two sections are, and A4.
+LETTER_LANDSCAPE, A4 = 949, 688
+
+
+@pytest.mark.parametrize("width", [LETTER_LANDSCAPE, A4])
+def test_no_table_is_cut_off_on_paper(browser, wide_page, width):
+    show(browser, wide_page, width=width, media="print")
+    tables = browser.execute_script(
+        """return [...document.querySelectorAll("main table")].map(table => {
+          const section = table.closest("section");
+          return [section.id, table.tHead.rows[0].cells.length, table.getBoundingClientRect().right
+            - section.getBoundingClientRect().right, table.offsetHeight];
+        });"""
+    )
+    assert max(columns for _, columns, _, _ in tables) == 20  # that of all scores
+    sideways = () if width == LETTER_LANDSCAPE else ("scores", "tests")
+    cut = [table for table in tables if table[2] > 0.5 and table[0] not in sideways]
+    assert cut == []
+    assert all(height > 0 for *_, height in tables)
+    page = "return getComputedStyle(document.getElementById(arguments[0])).page"
+    assert {browser.execute_script(page, name) for name in ("scores", "tests")} == {"wide"}

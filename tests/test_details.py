@@ -1,11 +1,12 @@
 """Regimens field by field, codes by depth, the cost of a modality: figures made by hand."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
 
-from radonc_jax.evaluation import codes, details, metrics, regimens
+from radonc_jax.evaluation import codes, details, metrics, regimens, run, sections
 from radonc_jax.tasks import TASKS, icd, regimen
 
 
@@ -77,6 +78,51 @@ def test_a_field_that_the_answer_invents_costs_precision_and_not_recall():
     assert boost["n"] == 1 and boost["tuned"]["value"] == 1
     assert boost["tuned"]["precision"] == 1 / 2
     assert boost["tuned"]["f1"] == pytest.approx(2 / 3)
+
+
+def cells(table, row):
+    """The texts of a table's row, without markup."""
+    found = re.search(rf'<tr><th scope="row">{re.escape(row)}</th>(.*?)</tr>', table)[1]
+    return [re.sub(r"<small>.*?</small>|<.*?>", "", cell) for cell in found.split("</td>")[:-1]]
+
+
+def test_the_pages_table_of_fields_shows_what_an_invented_boost_costs():
+    plain = "Prostate, 60 Gy in 20 fractions, VMAT"
+    boosted = f"{plain} + boost 10 Gy in 5 fractions"
+    pairs = [(boosted, plain), (boosted, boosted), (plain, plain)]
+    models = {"original": predictions("regimen", [(plain, right) for _, right in pairs])}
+    models["tuned"] = predictions("regimen", pairs)
+    drawn = []
+    ((_, page),) = sections._regimen(
+        {"tuned": {"n": 3}},
+        regimens.assess(models, bootstrap=20),
+        lambda figure, *words: drawn.append(figure) or "",
+    )
+    heads = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', page)[-8:]
+    assert heads == ["Field", "Cases that state it"] + [
+        f"{score}, {model}"
+        for score in ("Recall", "Precision", "F1")
+        for model in ("original", "tuned")
+    ]
+    # The original states no boost at all.
+    assert cells(page, "Boost") == ["1", "0.000", "1.000", "&ndash;", "0.500", "0.000", "0.667"]
+    assert cells(page, "Dose") == ["3"] + ["1.000"] * 6
+    assert cells(page, "Whole regimen, strict") == ["3", "1.000", "1.000"]
+    assert cells(page, "Strict, boost and kind of treatment too") == ["3", "0.667", "0.667"]
+    (axes,) = drawn[0].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[:3] == ["Whole regimen, strict", "Strict, boost and kind", "Same effect (EQD2)"]
+
+
+def test_a_field_or_an_accuracy_that_is_not_shown_has_dashes():
+    details = regimens.assess(
+        {m: predictions("regimen", REGIMENS) for m in run.MODELS}, bootstrap=0
+    )
+    details["fields"]["side"] = {"n": "<11", "original": None, "tuned": None}
+    details["strict_boost_kind"] = {"original": None, "tuned": None}
+    ((_, page),) = sections._regimen({"tuned": {"n": 6}}, details, lambda *words: "")
+    assert cells(page, "Side") == ["&lt;11"] + ["&ndash;"] * 6
+    assert cells(page, "Strict, boost and kind of treatment too") == ["6", "&ndash;", "&ndash;"]
 
 
 def test_lenient_accuracy_takes_equivalent_doses_and_nothing_else():
@@ -159,6 +205,66 @@ def test_right_words_with_a_dangerous_dose_boost_or_contradiction(answer, refere
     given = predictions("regimen", [(answer, reference)], rouge=0.93)
     result = regimens.assess({"tuned": given}, bootstrap=0)
     assert result["high_rouge_wrong"] == (["c0"] if listed else [])
+
+
+SEEDS = "Prostate, 145 Gy LDR I-125 seeds implant"
+HDR_ALONE = "Prostate, 27 Gy in 2 fractions, HDR mono"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "other"),
+    [
+        (SEEDS, SEEDS, False),
+        ("Prostate, 145 Gy in 1 fraction, VMAT", SEEDS, True),  # deadly
+        ("Prostate, 145 Gy in 1 fraction", SEEDS, True),
+        (SEEDS, "Prostate, 145 Gy in 1 fraction, VMAT", True),
+        ("Prostate, 145 Gy in 1 fraction, HDR", SEEDS, True),
+        ("Prostate, 145 Gy Pd-103 seeds", SEEDS, False),
+        ("Prostate, 27 Gy in 2 fractions, VMAT", HDR_ALONE, True),
+        ("Prostate, 27 Gy in 2 fractions, SBRT", HDR_ALONE, True),
+        ("Prostate, 27 Gy(RBE) in 2 fractions, PBS", HDR_ALONE, True),
+        (HDR_ALONE, "Prostate, 27 Gy in 2 fractions, VMAT", True),
+        ("Prostate, 27 Gy in 2 fractions", HDR_ALONE, False),  # says nothing of its kind
+        (HDR_ALONE, "Prostate, 27 Gy in 2 fractions", False),
+        ("Left breast, 50 Gy in 25 fractions, electrons", PLAIN, False),
+        ("Left breast, 50 Gy(RBE) in 25 fractions, PBS", PLAIN, False),
+    ],
+)
+def test_another_kind_of_treatment_is_dangerous_and_not_wholly_right(answer, reference, other):
+    given = predictions("regimen", [(answer, reference)], rouge=0.93)
+    result = regimens.assess({"tuned": given}, bootstrap=0)
+    assert result["high_rouge_wrong"] == (["c0"] if other else [])
+    # Which domain.md 2.4 (a) leaves out: dose, fractions and place are the same.
+    assert result["strict"]["tuned"]["value"] == 1
+    assert result["strict_boost_kind"]["tuned"]["value"] == 1 - other
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        (BOOSTED, BOOSTED, True),
+        (f"{PLAIN} + boost 10.5 Gy in 5 fractions", BOOSTED, True),
+        (f"{PLAIN} + boost 10.6 Gy in 5 fractions", BOOSTED, False),
+        (f"{PLAIN} + boost 10 Gy in 4 fractions", BOOSTED, False),
+        (PLAIN, BOOSTED, False),  # left out
+        (BOOSTED, PLAIN, False),  # invented
+    ],
+)
+def test_the_third_accuracy_asks_for_the_boost_too(answer, reference, right):
+    given = predictions("regimen", [(answer, reference)])
+    result = regimens.assess({"tuned": given}, bootstrap=0)
+    assert result["strict"]["tuned"]["value"] == result["lenient"]["tuned"]["value"] == 1
+    assert result["strict_boost_kind"]["tuned"]["value"] == right
+
+
+def test_the_third_accuracy_is_of_all_cases_as_the_strict_one_is():
+    same_effect = "Right breast, 41.6 Gy in 16 fractions, VMAT"
+    pairs = [*REGIMENS, (BOOSTED, PLAIN), (same_effect, RIGHT)]
+    result = regimens.assess({"tuned": predictions("regimen", pairs)}, bootstrap=50)
+    assert result["lenient"]["tuned"]["value"] == 3 / 8
+    assert result["strict"]["tuned"]["value"] == 2 / 8
+    found = result["strict_boost_kind"]["tuned"]
+    assert found["value"] == 1 / 8 and found["low"] < 1 / 8 < found["high"]
 
 
 def test_a_wrong_boost_sounds_right():

@@ -478,7 +478,7 @@ def test_damage_that_only_one_of_two_processes_would_meet_is_told_to_both(tmp_pa
     assert (tmp_path / "damaged" / "2").is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_of_two_that_is_killed_costs_the_run_nothing(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"
     arguments = command(

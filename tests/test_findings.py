@@ -548,6 +548,23 @@ def nearly_whole():
     return findings.build_report([dataclasses.replace(found, robustness=probes)], bootstrap=0)
 
 
+def test_few_answers_that_are_right_but_for_their_boost_are_not_told(nearly_whole):
+    boosted = f"{PLAIN}, boost 10 Gy in 5 fractions"
+    entries = []
+    for few in (3, 14):
+        answers = [(PLAIN, "", PLAIN)] * 40 + [(PLAIN, "", boosted)] * few
+        report = findings.build_report([run_in_memory(answers)], bootstrap=0)
+        found = report["tasks"]["regimen"]
+        strict, whole = (
+            round(found["tuned"]["n"] * found["details"][name]["tuned"]["value"])
+            for name in ("strict", "strict_boost_kind")
+        )
+        assert strict - whole == few
+        entries.append(published.publish(report)["tasks"]["regimen"]["details"])
+    assert entries[0]["strict_boost_kind"]["tuned"] is None
+    assert entries[1]["strict_boost_kind"]["tuned"]["value"] == pytest.approx(40 / 54)
+
+
 def test_no_part_that_is_shown_leaves_a_small_count_of_its_whole(nearly_whole):
     assert small_parts(nearly_whole, "regimen").keys() >= {
         "side", "dose", "allowed", "site", "robustness", "both right", "high ROUGE-1",
@@ -784,6 +801,23 @@ def test_a_published_cohort_tells_no_small_count():
     assert public["deidentification"] == {"policy": "redact", "rows": "<11"}
     assert public["annotation"] == {"rows_offered": "<11"} and public["kept"] == 50
     assert facts["excluded"]["no_text"] == 3
+    agreement = {
+        "decision": {"n": 90, "equal": 0.8, "kappa": 0.5},
+        "modality": {"n": 60, "equal": 0.95, "kappa": 0.9},
+        "regimen": {"n": 60, "equal": 0.5, "kappa": 0.4},
+        "exclude_reason": {"n": 12, "equal": 1.0, "kappa": None},
+    }
+    sheets = {"sheets": 2, "rows_offered": 0, "rows": 95, "rows_twice": 90, "agreement": agreement}
+    told = published.publish_cohort({"annotation": sheets})["annotation"]
+    assert (told["rows"], told["rows_twice"]) == ("hidden", 90)  # five are annotated once
+    assert told["agreement"] == agreement | {"modality": {"n": 60, "equal": None, "kappa": 0.9}}
+    agreement["exclude_reason"]["n"] = 9
+    told = published.publish_cohort({"annotation": sheets})["annotation"]["agreement"]
+    # 60 of the same decision with the 21 others would tell the nine; so would the share of these.
+    assert told["exclude_reason"] == {"n": "<11", "equal": None, "kappa": None}
+    assert told["decision"] == {"n": 90, "equal": None, "kappa": 0.5}
+    assert told["regimen"] == {"n": 60, "equal": 0.5, "kappa": 0.4}
+    assert agreement["decision"]["equal"] == 0.8
     few = {"assessed": 53, "kept": 50}
     shown = {"assessed": "hidden", "kept": 50, "rows": {}}
     assert published.publish_cohort(few | {"rows": {"read": 53}}) == shown
@@ -986,8 +1020,43 @@ def test_runs_of_other_cases_stand_side_by_side_but_are_not_compared(tmp_path, c
     runs = [run_folder.read_run(folder) for folder in (first, second)]
     entry = findings.build_report(runs, bootstrap=20)["tasks"]["icd"]
     assert entry["further_runs"][0]["against"] is None
+    why = {"run": "a", "why": "they were not asked the same cases"}
+    assert entry["further_runs"][0]["not_compared"] == why and entry["not_compared"] is None
     with pytest.raises(ValueError, match=r"a \(60 cases\) and b \(60 cases\) did not answer the"):
         findings.require_same_cases(runs)
+
+
+OTHER = {"patient_id": "patients", "reference": "right answers", "prompt_sha256": "prompts"}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_runs_of_another_cohort_with_the_same_ids_are_not_compared(tmp_path, cohort, field):
+    runs = [run_folder.read_run(make_run(tmp_path / name, cohort)) for name in "ab"]
+    changed = {
+        model: {"icd": [p | {field: "another"} for p in given["icd"]]}
+        for model, given in runs[1].predictions.items()
+    }
+    runs[1] = dataclasses.replace(runs[1], predictions=changed, training=())
+    entry = findings.build_report(runs, bootstrap=0)["tasks"]["icd"]["further_runs"][0]
+    why = f"cases of the same ids have other {OTHER[field]}"
+    assert entry["against"] is None and entry["not_compared"] == {"run": "a", "why": why}
+    with pytest.raises(ValueError, match=f"of 60 cases|60 cases .* other {OTHER[field]}"):
+        findings.require_same_cases(runs)
+
+
+def test_prompts_are_the_same_cases_where_models_are_asked_in_the_same_way(workdir):
+    found = run_folder.read_run(workdir)
+
+    def with_prompts(model, prompt):
+        given = [p | {"prompt_sha256": prompt} for p in found.predictions[model]["icd"]]
+        one = found.predictions[model] | {"icd": given}
+        return dataclasses.replace(found, predictions=found.predictions | {model: one})
+
+    with pytest.raises(ValueError, match="original and tuned were asked 60 cases .* other prompts"):
+        findings.build_report([with_prompts("tuned", "another")], bootstrap=0)
+    # Prompts with examples are other words, and older predictions do not tell theirs.
+    for model, prompt in (("original_examples", "another"), ("tuned", None)):
+        findings.build_report([with_prompts(model, prompt)], bootstrap=0)
 
 
 def test_a_folder_that_has_travelled_is_reported_from_what_it_holds(tmp_path, workdir, report):
@@ -1323,8 +1392,25 @@ def test_scores_of_another_model_with_the_same_accuracy_are_refused(icd_run, coh
     shutil.copy(folders[0] / run.METRICS, folders[1] / run.METRICS)
     with pytest.raises(ValueError, match="tuned: metrics.json is not of the answers in .* again"):
         run_folder.read_run(icd_run)
-    unstamp(folders[1])  # of an older version, which named no predictions, nothing tells them
-    assert run_folder.read_run(icd_run).metrics["tuned"]["icd"]["model"] == "original"
+    # An older version named no predictions; of which model they are, it did.
+    unstamp(folders[1])
+    with pytest.raises(ValueError, match="is of model original, not of tuned; evaluate again"):
+        run_folder.read_run(icd_run)
+    scores = json.loads((folders[1] / run.METRICS).read_text())
+    (folders[1] / run.METRICS).write_text(json.dumps(scores | {"model": "tuned"}))
+    found = run_folder.read_run(icd_run)
+    assert found.unproven == ("tuned",)
+    entry = findings.build_report([found], bootstrap=20)["tasks"]["icd"]
+    for name in ("f1_weighted", "per_class", "confusion"):
+        assert entry["tuned"][name] == written[1][name] != written[0][name]
+
+
+def test_a_folder_of_another_model_s_answers_is_refused(icd_run):
+    folder = icd_run / "evaluation" / "test"
+    for name in (run.PREDICTIONS, run.METRICS):
+        shutil.copy(folder / "original" / name, folder / "tuned" / name)
+    with pytest.raises(ValueError, match="is of model original, not of tuned; evaluate again"):
+        run_folder.read_run(icd_run)
 
 
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "9e999"])
@@ -1436,9 +1522,40 @@ def test_evaluating_again_judges_anew_what_is_there_and_replaces_what_does_not_b
     assert asked == 60 and evaluate() == (0, whole)
     of_an_older_version(folder, 3)
     assert evaluate() == (0, whole)  # none is decoded again
+    unstamp(folder)
+    assert evaluate() == (0, whole)
     scores = json.loads(whole[run.METRICS]) | {"predictions_sha256": "of other answers"}
     (folder / run.METRICS).write_text(json.dumps(scores))
     assert evaluate() == (60, whole)
+
+
+def test_the_best_reachable_accuracy_is_that_of_the_test_split_alone(icd_run, cohort):
+    config = SimpleNamespace(
+        cohort=str(cohort), task="icd", seed=0, decode=SimpleNamespace(max_new_tokens=8),
+        batch=SimpleNamespace(over_length="fail"),
+        precision=SimpleNamespace(compute="float32", base="float32"),
+    )  # fmt: skip
+    origin = {"trained_fingerprint": "a", "base_fingerprint": "b", "architecture": {}, "lora": None}
+    options = {"output": None, "config": config, "origin": origin}
+    for split, known in (("test", 0.93), ("validation", None), ("train", None)):
+        records = load_records(cohort, split)
+        given = options | {"split": split, "model": "tuned"}
+        scores = answer_split(Decoder([]), records, select("icd"), **given)
+        assert scores.get("ceiling") == known, split
+    for model in run.MODELS:  # with the test split's, as older versions wrote it
+        answer(icd_run, cohort, model, 0.7, split="validation")
+        path = icd_run / "evaluation" / "validation" / model / run.METRICS
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"ceiling": 0.93}))
+    found = {s: run_folder.read_run(icd_run, s) for s in ("test", "validation")}
+    assert found["test"].ceiling == {"icd": 0.93} and found["validation"].ceiling == {}
+    for split, known in (("test", 0.93), ("validation", None)):
+        entry = findings.build_report([found[split]], bootstrap=0)["tasks"]["icd"]
+        assert entry["ceiling"] == known
+        assert all(entry[model].get("ceiling") is None for model in run.MODELS)
+        assert ("accuracy is not known" in entry["verdict"]["sentences"][-1]) == (known is None)
+    # Scored anew, too.
+    older = dataclasses.replace(found["validation"], unproven=run.MODELS)
+    assert "ceiling" not in findings.build_report([older], bootstrap=0)["tasks"]["icd"]["tuned"]
 
 
 @pytest.mark.parametrize("value", ["null", "NaN", "true", '"0.5"'])

@@ -107,9 +107,10 @@ def test_agrees_with_scikit_learn_on_random_data(seed):
     answers = [p["answer"] for p in predictions]
     result = score(predictions, "icd", bootstrap=0)
     for name, value in sklearn_scores(references, answers).items():
-        assert result[name]["value"] == pytest.approx(value, abs=1e-12)
+        assert result[name]["value"] == pytest.approx(value, rel=0, abs=1e-12)
     readable = [answer or "" for answer in answers]
-    assert result["accuracy"]["value"] == pytest.approx(accuracy_score(references, readable))
+    expected = accuracy_score(references, readable)
+    assert result["accuracy"]["value"] == pytest.approx(expected, rel=0, abs=1e-12)
     matrix = np.array(result["confusion"]["matrix"])
     assert matrix.sum() == 200
     assert matrix[:, -1].sum() == result["unparseable"] == answers.count(None)
@@ -177,7 +178,7 @@ def simulate_class_scores(classes, cases, each, runs, seed):
     for references, answers, _ in simulated_splits(classes, cases, each, runs, seed):
         value = f1_macro(references, answers)
         samples = metrics.ClassCounts(references.astype(str), answers.astype(str)).samples(draw)
-        found.append((value, *draw.centred_interval(value, samples["f1_macro"], 0, 1)))
+        found.append((value, *metrics.class_interval("f1_macro", value, samples["f1_macro"], draw)))
     return np.array(found)
 
 
@@ -197,6 +198,88 @@ def test_intervals_of_macro_f1_are_too_narrow_with_many_classes_of_a_single_case
     covered = np.mean((low <= value.mean()) & (value.mean() <= high))
     assert 0.88 <= covered <= 0.92
     assert "but in about 90 with 28 classes in 100 cases" in DEFINITIONS["95 % interval"]
+
+
+def simulated_answers(classes, patients, each, score, runs, seed, likeness=1 / 7):
+    """(references, answers) of test splits with a micro F1 of `score` on average; the cases of a
+    patient correlate by `likeness` in being right, and have classes of their own."""
+    rng = np.random.default_rng(seed)
+    shares = 1 / np.arange(1, classes + 1)
+    shares /= shares.sum()
+    luck = (shares**2).sum()  # a guess is right too, now and then
+    mean, size = (score - luck) / (1 - luck), 1 / likeness - 1
+    for _ in range(runs):
+        references, guessed = rng.choice(classes, (2, patients * each), p=shares)
+        chance = rng.beta(mean * size, (1 - mean) * size, patients)
+        right = rng.random(patients * each) < np.repeat(chance, each)
+        yield references, np.where(right, references, guessed)
+
+
+@pytest.mark.parametrize(
+    ("patients", "each", "score"), [(300, 1, 0.95), (141, 3, 0.965), (100, 3, 0.98)]
+)
+def test_intervals_of_weighted_and_micro_scores_cover_near_1(patients, each, score):
+    draw = PatientBootstrap(np.arange(patients * each) // each, 300, seed=1)
+    found = {"f1_weighted": [], "f1_micro": [], "precision_weighted": []}
+    for references, answers in simulated_answers(15, patients, each, score, runs=1000, seed=3):
+        hits, given, held = (
+            np.bincount(rows, minlength=15)
+            for rows in (references[references == answers], answers, references)
+        )
+        values = {
+            "f1_weighted": held @ (2 * hits / np.maximum(given + held, 1)) / held.sum(),
+            "f1_micro": hits.sum() / held.sum(),  # every answer is some class
+            "precision_weighted": held @ (hits / np.maximum(given, 1)) / held.sum(),
+        }
+        samples = metrics.ClassCounts(references.astype(str), answers.astype(str)).samples(draw)
+        for name, value in values.items():
+            ends = metrics.class_interval(name, value, samples[name], draw)
+            found[name].append((value, *ends))
+    for name, rows in found.items():
+        value, low, high = np.array(rows).T
+        assert value.mean() == pytest.approx(score, abs=0.004)
+        # A class that is hardly ever answered has a precision of 1 too often.
+        least, most = (0.91, 0.95) if name == "precision_weighted" else (0.93, 0.97)
+        assert least <= np.mean((low <= value.mean()) & (value.mean() <= high)) <= most, name
+        assert ((low <= value) & (value <= high)).all()
+
+
+def test_intervals_of_macro_scores_are_centred_and_those_of_micro_scores_wilsons():
+    predictions = random_predictions(200, 17, seed=2)
+    pair = ([p[name] for p in predictions] for name in ("reference", "answer"))
+    draw = PatientBootstrap([p["patient_id"] for p in predictions], 200, seed=7)
+    samples = metrics.ClassCounts(*pair).samples(draw)
+    result = score(predictions, "icd", bootstrap=200, seed=7)
+    for name in metrics.CLASS_SCORES:
+        found = result[name]
+        ends = (
+            draw.centred_interval(found["value"], samples[name], 0, 1)
+            if name.endswith("macro")
+            else draw.share_interval(found["value"], samples[name])
+        )
+        assert (found["low"], found["high"]) == ends, name
+
+
+@pytest.mark.parametrize(("task", "classes"), [("icd", 17), ("modality", 0)])
+def test_micro_and_weighted_recall_are_the_accuracy_with_its_interval(task, classes):
+    if classes:
+        predictions = random_predictions(300, classes, seed=4)
+    else:
+        given = ["photon"] * 70 + ["proton"] * 5 + [None] * 5
+        predictions = [
+            prediction(i, "proton" if i % 7 == 0 else "photon", answer, i // 2)
+            for i, answer in enumerate(given)
+        ]
+    result = score(predictions, task, bootstrap=200)
+    for name in ("recall_micro", "recall_weighted"):
+        assert result[name] == pytest.approx(result["accuracy"], rel=0, abs=1e-12)
+
+
+def test_a_precision_of_1_that_resamples_lower_has_an_interval():
+    # One case is answered; without that patient there is no answer, and the precision is 0.
+    cases = [prediction(i, "photon", "photon" if i == 0 else None) for i in range(12)]
+    found = score(cases)["precision_micro"]
+    assert found["value"] == found["high"] == 1 and found["low"] < 0.5
 
 
 def differ(references, original, tuned, patients, **options):

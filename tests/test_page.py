@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from reports import HOSTILE, run_in_memory
+from reports import HOSTILE, make_cohort, make_run, run_in_memory
 
 from radonc_jax.evaluation import codes, report, robustness
 from radonc_jax.evaluation.baselines import BASELINES
@@ -17,6 +17,7 @@ from radonc_jax.evaluation.findings import build_report
 from radonc_jax.evaluation.page import DEFINITIONS, EFFECTS, SCORES, render_page
 from radonc_jax.evaluation.published import publish
 from radonc_jax.evaluation.run import VARIANTS
+from radonc_jax.evaluation.run_folder import read_run
 
 RIGHT = "Left breast, 50 Gy in 25 fractions"
 WRONG_DOSE = "Left breast, 60 Gy in 25 fractions"
@@ -122,7 +123,38 @@ def test_the_best_reachable_accuracy_is_a_share_and_then_its_task():
         run_in_memory([("C61", "", "C61")] * 12, "icd"), ceiling={"icd": 0.959}
     )
     text = shown(render(run)).replace("\N{NO-BREAK SPACE}", " ")
-    assert "no reader of these texts could be right in more than 95.9 % (ICD-10-CM code)." in text
+    said = "on average no reader of such texts could be right in more than 95.9 % (ICD-10-CM code)."
+    assert said in text
+    assert "the best reachable accuracy is 95.9 % on average." in text
+    assert "on average" in DEFINITIONS["Best reachable"]
+
+
+# 97.6 % of the cases, 1.5: a full stop that ends no sentence has no space behind it.
+SENTENCE_END = r"[.!?](?=\s|$)"
+
+
+@pytest.mark.parametrize("task", ["all", "icd", "regimen", "modality"])
+@pytest.mark.parametrize("right", [(0.3, 0.8), (0.8, 0.3), (0.0, 0.0), (1.0, 1.0)])
+def test_the_first_screen_has_three_sentences_and_one_table(tmp_path, task, right):
+    run = read_run(make_run(tmp_path / "run", make_cohort(tmp_path / "cohort"), task, right))
+    examples = {"original_examples": run.predictions["tuned"]}
+    metrics = {"original_examples": run.metrics["tuned"]}
+    run = dataclasses.replace(
+        run, predictions=run.predictions | examples, metrics=run.metrics | metrics
+    )
+    page = render(run)
+    first = page[page.index('<section id="found"') : page.index("<nav")]
+    assert page.index("<h1>") < page.index('<section id="found"') and "<h3" not in first
+    before, sentences, after = re.split(r'<div class="found">(.*?)</div>', first, flags=re.DOTALL)
+    said = [re.sub(r"<[^>]*>", "", part) for part in re.findall("<p>(.*?)</p>", sentences)]
+    starts = ("Tuning ", "Against simple baselines: ", "How sure: ")
+    assert [part.startswith(start) for part, start in zip(said, starts, strict=True)] == [True] * 3
+    assert [len(re.findall(SENTENCE_END, part)) for part in said] == [1] * 3
+    assert all(part.endswith(".") for part in said)
+    assert before.count("<p") == after.count("<p>") == before.count("<table") == 0
+    assert after.count("<table") == 1 and after.index("<table") < after.index("<figure")
+    rows = re.search("<tbody.*?</tbody>", after, re.DOTALL)[0].count("<tr")
+    assert rows == len(run.predictions["tuned"]) == (3 if task == "all" else 1)
 
 
 def test_where_no_answer_is_right_the_first_screen_names_no_rival():
@@ -167,6 +199,40 @@ def test_every_measure_that_the_page_shows_has_a_definition():
     shown_names += ["Conformal sets", "Simple baseline, the hardest to beat", "Best reachable"]
     lacking = [name for name in shown_names if not any(words(name) <= one for one in defined)]
     assert lacking == []
+
+
+def test_definitions_say_what_a_reader_may_take_for_more():
+    simple = DEFINITIONS["Simple baselines"]
+    assert "20,000 most frequent words and pairs of words" in simple
+    assert "20,000 training cases, drawn at random, and of their answers the 300 most" in simple
+    assert "capped and not tuned" in simple and "number of neighbours, is 5 and C, the" in simple
+    assert "Each rival's p is its own, not adjusted for how many there are" in simple
+    assert "chosen and measured on these same cases" in DEFINITIONS["Calibration"]
+    customary = DEFINITIONS["Regimens, field by field"]
+    assert "whatever the stage and the intent, so that a palliative dose counts too" in customary
+
+
+def test_runs_that_were_not_compared_are_named_with_the_reason(tmp_path):
+    runs = [
+        run_in_memory([("C61", "", "C61")] * 3, "icd", name="mistral & co"),
+        run_in_memory([("C61", "", "C61")] * 4, "icd", name="llama"),
+        run_in_memory([("C61", "", "C20")] * 3, "icd", name="other"),
+    ]
+    for include_text in (True, False):
+        content = report.write_runs(runs, tmp_path, include_text=include_text, bootstrap=0)
+        entry = content["tasks"]["icd"]
+        why = {"run": "mistral & co", "why": "they were not asked the same cases"}
+        assert [e["not_compared"] for e in entry["further_runs"]] == [why, None]
+        assert entry["not_compared"] is None
+        text = shown((tmp_path / "report.html").read_text())
+        assert text.count("Not compared") == 1
+        assert (
+            "Not compared : ICD-10-CM code, the tuned models of llama and mistral &amp; co: they "
+            "were not asked the same cases."
+        ) in text
+    told = "icd: llama not compared with mistral & co: they were not asked the same cases"
+    assert told in report.describe(content, tmp_path).splitlines()
+    assert "Not compared" not in shown(render(runs[0], runs[2]))
 
 
 def test_a_report_without_any_task_says_so():
@@ -455,6 +521,63 @@ def test_tripod_items_are_filled_from_manifests_and_blank_without_them():
     ):
         assert bare[unknown] is None
     assert not any("None" in (text or "") for text in (rows | bare).values())
+
+
+AGREEMENT = {
+    "decision": {"n": 80, "equal": 0.75, "kappa": 0.4567},
+    **{name: {"n": 48, "equal": 1.0, "kappa": None} for name in ("modality", "regimen", "icd10")},
+    "exclude_reason": {"n": 12, "equal": 1.0, "kappa": 1.0},
+}
+ANNOTATION = {
+    "files": [
+        {"name": "dr_doe.csv", "sha256": "1a", "entries": 120},
+        {"name": "dr_roe.csv", "sha256": "1b", "entries": 80},
+    ],
+    "annotated_twice": 80,
+    "agreement": AGREEMENT,
+    "adjudication": {"name": "dr_poe.csv", "sha256": "1c", "entries": 20},
+    "rows_offered": 30,
+}
+
+
+def test_annotators_and_their_agreement_are_told_of_where_there_were_any():
+    told = answered(cohort=COHORT | {"annotation": ANNOTATION})
+    assert told["8b"] == (
+        "2 annotators and an adjudicator. Rows annotated: 120, by both: 80. All other labels come "
+        "from the records."
+    )
+    assert told["8c"] == (
+        "Share of equal entries of two annotators and Cohen's kappa, where it is defined: decision "
+        "(n 80) equal 0.75 kappa 0.46; modality (n 48) equal 1.00; regimen (n 48) equal 1.00; "
+        "icd10 (n 48) equal 1.00; exclude reason (n 12) equal 1.00 kappa 1.00. Their background: "
+        "for the authors."
+    )
+    none = {name: {"n": 0, "equal": None, "kappa": None} for name in AGREEMENT}
+    one = {"files": ANNOTATION["files"][:1], "annotated_twice": 0, "agreement": none}
+    told = answered(cohort=COHORT | {"annotation": one})
+    assert told["8b"].startswith("1 annotator. Rows annotated: 120. All other") and not told["8c"]
+    told = answered(cohort=COHORT | {"annotation": {"rows_offered": 30}})
+    assert told["8b"] is told["8c"] is None
+    assert "dr_" not in json.dumps(disclosed(cohort=COHORT | {"annotation": ANNOTATION}))
+
+
+def test_the_published_form_tells_no_file_name_and_no_small_number_of_annotated_rows():
+    few = {name: {"n": 9, "equal": 1.0, "kappa": 0.8765} for name in AGREEMENT}
+    annotation = ANNOTATION | {"agreement": AGREEMENT | {"exclude_reason": few["decision"]}}
+    origin = {"source": {"name": "dr_doe_extract.csv", "sha256": "8fd3" * 16}}
+    run = run_in_memory([("C61", "C20", "C61")] * 4, "icd")
+    run = dataclasses.replace(run, cohort=COHORT | origin | {"annotation": annotation})
+    content = build_report([run], bootstrap=0)
+    assert "dr_doe_extract.csv" in render_page(content, [run])
+    public = publish(content)
+    page = render_page(public, [run], include_text=False)
+    for text in (json.dumps(public), page):
+        assert "dr_" not in text and "0.8765" not in text and "0.88" not in text
+    rows = {
+        row["item"]: row["answer"] for row in public["disclosure"]["run"]["tripod_llm"]["items"]
+    }
+    assert rows["5a"].startswith("One extract for all splits (SHA-256 begins 8fd38fd38fd3).")
+    assert rows["8c"].endswith("exclude reason (n <11). Their background: for the authors.")
 
 
 RULES = ["patient_known", "diagnosis_present", "regimen_complete", "code_present", "code_valid"]

@@ -161,7 +161,9 @@ def test_what_a_flipped_side_must_do_to_an_answer():
     assert expected("icd", "side_flip", "C50.411") == "C50.412"
     assert expected("icd", "side_flip", "C44.212") == "C44.219"  # numbered irregularly
     assert expected("icd", "side_flip", "C61") is None
-    assert expected("modality", "side_flip", "photon") == "photon"
+    # Protons for a left breast, photons for a right one: either may be right.
+    assert expected("modality", "side_flip", "photon") is None
+    assert expected("modality", "synonyms", "photon") == "photon"
     flipped = expected("regimen", "side_flip", "Right breast, 40 Gy in 15 fractions, VMAT")
     assert flipped == "Left breast, 40 Gy in 15 fractions, VMAT"
     assert expected("regimen", "side_flip", "Prostate, 70 Gy in 28 fractions") is None
@@ -211,6 +213,35 @@ def test_a_model_that_reads_passes_and_one_that_does_not_fails_the_flip():
     assert summary["side_flip"]["high"] > 0.2  # twelve cases do not make it certain
     assert summary["irrelevant_sentence"]["rate"] == 1.0
     json.dumps(summary, allow_nan=False)
+
+
+def test_a_flipped_side_is_not_asked_of_the_modality():
+    """Protons for the left breast, which the site table knows, is no failure."""
+    task, asked = TASKS["modality"], []
+
+    def decode(task, diagnoses):
+        asked.extend(diagnoses)
+        return [
+            SimpleNamespace(text="proton" if re.search("left|Lt", text) else "photon")
+            for text in diagnoses
+        ]
+
+    given = [
+        {"case_id": record.case_id, "answer": task.parse(generation.text)}
+        for record, generation in zip(
+            RECORDS, decode(task, [record.diagnosis for record in RECORDS]), strict=True
+        )
+    ]
+    asked.clear()
+    summary, cases = robustness.probe(decode, RECORDS, task, given)
+    assert set(summary) == set(robustness.PERTURBATIONS) - {"side_flip"}
+    assert {case["perturbation"] for case in cases} == set(summary)
+    assert len(asked) == len(cases) == 3 * len(RECORDS)
+    assert {entry["rate"] for entry in summary.values()} == {1.0}
+    assert {entry["expected"] for entry in summary.values()} == {"same"}
+    assert all(
+        set(robustness.asked_of(t)) == set(robustness.PERTURBATIONS) for t in ("regimen", "icd")
+    )
 
 
 def test_texts_are_changed_alike_whatever_the_order_of_the_cases():

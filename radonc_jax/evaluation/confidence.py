@@ -148,7 +148,7 @@ def assess(predictions: Sequence[dict], validation: Sequence[dict] | None = None
     {reliability, ece, brier, risk_coverage [{coverage, risk}], aurc, coverage_at_5_percent_error,
     conformal or null}. The curve is thinned to about a hundred points, its last one included. The
     coverage at 5 % error is the largest at which at most one covered answer in twenty is wrong, 0
-    where there is none.
+    where there is none. It is chosen and measured on the same cases: on new ones more may be wrong.
     """
     confidence = confidences(predictions)
     if confidence is None or not len(confidence):

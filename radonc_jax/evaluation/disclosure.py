@@ -98,10 +98,18 @@ def facts(config: Mapping, cohort: Mapping, split: str) -> dict:
         told["deidentification"]["classes"] = sorted(found)
     if cohort.get("annotation") is not None:
         annotation = cohort["annotation"]
+        files, twice = annotation.get("files") or (), annotation.get("annotated_twice", 0)
         told["annotation"] = {
-            "sheets": len(annotation.get("files") or ()),
+            "sheets": len(files),
             "rows_offered": annotation.get("rows_offered", 0),
         }
+        if files:
+            told["annotation"] |= {
+                "adjudicated": "adjudication" in annotation,
+                "rows": sum(file["entries"] for file in files) - twice,
+                "rows_twice": twice,
+                "agreement": annotation.get("agreement") or {},
+            }
     table1 = cohort.get("table1") or {}
     if cohort:
         told |= {"table1": "table1" in cohort, "flow": "flow" in cohort}
@@ -233,6 +241,8 @@ def tripod_llm(source: Source) -> list[dict[str, str | None]]:
         "7a": "Section Definitions of this report; formulae in the docstrings of the code.",
         "7c": _comparisons(source),
         "8a": _annotation(source),
+        "8b": _annotators(source),
+        "8c": _agreement(source),
         "9a": _prompts(source),
         "9b": _prompt_data(source),
         "10": "Does not apply: no summarisation.",
@@ -346,7 +356,8 @@ def _cohort(source: Source) -> str | None:
         text += f" of {_number(cohort['assessed'])} assessed"
     text += "."
     if cohort.get("ceiling"):
-        text += " The cases are synthetic: their best reachable accuracy is known."
+        text += " The cases are synthetic"
+        text += ": their best reachable accuracy is known." if source.split == "test" else "."
     digest = (source.manifest.get("cohort") or {}).get("manifest_sha256")
     return text + (f" SHA-256 of its manifest begins {digest[:12]}." if digest else "")
 
@@ -533,11 +544,12 @@ def _failures(source: Source) -> str | None:
 
 def _sources(source: Source) -> str | None:
     origin = source.cohort.get("source") or {}
-    if not origin.get("name"):
+    if not origin.get("sha256"):
         return None
     rows = (source.cohort.get("rows") or {}).get("read")
     return (
-        f"One extract for all splits, {origin['name']}"
+        "One extract for all splits"
+        + (f", {origin['name']}" if origin.get("name") else "")  # none in the published form
         + (f", {_number(rows)} rows" if rows else "")
         + f" (SHA-256 begins {str(origin.get('sha256'))[:12]}). Why these: for the authors."
     )
@@ -566,7 +578,43 @@ def _annotation(source: Source) -> str | None:
             f"Labels come from the records; {_number(offered)} uncertain rows were offered to "
             "annotators, none was annotated."
         )
-    return f"{sheets} annotation sheet(s) were read back; of agreement the cohort's manifest tells."
+    return f"{sheets} annotation sheet(s) were read back, for rows that the rules left uncertain."
+
+
+def _annotators(source: Source) -> str | None:
+    annotation = source.cohort.get("annotation") or {}
+    if not annotation.get("sheets"):
+        return None
+    one = annotation["sheets"] == 1
+    people = "1 annotator" if one else f"{annotation['sheets']} annotators"
+    if annotation["adjudicated"]:
+        people += " and an adjudicator"
+    return (
+        f"{people}. Rows annotated: {_number(annotation['rows'])}"
+        + ("." if one else f", by both: {_number(annotation['rows_twice'])}.")
+        + " All other labels come from the records."
+    )
+
+
+def _agreement(source: Source) -> str | None:
+    """Of what was annotated twice; None where nothing was."""
+    agreement = (source.cohort.get("annotation") or {}).get("agreement") or {}
+    fields = []
+    for name, found in agreement.items():
+        if not found["n"]:
+            continue
+        told = f"{name.replace('_', ' ')} (n {_number(found['n'])})"
+        if found["equal"] is not None:
+            told += f" equal {found['equal']:.2f}"
+        if found["kappa"] is not None:
+            told += f" kappa {found['kappa']:.2f}"
+        fields.append(told)
+    if not fields:
+        return None
+    return (
+        "Share of equal entries of two annotators and Cohen's kappa, where it is defined: "
+        f"{'; '.join(fields)}. Their background: for the authors."
+    )
 
 
 def _comparisons(source: Source) -> str | None:

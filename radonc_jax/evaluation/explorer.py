@@ -144,7 +144,7 @@ def explorer_section(data: Mapping) -> str:
         ("both-wrong", "Both wrong"),
     ]
     if any(row[9] for row in cases):
-        results.append(("close", "Right words, wrong dose or side"))
+        results.append(("close", "Right words, wrong dose, side or kind"))
     fields = []
     if len(data["runs"]) > 1:
         runs = [("", "All"), *enumerate(data["runs"])]
@@ -175,8 +175,9 @@ def explorer_section(data: Mapping) -> str:
         '<button type="button" id="next">Next</button></p>'
     )
     return (
-        "<p>Regimens with the right words and a wrong dose or side come first, then wrong answers, "
-        "those nearest to the reference in wording at the top. Confidence is the tuned model's."
+        "<p>Regimens with the right words and a wrong dose, side or kind of treatment come first, "
+        "then wrong answers, those nearest to the reference in wording at the top. Confidence is "
+        "the tuned model's."
         f"</p>{note}<noscript><p>The list of cases needs scripts; predictions.jsonl has them."
         "</p></noscript>"
         f'<form id="filter" role="search" aria-label="Filter the cases">{"".join(fields)}</form>'

@@ -37,7 +37,7 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
       tests: as `compare_models` gives it, tuned against original.
       baselines {majority, lookup, nearest, tfidf: metrics} or null where the cohort is not at hand;
         baseline_tests {name: compare_models of tuned against it} or null.
-      ceiling: the best reachable accuracy or null.
+      ceiling: the best reachable accuracy, an expectation, or null; known of the test split alone.
       verdict: see `judge_tuning`. details: see `details.assess`.
       confidence {model or variant: see `confidence.assess`}: null for one without probabilities.
       robustness {model: {perturbation: {n, rate, expected}}} or null; subgroups: see there.
@@ -47,7 +47,8 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
         predictions.jsonl, read or judged by an earlier version of the code; every figure of the
         entry is of this version.
       against {run, model, tests} or null: this run's tuned model against that of the first run of
-        the task, where both answered the same cases.
+        the task, where both answered the same cases. not_compared {run, why} or null: where they
+        did not, the first run and the reason in words.
     In every family of tests (`wilcoxon`, `wilcoxon_rouge1`, `wilcoxon_by_patient`, `mcnemar`) Holm
     adjusts over all entries of the report (`p_holm`); those of `against`, of `baseline_tests` and
     of `variant_tests` are families of their own.
@@ -63,7 +64,7 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
     found: dict[str, list[dict]] = {
         task: [
             _entry(run, name, task, bootstrap, seed)
-            | {"against": _against(group[0], name, run, task, bootstrap, seed)}
+            | _against(group[0], name, run, task, bootstrap, seed)
             for name, run in group
         ]
         for task, group in by_task.items()
@@ -143,7 +144,7 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
             kind: compare_models(given, models["tuned"], names=(kind, "tuned"), **options)
             for kind, given in baselines.items()
         },
-        "ceiling": run.metrics["tuned"][task].get("ceiling", run.ceiling.get(task)),
+        "ceiling": _ceiling(run, task),
         "sizes": run.sizes,
         "left_out": list(run.left_out),
         "judged_anew": {
@@ -160,6 +161,13 @@ def _entry(run: Run, name: str, task: str, bootstrap: int, seed: int) -> dict:
         or None,
         "subgroups": subgroups.assess(both, rows, rarity, **options),
     }
+
+
+def _ceiling(run: Run, task: str) -> float | None:
+    """That of the test split's patients, though older versions wrote it beside every split."""
+    if run.split != "test":
+        return None
+    return run.metrics["tuned"][task].get("ceiling", run.ceiling.get(task))
 
 
 def _code_counts(run: Run) -> tuple[Counter | None, dict[str, int] | None]:
@@ -185,9 +193,11 @@ def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
     """Model or variant -> its predictions, all in the order of the original's cases.
 
     Raises:
-      ValueError: one of them did not answer the same cases.
+      ValueError: one of them did not answer the same cases, or the tuned model was not asked in the
+        words that the original was.
     """
     original = run.predictions["original"][task]
+    _require_same_prompts(original, run.predictions["tuned"][task], names=MODELS)
     return {
         model: [
             given
@@ -200,12 +210,15 @@ def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
 
 def _scored(run: Run, model: str, task: str, options: dict) -> dict:
     """The model's metrics.json, scored anew where it was written before a score was thought of, its
-    intervals were of another definition than those beside them, or its answers were read or judged
-    otherwise: figures and tests of a report are of one definition."""
+    intervals were of another definition than those beside them, its answers were read or judged
+    otherwise, or it does not say of which answers it is: figures and tests of a report are of one
+    definition and of the same answers."""
     written = run.metrics[model][task]
+    if run.split != "test":  # see `_ceiling`
+        written = {name: value for name, value in written.items() if name != "ceiling"}
     needed = (*scores.ROUGE_SCORES, *scores.CLASS_SCORES, "unparseable_share", "patients")
     same_intervals = written.get("interval_method") == INTERVAL_METHOD
-    same_answers = task not in run.judged_anew.get(model, {})
+    same_answers = model not in run.unproven and task not in run.judged_anew.get(model, {})
     with_patients = all("patients" in row for row in written["per_class"].values())
     complete = all(name in written for name in needed)
     if same_intervals and same_answers and with_patients and complete:
@@ -218,28 +231,61 @@ def _scored(run: Run, model: str, task: str, options: dict) -> dict:
 
 def _against(
     first: tuple[str, Run], name: str, run: Run, task: str, bootstrap: int, seed: int
-) -> dict | None:
-    """This run's tuned model against that of the task's first run, on the same cases."""
+) -> dict:
+    """`against` and `not_compared` of an entry: this run's tuned model against that of the task's
+    first run, on the same cases."""
     other_name, other = first
     if other is run:
-        return None
-    try:
-        tests = compare_models(
-            other.predictions["tuned"][task],
-            run.predictions["tuned"][task],
-            bootstrap=bootstrap,
-            seed=seed,
-            names=(other_name, name),
+        return {"against": None, "not_compared": None}
+    given = [which.predictions["tuned"][task] for which in (other, run)]
+    why = _other_cases(*given)
+    if why is not None:  # such runs stand side by side, and cannot be compared
+        return {"against": None, "not_compared": {"run": other_name, "why": why}}
+    tests = compare_models(*given, bootstrap=bootstrap, seed=seed, names=(other_name, name))
+    against = {"run": other_name, "model": other.provenance.get("model"), "tests": tests}
+    return {"against": against, "not_compared": None}
+
+
+# What makes a case another, whatever its id: field of a prediction and its name in a sentence.
+_CASE = {"patient_id": "patients", "reference": "right answers", "prompt_sha256": "prompts"}
+
+
+def _other_cases(first: Sequence[dict], second: Sequence[dict]) -> str | None:
+    """Why answers to one task cannot be compared, in words without counts and ids; None where they
+    can be: they are to the same cases."""
+    if {p["case_id"] for p in first} != {p["case_id"] for p in second}:
+        return "they were not asked the same cases"
+    for field, called in _CASE.items():
+        if _differing(first, second, field):
+            return f"cases of the same ids have other {called}"
+    return None
+
+
+def _differing(first: Sequence[dict], second: Sequence[dict], field: str) -> int:
+    """Of how many cases in both lists both tell the field, and not the same."""
+    told = {prediction["case_id"]: prediction.get(field) for prediction in first}
+    pairs = [(told.get(p["case_id"]), p.get(field)) for p in second]
+    return sum(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+
+def _require_same_prompts(
+    first: Sequence[dict], second: Sequence[dict], names: Sequence[str]
+) -> None:
+    """ValueError where models that are asked in the same words were not: another cohort can have
+    the same ids and references. Not for prompts with examples, which are other words."""
+    differing = _differing(first, second, "prompt_sha256")
+    if differing:
+        raise ValueError(
+            f"{names[0]} and {names[1]} were asked {differing} cases of the same ids with other "
+            "prompts; evaluate both on the same cohort"
         )
-    except ValueError:  # runs of other cohorts stand side by side, and cannot be compared
-        return None
-    return {"run": other_name, "model": other.provenance.get("model"), "tests": tests}
 
 
 def require_same_cases(runs: Sequence[Run]) -> None:
     """
     Raises:
-      ValueError: a run answered no task of the first run, or other cases of one.
+      ValueError: a run answered no task of the first run, or other cases of one, or was asked them
+        with other prompts.
     """
     names = _distinct_names(runs)
     for name, run in zip(names[1:], runs[1:], strict=True):
@@ -249,11 +295,9 @@ def require_same_cases(runs: Sequence[Run]) -> None:
                 f"{name} answered no task that {names[0]} answered; compare runs of the same task"
             )
         for task in sorted(shared):
-            pair_predictions(
-                runs[0].predictions["tuned"][task],
-                run.predictions["tuned"][task],
-                names=(names[0], name),
-            )
+            given = [each.predictions["tuned"][task] for each in (runs[0], run)]
+            pair_predictions(*given, names=(names[0], name))
+            _require_same_prompts(*given, names=(names[0], name))
 
 
 def _distinct_names(runs: Sequence[Run]) -> list[str]:

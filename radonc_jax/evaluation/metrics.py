@@ -15,8 +15,9 @@ Definitions:
   (regimen) has no classes, so the values are null there.
 * unparseable_share, unfinished_share: of all cases; unfinished answers hit the token limit.
 
-Intervals come from a bootstrap by patient: of means they are Wilson's with its variance; those of
-class scores keep the set of classes fixed and are centred on the value. See `statistics`.
+Intervals come from a bootstrap by patient that keeps the set of classes fixed. Of means, and of
+micro and weighted scores, which are such or nearly so (recall is the accuracy itself), they are
+Wilson's with its variance; those of macro scores are centred on the value. See `statistics`.
 """
 
 import functools
@@ -184,7 +185,7 @@ def _classification(
     if bootstrap:
         draw = PatientBootstrap(patients, bootstrap, seed)
         for name, samples in counts.samples(draw).items():
-            ends = draw.centred_interval(result[name]["value"], samples, 0, 1)
+            ends = class_interval(name, result[name]["value"], samples, draw)
             result[name]["low"], result[name]["high"] = ends
     people = Counter(reference for reference, _ in set(zip(references, patients, strict=True)))
     result["per_class"] = {
@@ -192,6 +193,21 @@ def _classification(
     }
     result["confusion"] = _confusion(references, answers, task)
     return result
+
+
+def class_interval(
+    name: str, value: float, samples: np.ndarray, draw: PatientBootstrap
+) -> tuple[float, float]:
+    """The 95 % interval of one of CLASS_SCORES with bootstrap samples [B] of it.
+
+    Resamples lack rare classes, which shifts macro scores: theirs is centred on the value. Micro
+    and weighted scores are of cases as the accuracy is (and micro and weighted recall are the
+    accuracy), so theirs is Wilson's; the centred one covers as few as 90 % of simulations of 0.95
+    to 0.98. Wilson's is not defined where a value of 1 has resamples below (precision).
+    """
+    if name.endswith("_macro") or not 1e-9 < value < 1 - 1e-9:
+        return draw.centred_interval(value, samples, 0, 1)
+    return draw.share_interval(value, samples)
 
 
 class ClassCounts:

@@ -72,7 +72,7 @@
     const made = element("li"), terms = element("dl"), title = [row[CASE], data.tasks[row[TASK]]];
     if (data.runs.length > 1) title.push(data.runs[row[RUN]]);
     made.append(element("h3", title.join(", ")));
-    if (row[CLOSE]) made.append(element("p", "Right words, wrong dose or side", "flag"));
+    if (row[CLOSE]) made.append(element("p", "Right words, wrong dose, side or kind", "flag"));
     if (row[SITE] !== null) add(terms, "Site", text(row[SITE]).replaceAll("_", " "));
     if (row[DIAGNOSIS] !== null) add(terms, "Diagnosis", text(row[DIAGNOSIS]));
     add(terms, "Reference", text(row[REFERENCE]));

@@ -14,6 +14,12 @@ from importlib import resources
 from matplotlib.figure import Figure
 
 from radonc_jax.evaluation import figures
+from radonc_jax.evaluation.baselines import (
+    MOST_ANSWERS,
+    MOST_FEATURES,
+    MOST_TRAINING,
+    NEIGHBOURS,
+)
 from radonc_jax.evaluation.disclosure import cases_of
 from radonc_jax.evaluation.explorer import Texts, explorer_section
 from radonc_jax.evaluation.figures import TITLES, name_of
@@ -378,7 +384,8 @@ def _certainty(report: Mapping) -> str:
     ]
     if ceilings:
         return (
-            text + f"; no reader of these texts could be right in more than {_sentence(ceilings)}."
+            f"{text}; on average no reader of such texts could be right in more than "
+            f"{_sentence(ceilings)}."
         )
     return text + "; the best reachable accuracy is not known."
 
@@ -498,7 +505,7 @@ SIDES = (
 
 def _tests(report: Mapping) -> str:
     tables = _test_table(report) + _rival_table(report) + _against_table(report)
-    return f"<p>{escape(SIDES)}</p>{tables}"
+    return f"<p>{escape(SIDES)}</p>{tables}{_not_compared(report)}"
 
 
 def _test_table(report: Mapping) -> str:
@@ -578,6 +585,17 @@ def _against_table(report: Mapping) -> str:
     return make_table("The tuned models of two runs on the same cases.", heads, rows, texts=3)
 
 
+def _not_compared(report: Mapping) -> str:
+    """The runs that the table before has no row of, and why."""
+    return "".join(
+        f"<p><strong>Not compared</strong>: {escape(TITLES[task])}, the tuned models of "
+        f"{escape(entry['run'])} and {escape(entry['not_compared']['run'])}: "
+        f"{escape(entry['not_compared']['why'])}.</p>"
+        for task, entry in entries(report)
+        if entry.get("not_compared")
+    )
+
+
 _TEST_CELLS = (
     "Difference in accuracy",
     "Wilcoxon p",
@@ -638,17 +656,18 @@ DEFINITIONS = {
     "unreadable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
     "classes.",
     "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
-    "few patients. Of accuracy, ROUGE-1 and other means of scores from 0 to 1 it is Wilson's "
-    "interval with the bootstrap's variance, which holds near 0 and 1 too; of differences it is "
-    "the central 95 % of the resamples. Where all patients score alike: what the score would be if "
-    "the largest share of all patients that may differ (exact binomial) were wholly wrong or "
-    "wholly right. Accuracies of 0.5 to 0.98 lie in their interval in 93 to 97 of 100 test splits "
-    "of 120 or 422 patients, and in 94 to 98 of 40 patients, but in about 92 where a few of 40 "
-    "patients hold nearly all errors, each in most of its cases. Of macro scores over many rare "
-    "classes the interval is too narrow: in simulations it holds the macro F1 to be expected in 93 "
-    "to 97 of 100 test splits with 15 classes in 300 cases, but in about 90 with 28 classes in 100 "
-    "cases, 11 of them with a single case, and the difference in macro F1 in 92 to 95, the fewer "
-    "where few cases differ.",
+    "few patients. Of accuracy, ROUGE-1 and other means of scores from 0 to 1, and of micro and "
+    "weighted scores, it is Wilson's interval with the bootstrap's variance, which holds near 0 "
+    "and 1 too; of macro scores it is as wide as the resamples spread, and centred on the value; "
+    "of differences it is the central 95 % of the resamples. Where all patients score alike: what "
+    "the score would be if the largest share of all patients that may differ (exact binomial) "
+    "were wholly wrong or wholly right. Accuracies of 0.5 to 0.98 lie in their interval in 93 to "
+    "97 of 100 test splits of 120 or 422 patients, and in 94 to 98 of 40 patients, but in about "
+    "92 where a few of 40 patients hold nearly all errors, each in most of its cases; weighted "
+    "precision near 1 in 92 to 94. Of macro scores over many rare classes the interval is too "
+    "narrow: in simulations it holds the macro F1 to be expected in 93 to 97 of 100 test splits "
+    "with 15 classes in 300 cases, but in about 90 with 28 classes in 100 cases, 11 of them with "
+    "a single case, and the difference in macro F1 in 92 to 95, the fewer where few cases differ.",
     "Wilcoxon p": "One-sided signed-rank test, case by case, that the tuned model is better; "
     "cases on which the models tie are left out. It is exact, with tied ranks too (of right and "
     "wrong the binomial test), but for a normal approximation where more than 300 cases differ "
@@ -671,35 +690,48 @@ DEFINITIONS = {
     "Simple baselines": "Answers that need no language model, made from the training cases. "
     "Majority class: the most frequent answer. Dictionary lookup: the most frequent answer to the "
     "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
-    "regression: a classifier on the words. A model that does not beat them is of no use. The "
-    "simple baseline that is the hardest to beat is the one that the tuned model stands worst to, "
-    "of several the most accurate. Better or worse is said where the interval of the difference "
-    "lies on one side of 0 and McNemar's p (by patient, of two sides, where patients have several "
-    "cases) is at most 0.05, and of all else that it is unclear.",
-    "Best reachable": "The best accuracy any reader of these texts could reach. It is known for "
+    "regression: a classifier on the words. They are capped and not tuned: the last two see the "
+    f"{MOST_FEATURES:,} most frequent words and pairs of words, the classifier at most "
+    f"{MOST_TRAINING:,} training cases, drawn at random, and of their answers the {MOST_ANSWERS} "
+    f"most frequent; k, the number of neighbours, is {NEIGHBOURS} and C, the classifier's, 10 in "
+    "every cohort. A model that does not beat them is of no use. The simple baseline that is the "
+    "hardest to beat is the one that the tuned model stands worst to, of several the most "
+    "accurate. Better or worse is said where the interval of the difference lies on one side of 0 "
+    "and McNemar's p (by patient, of two sides, where patients have several cases) is at most "
+    "0.05, and of all else that it is unclear. Each rival's p is its own, not adjusted for how "
+    "many there are: the tuned model beats all of them where it is better than each, and where it "
+    "is worse than one, that one does better; beside these p stand Holm's, of the one-sided "
+    "Wilcoxon tests under Tests, of McNemar's in report.json.",
+    "Best reachable": "The accuracy that the best reader of these texts would have on average, "
+    "so that on these very cases it can be a little more. It is known of the test split of "
     "synthetic cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "
-    "the same. Strict: side, target, fractions and dose as above. Same effect: EQD2 = BED / (1 + "
+    "the same (recall), of the answers that state it the share right (precision), and their "
+    "harmonic mean (F1). Strict: side, target, fractions and dose as above. Strict, boost and kind "
+    "of treatment too: also the reference's boost, or none where it has none, and not sources "
+    "implanted, or brachytherapy, for external beam or the reverse. Same effect: EQD2 = BED / (1 + "
     "2 / (alpha/beta)) with BED = nd (1 + d / (alpha/beta)) within 5 %, with an alpha/beta of 1.5 "
     "Gy for the prostate, 4 for the breast and the chest wall and 10 elsewhere, and a number of "
     "fractions of the same class (1, 2 to 8, 9 to 24, 25 and more). Customary for the site: any "
-    "dose and number of fractions that the site table lists for it, not more often a day, to the "
+    "dose and number of fractions that the site table lists for it, whatever the stage and the "
+    "intent, so that a palliative dose counts too, not more often a day, to the "
     "reference's side and target, of the same kind of treatment (modality; implant or not), with "
     "no boost, the reference's (behind a first phase whose EQD2 is at most 5 % above the "
     "reference's) or one that the table lists for such regimens. The right words: a ROUGE-1 of 0.8 "
     "or more. A wrong dose: a first phase or a boost that is more than 0.5 Gy away, missing or "
     "added, or is given in another number of fractions with a dose per fraction more than 5 % "
-    "away; or more fractions a day. An answer that contradicts itself is neither right nor "
+    "away; or more fractions a day. A wrong kind: sources implanted, or brachytherapy, for "
+    "external beam or the reverse. An answer that contradicts itself is neither right nor "
     "customary, and counts as wrong in dose or side.",
     "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice. In the interval 3 is wholly wrong and 0 wholly right.",
     "Robustness": "The text is changed a little: where the side in it is flipped the side of a "
-    "regimen or a code must follow and a modality must stay the same; synonyms, shuffled fields or "
-    "an irrelevant sentence must not change the answer. Each answer is held against the model's "
-    "own to the text as it was, right or wrong. Left out are cases whose own answer could "
-    "not be read or, of a regimen or a code, has no side to flip, and texts to which the change "
-    "does not apply or that it makes too long for the model.",
+    "regimen or a code must follow (a modality may hang on the side, and is not asked); synonyms, "
+    "shuffled fields or an irrelevant sentence must not change the answer. Each answer is held "
+    "against the model's own to the text as it was, right or wrong. Left out are cases whose own "
+    "answer could not be read or, of a regimen or a code, has no side to flip, and texts to which "
+    "the change does not apply or that it makes too long for the model.",
     "Codes": "A code that can be billed is one of the table without codes below it. By depth: the "
     "chapter, block or category of the answer is the reference's; full: the code itself. Errors: "
     "too general is a code above the reference, too specific one below it; side only differs in "
@@ -711,7 +743,8 @@ DEFINITIONS = {
     "all labels were scored, over these labels, so that theirs sum to 1. ECE: mean "
     "distance between confidence and share right over the bins, weighted by their cases. Brier "
     "score: mean squared distance between confidence and right (1) or wrong (0). Coverage at 5 % "
-    "error: the largest share of cases, most confident first, of which at most 5 % are wrong. "
+    "error: the largest share of cases, most confident first, of which at most 5 % are wrong; it "
+    "is chosen and measured on these same cases, so on new ones more of that share may be wrong. "
     "Conformal sets hold the right answer in at least the stated share of cases if new cases are "
     "like those of the validation split. They stand where the same model answered that split too, "
     "asked in the same way.",

@@ -49,10 +49,11 @@ def publish(report: Mapping) -> dict:
     and robustness that are of few patients have n "<11" and no scores. A part that is shown beside
     its whole is large, and so is what it leaves of it: else its n is "hidden" and it has no scores,
     or it is null. `provenance` keeps hashes, versions and settings, but no folder and no command
-    line; of models the last part of the name stays.
+    line; of models the last part of the name stays, of the extract the hash without its name.
 
     On purpose there stays what is of all answers to the split: n, patients, unreadable and
-    unfinished answers, accuracy (of models, variants and baselines), strict and lenient accuracy,
+    unfinished answers, accuracy (of models, variants and baselines), strict and lenient
+    accuracy (that which asks for boost and kind too where it leaves no small count of strict),
     agreement by depth, ROUGE-1, averages over classes, ECE, Brier score, AURC, intervals and
     p-values. Counts of answers (right, wrong, a confusion) are of cases, groups are of patients.
     Who solves for every average and every p-value together, or knows which codes a site has, may
@@ -77,6 +78,11 @@ def publish(report: Mapping) -> dict:
                     found["high_rouge_wrong_share"][model] = None
             if found["high_rouge_wrong_share"]["tuned"] is None:
                 found["high_rouge_wrong_n"] = None
+        for model, whole in found.get("strict_boost_kind", {}).items():
+            # What strict accuracy leaves of it: right but for the boost or the kind of treatment.
+            missed = round(n * found["strict"][model]["value"]) - round(n * whole["value"])
+            if is_small(missed):
+                found["strict_boost_kind"][model] = None
         if found.get("allowed"):
             found["allowed"] = _publish_row(found["allowed"], patients, n)
         if "cost" in found:
@@ -116,8 +122,11 @@ def publish(report: Mapping) -> dict:
 
 
 def publish_cohort(facts: Mapping) -> dict:
-    """What the disclosure tells of a cohort, its counts of 1 to 10 rows or patients as "<11"."""
+    """What the disclosure tells of a cohort, its counts of 1 to 10 rows or patients as "<11", and
+    without the name of the extract's file, in which a name of a person may stand."""
     result = dict(facts)
+    if "source" in facts:
+        result["source"] = {key: v for key, v in facts["source"].items() if key != "name"}
     if is_small(facts.get("assessed", 0) - facts.get("kept", 0)):
         # Where a patient has one row, the rows read tell it too.
         result |= {"assessed": "hidden", "rows": {}}
@@ -133,7 +142,30 @@ def publish_cohort(facts: Mapping) -> dict:
         count = (result.get(name) or {}).get(key, 0)
         if is_small(count):
             result[name] = result[name] | {key: _SMALL}
+    if (result.get("annotation") or {}).get("sheets"):
+        result["annotation"] = _publish_annotation(result["annotation"])
     return result
+
+
+def _publish_annotation(told: Mapping) -> dict:
+    """What is told of annotation sheets: no number of few rows, and no share that tells one."""
+    rows, twice = told["rows"], told["rows_twice"]
+    agreement = {name: dict(found) for name, found in told["agreement"].items()}
+    # Of the rows that two annotated: both keep it, both leave it out, they differ.
+    parts = {name: agreement.get(name, {"n": 0})["n"] for name in ("regimen", "exclude_reason")}
+    shown = _publish_counts(parts | {"decision": twice - sum(parts.values())})
+    for name, found in agreement.items():
+        n, part = found["n"], shown.get(name, shown["regimen"])
+        if is_small(n):
+            found |= {"n": _SMALL, "equal": None, "kappa": None}
+        elif n and (part is None or _parts(round(n * found["equal"]), n) is None):
+            found |= {"n": n if name == "decision" or part is not None else _HIDDEN, "equal": None}
+    hidden = _HIDDEN if is_small(rows - twice) else rows
+    return told | {
+        "rows": _SMALL if is_small(rows) else hidden,
+        "rows_twice": _SMALL if is_small(twice) else twice,
+        "agreement": agreement,
+    }
 
 
 _PLACES = ("workdir", "folder", "command", "xla_flags")  # of this machine and its people

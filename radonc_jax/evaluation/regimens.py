@@ -1,4 +1,5 @@
-"""Regimens beyond right and wrong: field by field, leniently, and where ROUGE hides an error."""
+"""Regimens beyond right and wrong: field by field, leniently, with boost and kind of treatment too,
+and where ROUGE hides an error."""
 
 import functools
 import importlib.resources
@@ -155,13 +156,43 @@ def _parsed(prediction: dict) -> tuple[Regimen | None, Regimen | None]:
     )
 
 
+def is_other_kind(answer: Regimen, reference: Regimen) -> bool:
+    """Whether the first phases are of kinds that cannot stand for each other: sources implanted in
+    one alone, or brachytherapy in one and stated external beam in the other.
+
+    One without a modality may be of any, but for an implant, which must be stated: 145 Gy in one
+    fraction is another treatment. Photons for protons or electrons are no other kind.
+    """
+    if answer.implant != reference.implant:
+        return True
+    modalities = {answer.modality, reference.modality}
+    return None not in modalities and len(modalities) == 2 and "brachytherapy" in modalities
+
+
+def same_in_boost_and_kind(answer: Regimen, reference: Regimen) -> bool:
+    """Strict accuracy (`same_regimen`) that asks for boost and kind of treatment too.
+
+    Right only if strictly right, with the reference's boost (dose within DOSE_TOLERANCE_GY, the
+    same fractions) or with none where the reference has none, and not of another kind
+    (`is_other_kind`).
+    """
+    boosts = (stated_fields(regimen)["boost"] for regimen in (answer, reference))
+    return (
+        same_regimen(answer, reference)
+        and same_field("boost", *boosts)
+        and not is_other_kind(answer, reference)
+    )
+
+
 def _is_dangerous(answer: Regimen | None, reference: Regimen) -> bool:
-    """Whether the answer would treat another side, or give another dose, than the reference.
+    """Whether the answer would treat another side, give another dose or be another kind of
+    treatment (`is_other_kind`) than the reference.
 
     A dose is that of the first phase, of its fractions and of the boost: one that only the answer
     has is added, one that it leaves out is missed, and either counts. So do more fractions a day,
-    and an answer that contradicts itself. Fewer a day, another technique and another number of
-    fractions of nearly the same dose do not: they change the effect, and harm far less.
+    and an answer that contradicts itself. Fewer a day, another technique of the same kind and
+    another number of fractions of nearly the same dose do not: they change the effect, and harm far
+    less.
     """
     if answer is None:
         return False
@@ -172,7 +203,15 @@ def _is_dangerous(answer: Regimen | None, reference: Regimen) -> bool:
         stated_fields(answer)["side"] != stated_fields(reference)["side"]
         or not _same_dosing(*first)
         or not _same_dosing(_boost(answer), _boost(reference))
+        or is_other_kind(answer, reference)
     )
+
+
+_ACCURACIES = {
+    "strict": same_regimen,
+    "lenient": equivalent_regimen,
+    "strict_boost_kind": same_in_boost_and_kind,
+}
 
 
 def _counts(chosen: np.ndarray, patients: Sequence[str]) -> dict[str, int]:
@@ -197,19 +236,19 @@ def assess(
       fields {name: {n, patients, model: {value, low, high, precision, f1}}}: of the n cases (of so
       many patients) whose reference states the field, the share in which the answer has the same
       (recall), the share right among the answers that state it, and their harmonic mean. strict and
-      lenient accuracy {model: ...}, over all cases. allowed {n, patients, model: ...} over the
-      cases of known sites, or null.
+      lenient accuracy {model: ...}, over all cases; strict_boost_kind, strict accuracy that asks
+      for boost and kind of treatment too (`same_in_boost_and_kind`). allowed {n, patients, model:
+      ...} over the cases of known sites, or null.
       high_rouge_wrong: ids of the tuned model's cases with ROUGE-1 of HIGH_ROUGE or more whose
-      dose (first phase, fraction or boost), times a day or side is wrong or contradictory, the
-      highest first; high_rouge_wrong_n, their number; high_rouge_wrong_share {model: ...}. A case
-      may be among them and strictly right, for strict accuracy leaves the boost out.
-      unreadable_references: cases left out of fields and lenient accuracy's reading; there the
-      answer is right if it repeats the words.
+      dose (first phase, fraction or boost), times a day, side or kind of treatment is wrong or
+      contradictory, the highest first; high_rouge_wrong_n, their number; high_rouge_wrong_share
+      {model: ...}. A case may be among them and strictly right, for strict accuracy leaves boost
+      and kind out. unreadable_references: cases left out of fields and of the reading for the three
+      accuracies; there the answer is right if it repeats the words.
     """
     result: dict = {
         "fields": {name: {"n": 0} for name in FIELDS},
-        "strict": {},
-        "lenient": {},
+        **{name: {} for name in _ACCURACIES},
         "allowed": None,
         "high_rouge_wrong": [],
         "high_rouge_wrong_n": 0,
@@ -236,18 +275,13 @@ def assess(
                 float((same & given & right).sum() / given.sum()) if given.any() else None
             )
             result["fields"][name] |= _counts(right, patients)
-        columns["strict"] = np.array(
-            [
-                bool(p["correct"]) if None in pair else same_regimen(*pair)
-                for p, pair in zip(predictions, pairs, strict=True)
-            ]
-        )
-        columns["lenient"] = np.array(
-            [
-                bool(p["correct"]) if None in pair else equivalent_regimen(*pair)
-                for p, pair in zip(predictions, pairs, strict=True)
-            ]
-        )
+        for name, is_right in _ACCURACIES.items():
+            columns[name] = np.array(
+                [
+                    bool(p["correct"]) if None in pair else is_right(*pair)
+                    for p, pair in zip(predictions, pairs, strict=True)
+                ]
+            )
         hidden = np.array(
             [
                 p["rouge1"] >= HIGH_ROUGE and right is not None and _is_dangerous(given, right)
@@ -282,8 +316,8 @@ def assess(
                 total = recall + precise_or_none
                 f1 = 2 * recall * precise_or_none / total if total else 0.0
             result["fields"][name][model] = scores[name] | {"precision": precise, "f1": f1}
-        result["strict"][model] = scores["strict"]
-        result["lenient"][model] = scores["lenient"]
+        for name in _ACCURACIES:
+            result[name][model] = scores[name]
         result["high_rouge_wrong_share"][model] = scores["hidden"]
         if "allowed" in scores:
             result["allowed"] = result["allowed"] or _counts(within["allowed"], patients)

@@ -40,7 +40,7 @@ def write_report(
 
 def describe(report: Mapping, output: Path) -> str:
     """What commands print at their end: a line for each task and for each two runs that were
-    compared, and where the page of `report`, in the folder `output`, is."""
+    compared, or could not be, and where the page of `report`, in the folder `output`, is."""
     lines = []
     for task, entry in report["tasks"].items():
         original, tuned = entry["original"]["accuracy"], entry["tuned"]["accuracy"]
@@ -56,6 +56,9 @@ def describe(report: Mapping, output: Path) -> str:
                     f"{task}: {other['run']} tuned against {other['against']['run']} tuned: "
                     f"{100 * difference:+.1f} points, {_p(other['against']['tests'])}"
                 )
+            if other["not_compared"] is not None:
+                first, why = (other["not_compared"][key] for key in ("run", "why"))
+                lines.append(f"{task}: {other['run']} not compared with {first}: {why}")
     return "\n".join([*lines, f"report: {output / 'report.html'}"])
 
 

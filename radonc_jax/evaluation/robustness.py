@@ -1,11 +1,11 @@
 """Does the answer hang on what it should: answers to diagnosis texts that were changed a little.
 
 Each perturbation is a pure function of a text and a random generator; it gives the changed text,
-or None where it does not apply. A flip of the side must flip the answer's side; the others change
-nothing that an answer may depend on, so the parsed answer must stay the same by the task's own
-accuracy (a regimen: target, side, dose and fractions). What is measured is
-the model against itself, right or wrong: an answer that ignores the text is steady and still fails
-the flip.
+or None where it does not apply. A flip of the side must flip the answer's side, and is not asked of
+the modality, which may hang on it (protons for a left breast); the others change nothing that an
+answer may depend on, so the parsed answer must stay the same by the task's own accuracy (a regimen:
+target, side, dose and fractions). What is measured is the model against itself, right or wrong: an
+answer that ignores the text is steady and still fails the flip.
 """
 
 import json
@@ -167,13 +167,21 @@ PERTURBATIONS: dict[str, Callable[[str, np.random.Generator], str | None]] = {
 }
 
 
+def asked_of(task: str) -> tuple[str, ...]:
+    """The perturbations that a task is asked. A flip of the side says nothing of a modality: the
+    site table has "left" among the reasons for protons, so either answer may be right."""
+    return tuple(name for name in PERTURBATIONS if (task, name) != ("modality", "side_flip"))
+
+
 def expected_answer(task: str, perturbation: str, answer: str) -> str | None:
     """The answer that a changed text must get where the text as it was got `answer`.
 
-    None where nothing follows: a flipped side says nothing of a code or a regimen without one, or
-    of a regimen that contradicts itself.
+    None where nothing follows: a flipped side says nothing of a modality, of a code or a regimen
+    without one, or of a regimen that contradicts itself.
     """
-    if perturbation != "side_flip" or task == "modality":
+    if perturbation not in asked_of(task):
+        return None
+    if perturbation != "side_flip":
         return answer
     if task == "icd":
         return other_side(answer)
@@ -210,10 +218,11 @@ def probe(
         too long are left out and counted.
 
     Returns:
-      {perturbation: {n, patients, left_out, rate, low, high, expected}}: the share of the n cases
-      (of so many patients) to which it applies whose answer did what it must, `expected` being
-      "flips" or "same", with its interval by patient (rate null where n is 0); and the cases,
-      {case_id, patient_id, task, perturbation, as_expected}.
+      {perturbation: {n, patients, left_out, rate, low, high, expected}} of the perturbations
+      `asked_of` the task: the share of the n cases (of so many patients) to which it applies whose
+      answer did what it must, `expected` being "flips" or "same", with its interval by patient
+      (rate null where n is 0); and the cases, {case_id, patient_id, task, perturbation,
+      as_expected}.
 
     Raises:
       ValueError: a record has no prediction, or the decoder gives another number of answers.
@@ -226,13 +235,13 @@ def probe(
             f"{', '.join(missing[:3])}; evaluate the split first"
         )
     asked, texts, left_out = [], [], Counter()
-    for name, change in PERTURBATIONS.items():
+    for name in asked_of(task.name):
         for record in records:
             answer = given[record.case_id]
             wanted = None if answer is None else expected_answer(task.name, name, answer)
             if wanted is None:
                 continue
-            text = change(record.diagnosis, _generator(seed, record.case_id, name))
+            text = PERTURBATIONS[name](record.diagnosis, _generator(seed, record.case_id, name))
             if text is not None and not fits(task, text):
                 left_out[name] += 1
             elif text is not None:
@@ -255,9 +264,8 @@ def probe(
         for (name, record, wanted), generation in zip(asked, generations, strict=True)
     ]
     summary = {}
-    for name in PERTURBATIONS:
+    for name in asked_of(task.name):
         own = [case for case in cases if case["perturbation"] == name]
-        flips = name == "side_flip" and task.name != "modality"
         score = {"value": None, "low": None, "high": None}
         if own:
             score = bootstrap_mean(
@@ -274,7 +282,7 @@ def probe(
             "rate": score["value"],
             "low": score["low"],
             "high": score["high"],
-            "expected": "flips" if flips else "same",
+            "expected": "flips" if name == "side_flip" else "same",
         }
     return summary, cases
 

@@ -46,7 +46,9 @@ class Run:
     the variants that the folder has. `validation` are the predictions of the validation split, of
     the models that answered it; `robustness` what robustness.json of a model holds. What lies there
     from another checkpoint, base or cohort than the model's answers to `split`, and validation
-    answers that were asked for with other settings, are in `left_out`.
+    answers that were asked for with other settings, are in `left_out`. `ceiling` is known of the
+    test split alone. The metrics of the models in `unproven` do not name their predictions, as
+    older versions left them: another model's could lie there.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Run:
     validation: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
     robustness: dict[str, dict] = field(default_factory=dict)
     left_out: Sequence[str] = ()  # a line each
+    unproven: Sequence[str] = ()  # models
     # Model (or "validation/" and model) and task -> answers that an earlier version of the code
     # read or judged otherwise than `predictions` and `validation` have them.
     judged_anew: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -124,6 +127,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         raise FileNotFoundError(f"{workdir} is no run folder")
     predictions, metrics, provenance, answers = {}, {}, {}, {}
     left_out: list[str] = []
+    unproven: list[str] = []
     judged_anew: dict[str, dict[str, int]] = {}
     for model in VARIANTS:
         folder = workdir / "evaluation" / split / model
@@ -146,8 +150,10 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
                 "evaluate both with the same --constrained"
             )
             continue
-        found = read_evaluation(folder, split)
+        found = read_evaluation(folder, split, model)
         predictions[model], metrics[model] = found.predictions, found.metrics
+        if not found.proven:
+            unproven.append(model)
         if found.judged_anew:
             judged_anew[model] = found.judged_anew
         provenance[f"{model}_{PREDICTIONS_SHA256}"] = found.sha256
@@ -192,7 +198,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         predictions=predictions,
         metrics=metrics,
         provenance=provenance,
-        ceiling=facts.get("ceiling") or {},
+        ceiling=(facts.get("ceiling") or {}) if split == "test" else {},
         training=training,
         held_out=held_out,
         sizes=sizes,
@@ -203,6 +209,7 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         robustness=_read_robustness(workdir, split, provenance, judged_anew, left_out),
         judged_anew=judged_anew,
         left_out=tuple(left_out),
+        unproven=tuple(unproven),
     )
 
 
@@ -322,6 +329,8 @@ def _read_robustness(
                 "--robustness again"
             )
             continue
+        for task, rates in found.items():  # an older version asked some tasks more
+            found[task] = {name: rates[name] for name in robustness.asked_of(task) if name in rates}
         for task in sorted(found.keys() & judged_anew.get(model, {}).keys()):
             del found[task]
             left_out.append(
@@ -337,17 +346,23 @@ class Evaluation:
     """One folder of answers: `predictions` and `metrics` by task, `sha256` of predictions.jsonl.
 
     The predictions are read and judged as this version of the code does it; `judged_anew` tells, by
-    task, how many of them stand otherwise in the file, and so do the metrics of these tasks.
+    task, how many of them stand otherwise in the file, and so do the metrics of these tasks. They
+    are `proven` where they name these predictions by their hash; else they may be another model's
+    with as many right answers, and are to be made anew.
     """
 
     predictions: dict[str, list[dict]]
     metrics: dict[str, dict]
     sha256: str
     judged_anew: dict[str, int]
+    proven: bool
 
 
-def read_evaluation(folder: Path, split: str) -> Evaluation:
+def read_evaluation(folder: Path, split: str, model: str) -> Evaluation:
     """Predictions and metrics of one model by task, held against each other.
+
+    Args:
+      model: one of VARIANTS, that answered.
 
     Raises:
       FileNotFoundError, ValueError: as `read_run`, of this one folder.
@@ -356,6 +371,7 @@ def read_evaluation(folder: Path, split: str) -> Evaluation:
     content = _read_json(folder / METRICS)
     try:
         metrics = split_tasks(content)
+        models = sorted({str(entry["model"]) for entry in metrics.values()})
         told = {
             task: (entry["split"], entry["n"], entry["unparseable"], entry["accuracy"]["value"])
             for task, entry in metrics.items()
@@ -394,17 +410,22 @@ def read_evaluation(folder: Path, split: str) -> Evaluation:
                 "unparseable); evaluate again"
             )
     digest = sha256(folder / PREDICTIONS)
-    if content.get(PREDICTIONS_SHA256, digest) != digest:  # older ones name none
+    proven = PREDICTIONS_SHA256 in content  # older ones name none
+    if proven and content[PREDICTIONS_SHA256] != digest:
         raise ValueError(
             f"{folder}: {METRICS} is not of the answers in {PREDICTIONS}: the SHA-256 that it "
             "names is another; evaluate again"
+        )
+    if models != [model]:
+        raise ValueError(
+            f"{folder / METRICS}: is of model {', '.join(models)}, not of {model}; evaluate again"
         )
     judged_anew = {}
     for task in predictions.keys() & TASKS.keys():
         predictions[task], changed = judge_again(predictions[task], TASKS[task])
         if changed:
             judged_anew[task] = changed
-    return Evaluation(predictions, metrics, digest, judged_anew)
+    return Evaluation(predictions, metrics, digest, judged_anew, proven)
 
 
 def _read_validation(
@@ -419,7 +440,7 @@ def _read_validation(
     if split == "validation":  # would be calibrated on itself
         return {}
     found = {
-        model: read_evaluation(folder / model, "validation")
+        model: read_evaluation(folder / model, "validation", model)
         for model in predictions
         if (folder / model / PREDICTIONS).is_file()
         and (folder / model / METRICS).is_file()

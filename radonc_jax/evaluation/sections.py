@@ -25,6 +25,7 @@ from radonc_jax.evaluation.run import MODELS
 SHOWN_ERRORS = 12  # regimens with the right words and a wrong dose; the explorer has them all
 WIDEST_MATRIX = 12  # classes of a confusion matrix that is shown whole
 SHOWN_CONFUSIONS = 15
+_STRICT_WHOLE = "Strict, boost and kind of treatment too"
 HIDDEN = "hidden"  # what the published form leaves out: a count below 11, or one that tells it
 
 
@@ -40,7 +41,7 @@ def task_parts(
     shown = {"regimen": _regimen, "icd": _icd, "modality": _modality}[task]
     sections = [
         *(shown(entry, details, drawer) if details else ()),
-        ("Regimens with the right words and a wrong dose or side", _errors(entry, details, texts)),
+        ("The right words and a wrong dose, side or kind", _errors(entry, details, texts)),
         ("Confusion", _confusion(entry)),
         ("Each class", _per_class(entry)),
         ("Confidence", _confidence(entry, drawer)),
@@ -117,6 +118,7 @@ def _regimen(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
         key: name
         for key, name in (
             ("strict", "Whole regimen, strict"),
+            ("strict_boost_kind", _STRICT_WHOLE),
             ("lenient", "Same effect (EQD2)"),
             ("allowed", "Customary for the site"),
         )
@@ -125,18 +127,34 @@ def _regimen(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
     rows = _rows({key: details[key] for key in whole}, whole)
     counts = [details[key].get("n", entry["tuned"]["n"]) for key in whole]
     fields = details.get("fields") or {}
-    rows += _rows(fields)
-    counts += [field.get("n") for field in fields.values()]
-    if not rows:
+    if not rows and not fields:
         return []
-    drawn = [row for row in rows if any(as_score(v)["value"] is not None for v in row[1].values())]
+    short = {_STRICT_WHOLE: "Strict, boost and kind"}  # a figure has room for 22 characters
+    drawn = [
+        (short.get(label, label), scores)
+        for label, scores in rows + _rows(fields)
+        if any(as_score(score)["value"] is not None for score in scores.values())
+    ]
     figure = drawer(
         figures.draw_rows(drawn, "share right"),
         "Share right, whole regimens and each field; circles: tuned, squares: original.",
         "Share right of each field of a regimen",
     )
-    table = _compared("Regimens, whole and field by field.", "What", rows, counts)
-    return [("Field by field", _beside(figure, table))]
+    content = _beside(figure, _compared("Whole regimens, share right.", "Right in", rows, counts))
+    return [("Field by field", content + (_field_table(fields) if fields else ""))]
+
+
+def _field_table(fields: Mapping[str, Mapping]) -> str:
+    """Recall alone would let an invented boost cost nothing."""
+    heads = ["Field", "Cases that state it"]
+    heads += [f"{score}, {m}" for score in ("Recall", "Precision", "F1") for m in MODELS]
+    body = []
+    for name, field in fields.items():
+        scores = [field.get(model) or {} for model in MODELS]
+        recall = [score_cell(score or None) for score in scores]
+        others = [plain_cell(score.get(key)) for key in ("precision", "f1") for score in scores]
+        body.append([_words(name), plain_cell(field.get("n")), *recall, *others])
+    return make_table("Fields of a regimen: stated and right.", heads, body)
 
 
 def _icd(entry: Mapping, details: Mapping, drawer: Drawer) -> list[Section]:
@@ -193,18 +211,18 @@ def _errors(entry: Mapping, details: Mapping, texts: Texts | None) -> str:
     count = round((as_score(shares.get("tuned"))["value"] or 0) * entry["tuned"]["n"])
     if not count:
         return (
-            "<p>No answer shares most of its words with a reference whose dose, boost or side it "
-            "gets wrong.</p>"
+            "<p>No answer shares most of its words with a reference whose dose, boost, side or "
+            "kind of treatment it gets wrong.</p>"
         )
     listed = details["high_rouge_wrong"]
     said = f"{count:,} of {entry['tuned']['n']:,} tuned answers have a ROUGE-1 of 0.8 or more and "
-    said += "a wrong dose, boost or side."
+    said += "a wrong dose, boost, side or kind of treatment."
     if texts is None or not listed:
         return f"<p>{said}</p>"
     if len(listed) > SHOWN_ERRORS:
         said += f" The first {SHOWN_ERRORS} are here, all of them come first under Cases."
     return f"<p>{said}</p>" + make_table(
-        "The right words with a wrong dose, boost or side, the highest ROUGE-1 first.",
+        "The right words with a wrong dose, boost, side or kind, the highest ROUGE-1 first.",
         ["Case", "Reference", "Tuned answer", "ROUGE-1"],
         [texts.error(entry["run"], case) for case in listed[:SHOWN_ERRORS]],
         texts=3,

@@ -224,9 +224,9 @@ def _remains(entry: Mapping) -> str:
     hidden = (entry["details"].get("high_rouge_wrong_share") or {}).get("tuned")
     if hidden and (count := round(n * hidden["value"])):
         sound = "sounds" if count == 1 else "sound"
-        text += f"; {count:,} {sound} right (ROUGE-1) with a wrong dose, boost or side"
+        text += f"; {count:,} {sound} right (ROUGE-1) with a wrong dose, boost, side or kind"
     if entry["ceiling"] is not None:
-        text += f"; the best reachable accuracy is {_percent(entry['ceiling'])}"
+        text += f"; the best reachable accuracy is {_percent(entry['ceiling'])} on average"
     else:
         text += "; the best reachable accuracy is not known"
     return text + "."
