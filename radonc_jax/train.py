@@ -454,16 +454,16 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
         raise ValueError("the frozen base changed during training: a bug; do not use this run")
     del state
     wanted = progress.best_step or "latest"
-    shapes, places = partition.trainable, placements.trainable
     try:
-        best, trainable = checkpoint.restore_trainable(workdir, shapes, places, wanted)
-    except (FileNotFoundError, ValueError) as error:
-        if wanted in ("latest", steps):  # there is no other to go on with
-            raise
-        best, trainable = checkpoint.restore_trainable(workdir, shapes, places, "latest")
+        checkpoint.find_step(workdir, wanted)
+    except FileNotFoundError as error:  # moved away by hand, because it was damaged
         if main_process:
-            told = f"{error}; the last one, of step {best}, is evaluated in its place"
-            print(told, file=sys.stderr, flush=True)
+            print(f"{error}; the last one is evaluated in its place", file=sys.stderr, flush=True)
+        wanted = "latest"
+        checkpoint.write_best(workdir, checkpoint.Progress())
+    best, trainable = checkpoint.restore_trainable(
+        workdir, partition.trainable, placements.trainable, wanted
+    )
     manifest |= {"best_step": best, "trained_fingerprint": step.fingerprint(trainable)}
     run.write_manifest(manifest)
     if not config.final_evaluation:

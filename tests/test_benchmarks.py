@@ -59,6 +59,7 @@ def test_a_benchmark_whose_ways_differ_ends_with_an_error(training, monkeypatch)
         training.main(["training"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_single_programs_are_measured(tmp_path):
     """With a tiny model on a CPU; on a GPU the same command measures Mistral-7B's shapes."""

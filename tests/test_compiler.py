@@ -135,7 +135,9 @@ def test_what_is_not_wanted_any_more_is_not_compiled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "axes", [(1, 1, 1), pytest.param((2, 1, 2), marks=pytest.mark.long)], ids=str
+)
 def test_answers_do_not_depend_on_when_their_programs_are_compiled(axes, threads, monkeypatch):
     mesh = parallel.make_mesh(parallel.MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     partition = lora.partition(SMALL, None, jnp.float32)

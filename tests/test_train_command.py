@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from radonc_jax.evaluation import run as evaluation
 from radonc_jax.models import huggingface
 from radonc_jax.tasks import select
 from radonc_jax.tasks.icd import is_leaf
+from radonc_jax.training import checkpoint
 
 SHORT = (
     "--config.train.steps=6",  # more than an epoch, which takes five
@@ -174,26 +174,12 @@ def test_a_merged_export_tells_what_merging_costs(quiet, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluate_answers_as_the_run_itself_did_even_if_it_is_killed(quiet, workspace, tmp_path):
+def test_evaluate_answers_as_the_run_itself_did(quiet, workspace, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(quiet[0], workdir)
     shutil.rmtree(workdir / "evaluation")
     (workdir / "report.json").unlink()
-    journal = workdir / "evaluation/test/tuned/.answers.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "radonc_jax.evaluate", f"--workdir={workdir}"],
-        cwd=ROOT,
-        env=command_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (journal.parent / "predictions.jsonl").exists()
     run_command("evaluate", f"--workdir={workdir}")
-    assert not journal.exists()
     assert not (workdir / "report.json").exists()  # one model alone is no comparison
     run_command("evaluate", f"--workdir={workdir}", "--model=original")
     for model in ("original", "tuned"):
@@ -295,41 +281,6 @@ def test_no_clinical_text_in_logs_and_metrics(quiet, workspace):
     for path in ("metrics.jsonl", "manifest.json", "config.json", "best.json"):
         told += (workdir / path).read_text()
     assert words and not [word for word in words if word in told]
-
-
-@pytest.mark.slow
-def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(quiet, workspace, tmp_path):
-    expected = losses(quiet[0])
-    workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "radonc_jax.train", *workspace.arguments, *SHORT]
-    process = subprocess.Popen(
-        [*command, f"--workdir={workdir}"],
-        cwd=ROOT,
-        env=command_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    # Killed in the middle: some steps are done, some are not.
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        saved = (workdir / "checkpoints" / "1").is_dir()
-        if saved and (2, "train") in losses_or_none(workdir):
-            break
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = losses_or_none(workdir)
-    assert (2, "train") in before and (6, "train") not in before
-    result = run_command("train", *workspace.arguments, *SHORT, f"--workdir={workdir}")
-    assert "resumed at step" in result.stdout
-    assert losses(workdir) == expected  # bit for bit
-    assert (workdir / "best.json").read_text() == (quiet[0] / "best.json").read_text()
-    ours, theirs = (
-        (folder / "evaluation/test/tuned/predictions.jsonl").read_bytes()
-        for folder in (workdir, quiet[0])
-    )
-    assert ours == theirs
 
 
 def losses_or_none(workdir):
@@ -752,13 +703,17 @@ def test_early_stopping_survives_a_restart(workspace, tmp_path):
     assert losses(workdir) == expected
     run_command("train", *arguments)
     assert losses(workdir) == expected
-    # The best, which is not the newest, is lost: the run still comes to its end, and says so.
+    # The best, which is not the newest, is lost: what then ends the run is told, and ends it.
     for path in (workdir / "checkpoints" / "1" / "trainable").rglob("*"):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
+    result = run_command("train", *arguments, check=False)
+    assert result.returncode == 1 and "once " in last_line(result)
+    shutil.move(workdir / "checkpoints" / "1", tmp_path / "lost")
     result = run_command("train", *arguments)
-    assert "checkpoint 1 of" in result.stderr and "of step 3, is evaluated" in result.stderr
+    assert "no checkpoint 1; it has [2, 3]; the last one is evaluated" in result.stderr
     assert json.loads((workdir / "manifest.json").read_text())["best_step"] == 3
+    assert checkpoint.find_step(workdir, "best") == 3
 
 
 @pytest.mark.slow

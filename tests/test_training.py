@@ -384,6 +384,7 @@ def test_updates_are_those_of_adamw_on_clipped_gradients(clip_norm):
     assert min(norms) < 1 < max(norms)
 
 
+@pytest.mark.long
 def test_training_learns_its_examples():
     """After enough steps the eight examples are known: loss near zero."""
     partition, trainable, base = start(None)

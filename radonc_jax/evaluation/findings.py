@@ -193,11 +193,13 @@ def _aligned(run: Run, task: str) -> dict[str, list[dict]]:
     """Model or variant -> its predictions, all in the order of the original's cases.
 
     Raises:
-      ValueError: one of them did not answer the same cases, or the tuned model was not asked in the
-        words that the original was.
+      ValueError: one of them did not answer the same cases, or, but for examples, was not asked in
+        the words that the original was.
     """
     original = run.predictions["original"][task]
-    _require_same_prompts(original, run.predictions["tuned"][task], names=MODELS)
+    for model, by_task in run.predictions.items():
+        if task in by_task and model != "original_examples":
+            _require_same_prompts(original, by_task[task], names=("original", model))
     return {
         model: [
             given

@@ -159,7 +159,8 @@ def _publish_annotation(told: Mapping) -> dict:
         if is_small(n):
             found |= {"n": _SMALL, "equal": None, "kappa": None}
         elif n and (part is None or _parts(round(n * found["equal"]), n) is None):
-            found |= {"n": n if name == "decision" or part is not None else _HIDDEN, "equal": None}
+            found |= {"n": n if name == "decision" or part is not None else _HIDDEN}
+            found |= {"equal": None, "kappa": None}  # which narrows what is equal down
     hidden = _HIDDEN if is_small(rows - twice) else rows
     return told | {
         "rows": _SMALL if is_small(rows) else hidden,

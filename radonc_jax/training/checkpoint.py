@@ -383,7 +383,8 @@ def restore_trainable(workdir: Path, abstract, shardings, step: str | int):
     except Exception as error:
         raise ValueError(
             f"checkpoint {number} of {workdir} cannot be read ({_short(error)}): choose another "
-            "--step; where it is the newest, train goes back to the one before"
+            "--step; where it is the newest, train goes back to the one before, and where it is "
+            f"the best, train ends with the last one once {folder} is moved away"
         ) from error
     return number, trainable
 
