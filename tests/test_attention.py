@@ -208,6 +208,38 @@ def test_the_plain_one_keeps_segments_apart_to_the_bit_too(dtype):
     assert self_test("xla", dtype, 8, 2, 16, length=384) == []
 
 
+def one_key_too_few(query, key, value, mask, *rest, block):
+    """In all blocks of queries but the first."""
+    if key.shape[1] > attention.QUERY_BLOCK:
+        mask = mask.at[:, :, attention.QUERY_BLOCK].set(False)
+    return block(query, key, value, mask, *rest)
+
+
+def leaks_in_blocks(query, key, value, mask, *rest, block):
+    """A trace of the whole row in each output, within any tolerance."""
+    trace = jnp.mean(value, axis=(1, 2, 3), keepdims=True)
+    return block(query, key, value, mask, *rest) + 1e-6 * trace
+
+
+@pytest.mark.parametrize("wanted", ["auto", "xla"])
+def test_the_plain_one_is_proven_at_the_start_and_nothing_trains_where_it_fails(
+    wanted, monkeypatch
+):
+    facts = dict(platform="cpu", dtype=jnp.float32, num_heads=4, num_kv_heads=2, head_dim=16)
+    attention._tested_once.cache_clear()
+    backend, why = choose_backend(wanted, **facts)
+    assert (backend, why) == ("xla", "passed its self-test")
+    block = attention._xla_block
+
+    for broken in (one_key_too_few, leaks_in_blocks):
+        monkeypatch.setattr(attention, "_xla_block", functools.partial(broken, block=block))
+        attention._tested_once.cache_clear()
+        with pytest.raises(ValueError, match="xla attention failed its self-test here.*not train"):
+            choose_backend(wanted, **facts)
+    monkeypatch.undo()
+    attention._tested_once.cache_clear()
+
+
 def noisy(amount=1e-3):
     """Kernels whose gradients differ from run to run as by another order of summing."""
     draws = np.random.default_rng(0)

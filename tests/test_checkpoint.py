@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -199,18 +200,30 @@ def test_saving_returns_before_the_checkpoint_is_on_the_disk(tmp_path, monkeypat
     assert steps_of(tmp_path) == [1]
 
 
-def test_of_a_half_written_checkpoint_is_told_and_it_goes(tmp_path, capsys):
+def files_of(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_half_written_checkpoint_is_set_aside_and_told(tmp_path, capsys):
     manager = Checkpoints(tmp_path)
     manager.save(1, state_at(1), Progress())
     manager.close()
-    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "checkpoints" / "1", half)
     assert capsys.readouterr().out == ""
-    _, _, manager = reopened(tmp_path, 1)
-    manager.save(2, state_at(2), Progress())
-    manager.close()
-    assert "checkpoint 2 was not written to its end" in capsys.readouterr().out
-    assert not half.exists() and steps_of(tmp_path) == [1, 2]
+    for number in (2, 3):
+        half = tmp_path / "checkpoints" / f"{number}.orbax-checkpoint-tmp"
+        shutil.copytree(tmp_path / "checkpoints" / "1", half)
+        content = {path.relative_to(half): path.read_bytes() for path in files_of(half)}
+        _, _, manager = reopened(tmp_path, 1)
+        manager.close()
+        told = f"checkpoint {number} was not written to its end: .* damaged/{number}-half-written"
+        assert re.search(told, capsys.readouterr().out)
+        assert not half.exists() and steps_of(tmp_path) == [1]
+        # The newest of them alone: one for each stop would fill the disk.
+        assert [path.name for path in (tmp_path / "damaged").iterdir()] == [
+            f"{number}-half-written"
+        ]
+        aside = tmp_path / "damaged" / f"{number}-half-written"
+        assert {p.relative_to(aside): p.read_bytes() for p in files_of(aside)} == content
 
 
 def test_arrays_that_are_whole_but_not_those_that_were_saved_are_found(tmp_path, monkeypatch):

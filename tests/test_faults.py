@@ -311,6 +311,7 @@ def test_cut_off_in_a_write_it_goes_on_from_the_last_whole_checkpoint(quiet, wor
     assert list((workdir / "checkpoints").glob("2.*")) and newest_checkpoint(workdir) == 1
     result = run_command("train", *arguments, f"--workdir={workdir}")
     assert "checkpoint 2 was not written to its end" in result.stdout
+    assert (workdir / "damaged" / "2-half-written").is_dir()
     assert "resumed at step 1 of 6" in result.stdout
     assert not list((workdir / "checkpoints").glob("*.*"))
     assert losses(workdir) == losses(quiet[0])

@@ -2,8 +2,7 @@
 
 Four backends give the same outputs: "xla" everywhere; "cudnn_packed" on NVIDIA GPUs, and "cudnn"
 where that does not run, for which packed rows are laid out as padded segments; "splash" on TPUs.
-All but the first must pass `self_test` on the device at hand before they are used
-(`choose_backend`).
+Each must pass `self_test` on the device at hand before it is used (`choose_backend`).
 
 Axes: B batch, T query, S key, N query heads, K key/value heads, G = N / K, H head dim,
 E segments of a row, P tokens of the longest segment.
@@ -560,7 +559,8 @@ def choose_backend(
     """The backend to train with, proven on the device at hand, and a line on why.
 
     Args:
-      wanted: one of BACKENDS, or "auto": the platform's fast one if it passes, else "xla".
+      wanted: one of BACKENDS, or "auto": the platform's fast one if it passes, else "xla" if that
+        does.
       platform: "gpu", "tpu" or "cpu".
       dtype: of activations.
       num_heads, num_kv_heads, head_dim: of the model.
@@ -568,39 +568,48 @@ def choose_backend(
       proven: run the self-test; without, for a device that is only compiled for.
 
     Raises:
-      ValueError: the wanted backend is not of this platform, or fails its self-test here.
+      ValueError: the wanted backend is not of this platform, or it, or "xla", fails its self-test.
     """
     fast = FAST.get(platform, ())
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"train.attention must be one of {('auto', *BACKENDS)}, not {wanted!r}")
-    if wanted == "xla" or (wanted == "auto" and not fast):
-        return "xla", "as asked" if wanted == "xla" else f"the one for {platform}"
-    if wanted not in ("auto", *fast):
+    if wanted not in ("auto", "xla", *fast):
         raise ValueError(f'train.attention="{wanted}" does not run on {platform}: use "auto"')
-    reasons = []
-    for backend in fast if wanted == "auto" else (wanted,):
-        unfit, unsteady = unfit_for(backend, dtype, head_dim, row_lengths), []
-        if unfit is None and proven:
-            try:
-                length = -(-max(256, *row_lengths) // 128) * 128
-                unsteady = self_test(backend, dtype, num_heads, num_kv_heads, head_dim, length)
-            except Exception as error:  # whatever a kernel dies of, it is not used
-                unfit = f"{backend} attention failed its self-test here: " + " ".join(
-                    str(error).split()
-                )
+    longest = -(-max(256, *row_lengths) // 128) * 128
+    if platform == "cpu":
+        longest = 256  # two blocks of queries; more of them would only take longer to compile
+
+    def attempt(backend: str) -> tuple[str | None, str]:
+        """(what is wrong with it or None, else why it is used)."""
+        unfit = unfit_for(backend, dtype, head_dim, row_lengths)
         if unfit is not None:
-            reasons.append(unfit)
-            continue
-        why = "passed its self-test" if proven else "not tested: it is not run here"
+            return unfit, ""
+        if not proven:
+            return None, "not tested: it is not run here"
+        test = _tested_once if backend == "xla" else self_test
+        try:
+            unsteady = test(backend, dtype, num_heads, num_kv_heads, head_dim, longest)
+        except Exception as error:  # whatever a kernel dies of, it is not used
+            told = " ".join(str(error).split())
+            return f"{backend} attention failed its self-test here: {told}", ""
+        why = "passed its self-test"
         if unsteady:
             why += (
                 f"; its {', '.join(unsteady)} differ in the last bits from run to run, unless "
                 "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
             )
-        return backend, "; ".join([why, *reasons])
-    if wanted != "auto":
+        return None, why
+
+    reasons = []
+    for backend in (*fast, "xla") if wanted == "auto" else (wanted,):
+        unfit, why = attempt(backend)
+        if unfit is None:
+            return backend, "; ".join(dict.fromkeys([why, *reasons]))
+        reasons.append(unfit)
+    if wanted in fast:
         raise ValueError(f'{reasons[0]}. Set train.attention="auto", or "xla"')
-    return "xla", "; ".join(dict.fromkeys(reasons))
+    # There is nothing below it: a device whose plainest attention is wrong must not train.
+    raise ValueError(f"{'; '.join(reasons)}. Do not train on this device")
 
 
 def unfit_for(backend: str, dtype, head_dim: int, row_lengths: Sequence[int]) -> str | None:
@@ -635,8 +644,9 @@ def self_test(
     """Proves a backend on packed rows, on the device at hand.
 
     For the model's grouped queries and for plain ones, without a window and with one shorter than
-    a segment: outputs and gradients are those of "xla" up to the rounding of `dtype`, and when one
-    segment changes, those of the others stay the same bit for bit. Rows have `length` tokens, so
+    a segment: outputs and gradients are those of `jax.nn.dot_product_attention` with the whole mask
+    up to the rounding of `dtype`, and when one segment changes, those of the others stay the same
+    bit for bit. Rows have `length` tokens, so
     that as many blocks of a kernel are run as in training, and segments and the window cross them.
 
     A kernel may sum in an order that changes from run to run (cuDNN's gradients, unless XLA is told
@@ -664,51 +674,78 @@ def self_test(
     others = (segments > 0) & ~changed
     tolerance = max(4 * float(jnp.finfo(dtype).eps), 1e-5)
 
-    # In a mesh, a test of one device's kernel would be cut up: it runs outside of it.
+    # Few heads are as telling as many, and the group's size is kept.
+    groups, kv = num_heads // num_kv_heads, min(num_kv_heads, 2)
+    grouped, windows = sorted({groups, 1}), (None, max(17, length // 7))
+    config = AttentionConfig(backend, len(sizes) + 1, -(-max(sizes) // 64) * 64, interpret)
+    rng = np.random.default_rng(0)
+    given, weights = [], []
+    for group in grouped:
+        shapes = [(3, length, n, head_dim) for n in (group * kv, kv, kv, group * kv)]
+        *arrays, weight = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+        given.append(arrays)
+        weights.append(weight.astype(np.float32) * (segments > 0)[:, :, None, None])
+    other = [
+        [np.where(changed[:, :, None, None], -2 * x + 1, x).astype(dtype) for x in arrays]
+        for arrays in given
+    ]
+
+    def ours(query, key, value, window):
+        visible = see(positions, positions, jnp.asarray(segments), window, config)
+        return attend(query, key, value, visible)
+
+    def reference(query, key, value, window):
+        mask = attention_mask(positions, positions, segments, segments, window)
+        with jax.default_matmul_precision("highest"):
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=jnp.asarray(mask)[:, None], implementation="xla"
+            )
+
+    # All in one program, which is compiled sooner than one for each. In a mesh, a test of one
+    # device's kernel would be cut up: it runs outside of it.
     @functools.partial(
         jax.jit,
-        static_argnums=(0, 1),
+        static_argnums=0,
         compiler_options=compiler.options(jax.local_devices()[0], "training"),
     )
-    def run(config, window, query, key, value, weight):
-        visible = see(positions, positions, jnp.asarray(segments), window, config)
+    def run(attention, given):
+        results = []
+        for arrays, weight in zip(given, weights, strict=True):
+            for window in windows:
 
-        def loss(query, key, value):
-            output = attend(query, key, value, visible)
-            return jnp.sum(output.astype(jnp.float32) * weight), output
+                def loss(*arrays, weight=weight, window=window):
+                    output = attention(*arrays, window)
+                    return jnp.sum(output.astype(jnp.float32) * weight), output
 
-        gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
-        return output, *gradients
+                gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+                results.append((output, *gradients))
+        return results
 
     names = ("outputs", "query gradients", "key gradients", "value gradients")
+    kinds = [
+        f"{group} queries a key head, window {window}" for group in grouped for window in windows
+    ]
     unsteady = set()
-    rng = np.random.default_rng(0)
-    for heads in {(num_heads, num_kv_heads), (num_kv_heads, num_kv_heads)}:
-        # Few heads are as telling as many, and the group's size is kept.
-        groups = heads[0] // heads[1]
-        kv = min(heads[1], 2)
-        shapes = [(3, length, n, head_dim) for n in (groups * kv, kv, kv, groups * kv)]
-        arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-        weight = arrays.pop().astype(jnp.float32) * (segments > 0)[:, :, None, None]
-        other = [jnp.where(changed[:, :, None, None], -2 * x + 1, x) for x in arrays]
-        config = AttentionConfig(backend, len(sizes) + 1, -(-max(sizes) // 64) * 64, interpret)
-        for window in (None, max(17, length // 7)):
-            what = f"{groups} queries a key head, window {window}"
-            got = run(config, window, *arrays, weight)
-            expected = run(AttentionConfig(), window, *arrays, weight)
-            for name, ours, theirs in zip(names, got, expected, strict=True):
-                ours, theirs = (np.asarray(x, np.float32)[segments > 0] for x in (ours, theirs))
-                error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-                if not error < tolerance:
-                    raise ValueError(f"{what}: {name} are off by {error:.2g} of the largest")
-            same, again = (run(config, window, *x, weight) for x in (arrays, other))
-            for name, *runs in zip(names, got, same, again, strict=True):
-                first, second, after = (np.asarray(x, np.float32)[others] for x in runs)
-                spread = np.abs(first - second).max()
-                if not spread <= float(jnp.finfo(dtype).eps) * np.abs(first).max():
-                    raise ValueError(f"{what}: {name} differ from run to run by {spread:.2g}")
-                if spread > 0:
-                    unsteady.add(name)
-                if not np.abs(first - after).max() <= SPREAD * spread:
-                    raise ValueError(f"{what}: segments of a packed row see each other ({name})")
+    expected, first, second, after = (
+        jax.device_get(run(*arguments))
+        for arguments in ((reference, given), (ours, given), (ours, given), (ours, other))
+    )
+    for what, *results in zip(kinds, expected, first, second, after, strict=True):
+        for name, *found in zip(names, *results, strict=True):
+            right, got, same, again = (np.asarray(x, np.float32) for x in found)
+            real = segments > 0
+            error = np.abs(got - right)[real].max() / np.abs(right[real]).max()
+            if not error < tolerance:
+                raise ValueError(f"{what}: {name} are off by {error:.2g} of the largest")
+            spread = np.abs(got - same)[others].max()
+            if not spread <= float(jnp.finfo(dtype).eps) * np.abs(got[others]).max():
+                raise ValueError(f"{what}: {name} differ from run to run by {spread:.2g}")
+            if spread > 0:
+                unsteady.add(name)
+            if not np.abs(got - again)[others].max() <= SPREAD * spread:
+                raise ValueError(f"{what}: segments of a packed row see each other ({name})")
     return [name for name in names if name in unsteady]
+
+
+# A process that trains one run after another need not prove anew what none of them changes.
+_tested_once = functools.cache(self_test)

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from radonc_jax.training.step import TrainState, checksums, fingerprint, join_ch
 
 PRINTS = "fingerprints"
 TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's, of a checkpoint that is being written
+HALF_WRITTEN = "-half-written"  # in `damaged/`, after the number
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._best = _KeepBest()
         self._failed = False
-        self._tell_of_half_written()
+        self._set_aside_half_written()
         self._manager = _Manager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -112,14 +114,23 @@ class Checkpoints:
             ),
         )
 
-    def _tell_of_half_written(self) -> None:
-        """A run killed in a write has left a part of a checkpoint, which Orbax removes now."""
+    def _set_aside_half_written(self) -> None:
+        """A run killed in a write has left a part of a checkpoint, which Orbax would remove.
+
+        The newest is kept, and no other: a run that is stopped often would fill its disk.
+        """
         if not parallel.is_main_process():
             return
+        aside = self._workdir / "damaged"
         for path in sorted((self._workdir / "checkpoints").glob(f"*{TMP_DIR_SUFFIX}*")):
-            number = path.name.partition(".")[0]
+            aside.mkdir(exist_ok=True)
+            for older in aside.glob(f"*{HALF_WRITTEN}"):
+                shutil.rmtree(older)
+            target = path.name.partition(".")[0] + HALF_WRITTEN
+            os.rename(path, aside / target)
             print(
-                f"checkpoint {number} was not written to its end: the part that there is goes",
+                f"checkpoint {target.removesuffix(HALF_WRITTEN)} was not written to its end: the "
+                f"part that there is was moved to damaged/{target}",
                 flush=True,
             )
 

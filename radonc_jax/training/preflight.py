@@ -110,7 +110,7 @@ def choose_execution(
     """
     device = mesh.devices.flat[0]
 
-    def choose() -> tuple[str, str, bool]:
+    def choose(wanted: str) -> tuple[str, str, bool]:
         backend, why = attention.choose_backend(
             wanted,
             platform=device.platform,
@@ -135,8 +135,10 @@ def choose_execution(
         return backend, why, needed <= limit
 
     # Each process tests its own device, and all must compile the same program.
-    chosen = parallel.on_all(choose)
+    chosen = parallel.on_all(lambda: choose(wanted))
     backend, why = common_backend([pair[:2] for pair in chosen])
+    if any(other != backend for other, *_ in chosen):
+        parallel.on_all(lambda: choose(backend))  # not all of them have proven it yet
     config = attention.AttentionConfig(
         backend,
         segments=max(b.segments for b in made),
