@@ -28,7 +28,7 @@ from radonc_jax.data.batches import trim_prompt
 from radonc_jax.decoding import constrain, greedy
 from radonc_jax.decoding import journal as journal_module
 from radonc_jax.decoding.journal import Journal
-from radonc_jax.decoding.scheduler import PREFILL_TOKENS, Scheduler, padded_length
+from radonc_jax.decoding.scheduler import PREFILL_TOKENS, Scheduler
 from radonc_jax.decoding.text import TextDecoder, shared_prefix
 from radonc_jax.models import huggingface, lora, quantize, weight_files
 from radonc_jax.parallel import MeshConfig, make_mesh, shardings
@@ -460,39 +460,52 @@ class CountCompilations(logging.Handler):
         return sum(f"Compiling jit({name})" in message for message in self.messages)
 
 
-def test_buckets_waste_little():
-    sizes = {padded_length(length) for length in range(1, 4097)}
-    assert len(sizes) == 16 + 4 * 8
-    for length in range(1, 4097):
-        padding = padded_length(length) - length
-        assert 0 <= padding < max(16, length / 8)
-
-
-@pytest.mark.parametrize(("tokens", "batch"), [("cpu", 64), ("gpu", 256)])
-def test_prefills_are_padded_by_twelve_percent_at_most(mistral, tokens, batch):
-    """Of the 1,581 cases of a test split, with lengths as those of diagnoses."""
+def with_room(mistral, tokens, batch, shards=1):
+    """A scheduler that can only plan, for slots and prefills of that size."""
     scheduler = copy.copy(mistral.scheduler(batch=64))
-    scheduler._fewest = 2  # as for a model whose rows are long enough
+    scheduler._fewest, scheduler._shards = 2, shards  # as for a model whose rows are long enough
     scheduler.batch, scheduler._prefill_tokens = batch, PREFILL_TOKENS[tokens]
+    return scheduler
+
+
+@pytest.mark.parametrize("prefix", [130, 0])
+@pytest.mark.parametrize(
+    ("tokens", "batch", "shards"), [("cpu", 32, 1), ("gpu", 256, 1), ("gpu", 256, 8)]
+)
+def test_prefills_are_padded_by_twelve_percent_at_most_in_a_few_shapes(
+    mistral, tokens, batch, shards, prefix
+):
+    """Of the 1,581 cases of a test split, with lengths as those of diagnoses."""
+    scheduler = with_room(mistral, tokens, batch, shards)
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.6, 0.5, 1581), 12, 600).astype(int).tolist()
-    prompts = [[0] * length for length in lengths]
-    groups = scheduler._groups(prompts, ())
+    prompts = [[1] * 130 + [0] * length for length in lengths]
+    groups = scheduler._groups(prompts, [1] * prefix)
+    assert sorted(number for group, *_ in groups for number in group) == list(range(1581))
+    asked = sum(lengths) + (130 - prefix) * 1581
     run = sum(rows * width for _, _, rows, width in groups)
-    assert sum(len(group) for group, *_ in groups) == 1581
-    assert sum(lengths) <= run <= 1.12 * sum(lengths)
-    assert len({(rows, width) for _, _, rows, width in groups}) <= 28
+    assert asked <= run <= 1.12 * asked
+    for group, shared, rows, width in groups:
+        assert shared == bool(prefix) and len(group) <= rows <= batch and rows % shards == 0
+        assert max(lengths[number] + 130 - prefix for number in group) <= width
+    assert len({group[1:] for group in groups}) <= (15 if prefix else 8)
+    # The next prompts are run in the same shapes, or nearly.
+    scheduler._shapes = {group[1:] for group in groups}
+    more = [[1] * 130 + [0] * int(n) for n in np.clip(rng.lognormal(4.6, 0.5, 2048), 12, 600)]
+    assert (
+        len({group[1:] for group in scheduler._groups(more, [1] * prefix)} - scheduler._shapes) <= 2
+    )
 
 
-def test_a_few_prompts_of_one_kind_are_no_full_prefill(mistral):
-    """Those of the other kind that come after them fill no rows of theirs."""
-    scheduler = copy.copy(mistral.scheduler(batch=64))
-    scheduler._fewest, scheduler.batch, scheduler._prefill_tokens = 2, 256, 8192
+def test_prompts_of_both_kinds_are_planned_apart(mistral):
+    scheduler = with_room(mistral, "gpu", 256)
     prefix = [1] * 50
-    prompts = [prefix + [0] * 12] * 5 + [[0] * 500] * 40
+    prompts = [prefix + [0] * 12] * 5 + [[0] * 500] * 40 + [prefix]
     groups = scheduler._groups(prompts, prefix)
-    group, shared, rows, width = groups[0]
-    assert (len(group), shared, rows, width) == (4, True, 4, 16)
+    assert groups[0][1] and all(not shared for _, shared, *_ in list(groups)[1:])
+    assert [len(group) for group, shared, *_ in groups if shared] == [5]
+    assert sum(len(group) for group, shared, *_ in groups if not shared) == 41
+    assert groups[0][2:] == (8, 16)  # no full prefill for a few prompts
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 The host's half of decoding. A cache of fixed slots lives on the devices. Prompts of like length are
 run together into free slots, then all slots go on token by token until enough of them are free
-again: a row that ends early makes room for the next prompt at once. Lengths are rounded up to a few
-sizes, each of which is compiled once.
+again: a row that ends early makes room for the next prompt at once. Prefills have a few shapes
+(`prefills`), each of which is compiled once.
 """
 
 import contextlib
 import functools
-import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -21,11 +20,10 @@ from tqdm import tqdm
 
 from radonc_jax import compiler, parallel
 from radonc_jax.decoding import constrain, greedy
+from radonc_jax.decoding.prefills import padded_length, plan
 from radonc_jax.models.decoder import Cache
 from radonc_jax.models.lora import Partition
 
-LENGTH_STEP = 16
-MOST_PADDING = 0.12  # of a prefill's places, beyond each prompt's own rounding up
 # A cache is made shorter to so much of its length at most, and with so many batches to come at
 # least: each length is compiled for, and while it is cut a part of it is held twice.
 MOST_KEPT = {"cpu": 0.75, "gpu": 0.5, "tpu": 0.5}
@@ -33,6 +31,8 @@ FEWEST_BATCHES = {"cpu": 1, "gpu": 4, "tpu": 4}
 # Tokens of a prefill. Enough to keep the products large, and few enough that rows which no prompt
 # is left for cost little.
 PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
+# What a prefill of fewer tokens loses, as a share of those: reading the weights once more.
+PREFILL_OVERHEAD = 1 / 32
 SHAPES_AHEAD = 8  # are compiled while others run, where cores are free for it
 # A row's float32 numbers are the same to the last bit, whatever rows are beside it and however
 # many, where XLA adds them up in the same order. On a CPU (jaxlib 0.10.2, by experiment, which the
@@ -48,16 +48,6 @@ class Answer(NamedTuple):
     logprob: float
     finished: bool
     gap: float | None
-
-
-def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 16, or of a sixteenth of the next power of two.
-
-    Eight shapes for each doubling beyond 128 tokens: compiling one more costs seconds, on average
-    padding costs a twentieth.
-    """
-    step = max(LENGTH_STEP, (1 << (max(length, 1) - 1).bit_length()) // 16)
-    return -(-length // step) * step
 
 
 class Scheduler:
@@ -122,6 +112,9 @@ class Scheduler:
         self.stops = tuple(int(stop) for stop in stops)
         self.steps = 0
         self._partition = partition
+        self._shapes: set[tuple] = (
+            set()
+        )  # that prefills have had: (begins with prefix, rows, width)
         platform = device.platform if device.platform in PREFILL_TOKENS else "gpu"
         self._prefill_tokens = PREFILL_TOKENS[platform]
         self._most_kept, self._fewest_batches = MOST_KEPT[platform], FEWEST_BATCHES[platform]
@@ -275,6 +268,7 @@ class Scheduler:
         if not prompts:
             return
         groups = self._groups(prompts, prefix)
+        self._shapes.update(group[1:] for group in groups)
 
         def places(number, shared):  # of a cache, for a prompt and its answer
             return len(prompts[number]) - len(prefix) * shared + self.max_new_tokens
@@ -393,6 +387,7 @@ class Scheduler:
         for row, label in enumerate(labels):
             padded[row, : len(label)] = label
         groups = self._groups(prompts, prefix)
+        self._shapes.update(group[1:] for group in groups)
         with jax.set_mesh(self.mesh):
             started = self._prefix(trainable, frozen, prefix)
 
@@ -428,35 +423,45 @@ class Scheduler:
 
     def _groups(self, prompts, prefix) -> deque:
         """What is run together: (prompt numbers, begins with the prefix, rows, width), longest
-        first, so that it shows at once if memory does not suffice.
-
-        Where the lengths differ much, as among the longest, a group has fewer rows: half of them,
-        a quarter and so on, until no more than `MOST_PADDING` of it is padding beyond the rounding
-        of `padded_length`, or the fewest are reached. So few shapes are compiled.
-        """
+        first, so that it shows at once if memory does not suffice."""
         prefix = list(prefix)
-        shared = [
+        groups = deque()
+        begins = [
             bool(prefix) and len(p) > len(prefix) and list(p[: len(prefix)]) == prefix
             for p in prompts
         ]
-        left = [len(p) - len(prefix) * s for p, s in zip(prompts, shared, strict=True)]
-        order = deque(sorted(range(len(prompts)), key=lambda i: (not shared[i], -left[i])))
-        groups = deque()
-        while order:
-            first = order[0]
-            width = padded_length(left[first])
-            rows = min(self._spread(self._prefill_tokens // width), self.batch)
-            while (half := self._spread(rows // 2)) < rows:
-                alike = [i for i in itertools.islice(order, rows) if shared[i] == shared[first]]
-                tokens = sum(padded_length(left[i]) for i in alike)
-                if tokens >= (1 - MOST_PADDING) * rows * width:
-                    break
-                rows = half
-            group = []
-            while order and len(group) < rows and shared[order[0]] == shared[first]:
-                group.append(order.popleft())
-            groups.append((group, shared[first], rows, width))
+        for shared in (True, False):
+            left = {
+                number: len(prompt) - len(prefix) * shared
+                for number, prompt in enumerate(prompts)
+                if begins[number] == shared
+            }
+            order = sorted(left, key=lambda number: -left[number])
+            lengths = [left[number] for number in order]
+            # A wider one would make the slots longer.
+            widest = padded_length(max(lengths, default=0) + self.max_new_tokens)
+            shapes = plan(
+                lengths,
+                self._rows_of,
+                {
+                    (rows, width)
+                    for kind, rows, width in self._shapes
+                    if kind == shared and width <= widest
+                },
+                overhead=int(self._prefill_tokens * PREFILL_OVERHEAD),
+            )
+            start = 0
+            for rows, width in shapes:
+                groups.append((order[start : start + rows], shared, rows, width))
+                start += rows
         return groups
+
+    def _rows_of(self, width: int) -> list[int]:
+        """How many rows a prefill may have: the most, half of them, a quarter and so on."""
+        rows = [min(self._spread(self._prefill_tokens // width), self.batch)]
+        while (half := self._spread(rows[-1] // 2)) < rows[-1]:
+            rows.append(half)
+        return rows
 
     def _seats(self, free: list[list[int]], group) -> list[tuple[int, int, int]] | None:
         """(row of the prefill, part, slot within the part) of each prompt of a group, in the part
