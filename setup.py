@@ -27,7 +27,7 @@ setup(
         "matplotlib>=3.9",
         "ml_collections>=1.0",
         "numpy>=2.0",
-        "openpyxl>=3.1",
+        "openpyxl>=3.1.5,<3.2",  # data/workbook.py overrides parts of its reader
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.5",
         "pandas>=2.2",

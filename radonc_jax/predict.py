@@ -18,10 +18,10 @@ object, and a Parquet cell that is no text and cannot be read, come out empty.
 With --constrained=table|cohort the answers come from closed sets (modality: its four labels; icd:
 the codes of the code table, or of the training and validation cases of the run's cohort).
 
-Rows stream through, so memory does not grow with their number (but all texts of a workbook are
-held: its format keeps them in one table). Killed and started again with the same arguments, it goes
-on where it was; the file is then the same to the byte (in float32 on one CPU device; elsewhere near
-ties may be answered otherwise).
+Rows stream through, so memory does not grow with their number (the texts of a workbook, which lie
+in one table there, are in a temporary file without a name meanwhile). Killed and started again with
+the same arguments, it goes on where it was; the file is then the same to the byte (in float32 on
+one CPU device; elsewhere near ties may be answered otherwise).
 """
 
 import sys

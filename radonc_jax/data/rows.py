@@ -333,17 +333,16 @@ def _find_delimiter(path: Path, encoding: str, default: str) -> str:
 def _find_sheet(path: Path, wanted: str) -> str:
     workbook = _workbook(path)
     try:
-        names = [sheet.title for sheet in workbook.worksheets]
+        names = list(workbook.sheets)
         if wanted:
             if wanted not in names:
                 raise _RowError(f"{path}: no sheet {wanted!r}; there are {', '.join(names)}")
             return wanted
         filled = []
-        for sheet in workbook.worksheets:
-            sheet.reset_dimensions()
-            cells = (value for row in sheet.iter_rows(values_only=True) for value in row)
+        for name, sheet in workbook.sheets.items():
+            cells = (value for _, row in sheet.numbered_rows() for value in row)
             if any(value is not None for value in cells):
-                filled.append(sheet.title)
+                filled.append(name)
     except _RowError:
         raise
     except Exception as error:
@@ -438,10 +437,10 @@ def _no_workbook(path: Path, error: Exception) -> ValueError:
 
 
 def _workbook(path: Path):
-    import openpyxl
+    from radonc_jax.data.workbook import Workbook
 
     try:
-        return openpyxl.load_workbook(path, read_only=True, data_only=True)
+        return Workbook(path)
     except Exception as error:  # openpyxl and zipfile raise many kinds for a broken workbook
         raise _no_workbook(path, error) from None
 
@@ -449,10 +448,8 @@ def _workbook(path: Path):
 def _xlsx(path: Path, name: str, ragged: bool) -> Iterator[Row]:
     workbook = _workbook(path)
     try:
-        sheet = workbook[name]
-        sheet.reset_dimensions()  # some programs write them wrong, and rows would be left out
         width = 0
-        for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
+        for number, values in workbook.sheets[name].numbered_rows():
             texts = [_text(value) for value in values]
             if not any(texts):
                 continue  # sheets often end in rows that were emptied
