@@ -146,9 +146,12 @@ def answer_split(
         }
         decoder = replace(decoder, constraints=dict(constrained))
     source["answers"] = answer_source(decoder, config, origin)
+    # A prompt that is too long is refused here, before older answers are put aside.
+    prompts = {
+        task.name: decoder.encode(task, [record.diagnosis for record in records]) for task in tasks
+    }
     source["beyond_training"] = beyond = {
-        task.name: sum(decoder.prompt(task, record.diagnosis).beyond for record in records)
-        for task in tasks
+        name: sum(prompt.beyond for prompt in encoded) for name, encoded in prompts.items()
     }
     for name, count in beyond.items() if main else ():
         if count:

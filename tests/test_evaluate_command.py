@@ -1,4 +1,5 @@
-"""`evaluate` with what goes beyond one pass over a split: changed texts, examples in the prompt."""
+"""`evaluate` with what goes beyond one pass over a split: changed texts, examples in the prompt,
+and everything at once."""
 
 import hashlib
 import json
@@ -15,6 +16,14 @@ from radonc_jax.data import cohort
 from radonc_jax.evaluation import robustness, run
 from radonc_jax.tasks import TASKS, WithExamples, choose_examples
 
+TRAINED = (
+    "--config.task=modality",
+    "--config.train.steps=40",
+    "--config.batch.examples=32",
+    "--config.batch.sequence_length=256",  # changed texts are answered where they fit
+    "--config.optimizer.learning_rate=0.02",
+)
+
 # The command several times in one process, which saves its imports: a list of flags each.
 SEVERAL = """
 import json, sys
@@ -27,6 +36,61 @@ for arguments in json.loads(sys.argv[1]):
     command.guard(evaluate.main)(["evaluate"])
 """
 
+# The same, none of which ends the others; and, of each, what it told and how much it did.
+COUNTED = """
+import contextlib, io, json, sys
+from absl import flags
+from radonc_jax import command, evaluate, loading
+from radonc_jax.decoding.text import TextDecoder
+
+def counting(owner, name, number):
+    real = getattr(owner, name)
+
+    def counted(*arguments):
+        done[name] += number(*arguments)
+        return real(*arguments)
+
+    setattr(owner, name, counted)
+
+counting(loading, "load_base", lambda *_: 1)
+counting(TextDecoder, "_run", lambda *arguments: len(arguments[-1]))
+told = []
+for arguments in json.loads(sys.argv[1]):
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["evaluate", *arguments])
+    done, error = {"load_base": 0, "_run": 0}, None
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+    ):
+        try:
+            command.guard(evaluate.main)(["evaluate"])
+        except SystemExit as end:
+            error = end.code
+    told.append(
+        {
+            "stdout": stdout.getvalue(),
+            "stderr": stderr.getvalue(),
+            "error": error,
+            "bases": done["load_base"],
+            "asked": done["_run"],
+        }
+    )
+print(json.dumps(told))
+"""
+
+
+def several(script, calls):
+    """A script over calls of `evaluate`, a list of flags each, in one process."""
+    return subprocess.run(
+        [sys.executable, "-c", script, json.dumps(calls)],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
 
 @pytest.fixture(scope="module")
 def evaluated(workspace, tmp_path_factory):
@@ -35,11 +99,7 @@ def evaluated(workspace, tmp_path_factory):
     run_command(
         "train",
         *workspace.arguments,
-        "--config.task=modality",
-        "--config.train.steps=40",
-        "--config.batch.examples=32",
-        "--config.batch.sequence_length=256",  # changed texts are answered where they fit
-        "--config.optimizer.learning_rate=0.02",
+        *TRAINED,
         "--config.final_evaluation=False",
         f"--workdir={workdir}",
     )
@@ -49,16 +109,7 @@ def evaluated(workspace, tmp_path_factory):
         ["--model=original", "--examples=2"],
         ["--examples=2"],
     ]
-    arguments = [[f"--workdir={workdir}", *flags] for flags in calls]
-    result = subprocess.run(
-        [sys.executable, "-c", SEVERAL, json.dumps(arguments)],
-        cwd=ROOT,
-        env=command_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return workdir, result
+    return workdir, several(SEVERAL, [[f"--workdir={workdir}", *flags] for flags in calls])
 
 
 @pytest.mark.slow
@@ -157,6 +208,183 @@ def test_a_config_whose_training_cases_changed_is_told_to_prepare_again(workspac
     told = result.stderr.strip().splitlines()[-1]
     assert "train.parquet: changed since prepare wrote it" in told
     assert told.endswith("run prepare again")
+
+
+EVERYTHING = [
+    f"{split}/{name}" for split in ("test", "validation") for name in sorted(run.VARIANTS)
+]
+
+
+def answers_in(folder):
+    """Part -> the bytes of its answers."""
+    return {
+        path.parent.relative_to(folder / "evaluation").as_posix(): path.read_bytes()
+        for path in (folder / "evaluation").rglob(run.PREDICTIONS)
+    }
+
+
+@pytest.fixture(scope="module")
+def everything(evaluated, tmp_path_factory):
+    """A run that --all has asked everything, in three calls: in the first five examples are too
+    long, the second has two, the third is the second again. Beside it one with single calls. Last
+    five examples once more, by their own call. And what these calls told."""
+    folder = tmp_path_factory.mktemp("everything")
+    whole, single = folder / "whole", folder / "single"
+    for copy in (whole, single):
+        shutil.copytree(evaluated[0], copy, ignore=shutil.ignore_patterns("evaluation", "report.*"))
+    calls = [
+        (whole, "--all"),
+        (whole, "--all", "--examples=2"),
+        (whole, "--all", "--examples=2"),
+        (single, "--constrained=cohort"),
+        (single, "--split=validation"),
+        (single, "--model=original", "--split=validation", "--constrained=cohort"),
+        (whole, "--model=original", "--examples=5"),
+    ]
+    result = several(COUNTED, [[f"--workdir={workdir}", *flags] for workdir, *flags in calls])
+    assert result.returncode == 0, result.stderr[-3000:]
+    return whole, single, json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_all_asks_everything_that_the_report_has_room_for(evaluated, everything):
+    whole, single, told = everything
+    answers = answers_in(whole)
+    assert sorted(answers) == EVERYTHING
+    # Every part answers as its own call does.
+    alone = answers_in(evaluated[0]) | answers_in(single)
+    assert len(alone) == 6
+    assert {part: answers[part] for part in alone} == alone
+    for model in run.MODELS:
+        name = f"evaluation/test/{model}/robustness.json"
+        assert (whole / name).read_bytes() == (evaluated[0] / name).read_bytes()
+
+    entry = json.loads((whole / "report.json").read_text())["tasks"]["modality"]
+    assert entry["left_out"] == []
+    assert set(entry["variants"]) == set(run.VARIANTS) - set(run.MODELS)
+    assert entry["variant_settings"]["original_examples"]["examples"] == 2
+    assert entry["variant_settings"]["tuned_constrained"]["closed_set"] == "labels"
+    assert set(entry["robustness"]) == set(run.MODELS)
+    kinds = {name: found["conformal"]["kind"] for name, found in entry["confidence"].items()}
+    assert kinds == {
+        name: "labels" if name.endswith(run.CONSTRAINED) else "answer" for name in run.VARIANTS
+    }
+    assert f"report: {whole / 'report.html'}" in told[1]["stdout"]
+    # The base is read once for both models; the single calls' is, too.
+    assert [call["bases"] for call in told] == [1] * 7
+
+
+@pytest.mark.slow
+def test_a_part_that_cannot_be_asked_is_told_and_the_others_are_kept(everything):
+    whole, _, told = everything
+    first, second, third, *_, last = told
+    parts = ["test/original_examples", "validation/original_examples"]
+    lines = [line for line in first["stderr"].splitlines() if "prompts are too long" in line]
+    assert [line.partition(": ")[0] for line in lines] == parts
+    assert first["error"].startswith(
+        f"error: 2 of 10 parts failed, each for the reason above: {', '.join(parts)}. "
+    )
+    # The other parts and the report are there all the same, and only what failed is asked again.
+    assert f"report: {whole / 'report.html'}" in first["stdout"]
+    answers = answers_in(whole)
+    assert first["stdout"].count("answers and scores: ") == 8
+    assert (second["error"], third["error"]) == (None, None)
+    assert second["stdout"].count("answers and scores: ") == 10
+    assert second["asked"] == sum(len(answers[part].splitlines()) for part in parts)
+    assert first["asked"] > second["asked"] and third["asked"] == 0
+    assert third["stdout"] == second["stdout"]
+    # Asked by itself it is the call's error, and the answers to two examples are as they were.
+    assert "prompts are too long" in last["error"] and last["asked"] == 0
+    source = json.loads((whole / "evaluation/test/original_examples" / run.SOURCE).read_text())
+    assert source["examples"] == 2
+
+
+@pytest.mark.slow
+def test_train_keeps_what_all_has_answered(everything, workspace):
+    """Of the original model too, which both ask under an adapter that does nothing."""
+    workdir = everything[0]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["final_evaluation"] is False
+    (workdir / "config.json").write_text(json.dumps(config | {"final_evaluation": True}))
+    files = sorted((workdir / "evaluation").rglob("*.json*"))
+    before = [(path, path.stat().st_mtime_ns) for path in files]
+    run_command("train", *workspace.arguments, *TRAINED, f"--workdir={workdir}")
+    assert [(path, path.stat().st_mtime_ns) for path in files] == before
+
+
+def test_what_goes_without_all_is_refused_before_anything_is_loaded(tmp_path):
+    """The run folder is not even looked for."""
+    config = ["--config=configs/tiny_modality.py"]
+    run_folder = [f"--workdir={tmp_path / 'nowhere'}"]
+    everything_asked = "it asks everything, and writes into the run folder"
+    cases = [
+        (
+            [*run_folder, "--all", "--model=original"],
+            f"--all goes without --model: {everything_asked}",
+        ),
+        (
+            [*run_folder, "--all", "--split=test", "--norobustness"],
+            f"--all goes without --split and --robustness: {everything_asked}",
+        ),
+        (
+            [*run_folder, "--all", "--output=answers"],
+            f"--all goes without --output: {everything_asked}",
+        ),
+        (
+            [*config, "--all"],
+            "--all, --examples and --robustness need the --workdir of a run",
+        ),
+        (
+            ["--config=configs/tiny_regimen.py", "--constrained=table"],
+            "task 'regimen' is answered in free text: leave --constrained out",
+        ),
+        (
+            [*run_folder, "--constrained=table", "--robustness"],
+            "--constrained goes without --examples and --robustness",
+        ),
+        (
+            [*run_folder, "--constrained=table", "--examples=2", "--model=original"],
+            "--constrained goes without --examples and --robustness",
+        ),
+        (
+            [*run_folder, "--examples=2", "--robustness", "--model=original"],
+            "--examples are for --model=original, and without --robustness",
+        ),
+    ]
+    result = several(COUNTED, [arguments for arguments, _ in cases])
+    assert result.returncode == 0, result.stderr[-3000:]
+    for (_, expected), told in zip(cases, json.loads(result.stdout), strict=True):
+        assert told["error"] == f"error: {expected}"
+        assert (told["stdout"], told["bases"]) == ("", 0)
+
+
+def test_all_leaves_out_closed_sets_of_free_text_and_takes_the_words_that_are_given():
+    script = """
+import json, sys
+from configs import tiny_all, tiny_regimen
+from radonc_jax import evaluate, settings
+
+free, closed = (settings.from_mapping(c.get_config().to_dict()) for c in (tiny_regimen, tiny_all))
+asked = [(free, "table", 5), (closed, "cohort", 0), (closed, "", 0)]
+lists = [evaluate.all_parts(*arguments) for arguments in asked]
+told = [[(p.split, p.name, p.constrained, p.examples) for p in parts] for parts in lists]
+print(json.dumps(told))
+"""
+    result = several(script, [])
+    told, found = result.stdout.splitlines()
+    assert told == "task 'regimen' is answered in free text: closed sets are left out"
+    free, cohorts, configs_own = json.loads(found)
+    splits = ("test", "validation")
+    assert free == [
+        *[[split, model, "", 0] for model in ("tuned", "original") for split in splits],
+        *[[split, "original_examples", "", 5] for split in splits],
+    ]
+    assert {name for _, name, _, _ in cohorts} == set(run.VARIANTS) - {"original_examples"}
+    for parts, word in ((cohorts, "cohort"), (configs_own, "table")):
+        assert {(name.endswith(run.CONSTRAINED), given) for _, name, given, _ in parts} == {
+            (False, ""),
+            (True, word),
+        }
 
 
 def shown(page):
