@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from jax.experimental import multihost_utils
-
 from radonc_jax import parallel, tracking
 from radonc_jax.data import cohort
 from radonc_jax.decoding.journal import Journal
@@ -146,12 +143,9 @@ def answer_split(
         }
         decoder = replace(decoder, constraints=dict(constrained))
     source["answers"] = answer_source(decoder, config, origin)
-    # A prompt that is too long is refused here, before older answers are put aside.
-    prompts = {
-        task.name: decoder.encode(task, [record.diagnosis for record in records]) for task in tasks
-    }
     source["beyond_training"] = beyond = {
-        name: sum(prompt.beyond for prompt in encoded) for name, encoded in prompts.items()
+        task.name: sum(decoder.prompt(task, record.diagnosis).beyond for record in records)
+        for task in tasks
     }
     for name, count in beyond.items() if main else ():
         if count:
@@ -169,17 +163,10 @@ def answer_split(
     }
     journal = None
     if output is not None:
-        found = _find(output, source) if main else None
-        there = np.int32(found is not None)
-        if parallel.several_processes():  # all of them decode, or none
-            there = multihost_utils.broadcast_one_to_all(there)
-        if there:
-            if main:  # left by a kill after the last answer
-                (output / JOURNAL).unlink(missing_ok=True)
-                if found.judged_anew or not found.proven:
-                    evaluation.score_all(found.predictions, tasks, output=output, **options)
-            metrics = (output / evaluation.METRICS).read_bytes() if main else b""
-            return json.loads(parallel.from_main(metrics))
+        # All processes decode, or none.
+        kept = parallel.on_main(lambda: _kept(output, source, tasks, options))
+        if kept is not None:
+            return kept
         if main:
             (output / evaluation.SOURCE).unlink(missing_ok=True)  # of the answers to be replaced
         journal = Journal(output / JOURNAL, source["answers"])
@@ -220,16 +207,27 @@ def _prompts_sha256(records, tasks) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
+def _kept(output: Path, source: Mapping, tasks, options: Mapping) -> dict | None:
+    """The scores in `output` if they and the answers are of this source."""
+    found = _find(output, source)
+    if found is None:
+        return None
+    (output / JOURNAL).unlink(missing_ok=True)  # left by a kill after the last answer
+    if found.judged_anew or not found.proven:
+        evaluation.score_all(found.predictions, tasks, output=output, **options)
+    return json.loads((output / evaluation.METRICS).read_text(encoding="utf-8"))
+
+
 def _find(output: Path, source: Mapping) -> Evaluation | None:
     """The answers in `output` if they are of this source, and whole: files that do not belong
     together are written again."""
     needed = (evaluation.SOURCE, evaluation.PREDICTIONS, evaluation.METRICS)
     if not all((output / name).is_file() for name in needed):
         return None
-    written = json.loads((output / evaluation.SOURCE).read_text(encoding="utf-8"))
-    if _content(written) != _content(source):
-        return None
     try:
+        written = json.loads((output / evaluation.SOURCE).read_text(encoding="utf-8"))
+        if _content(written) != _content(source):
+            return None
         return read_evaluation(output, source["split"], source["model"])
     except ValueError:
         return None

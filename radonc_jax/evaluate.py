@@ -25,10 +25,10 @@ base lies here. With a config alone the original model answers, and its scores a
 --output names a folder for its answers.
 """
 
-import functools
+import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +48,6 @@ from radonc_jax.decoding.text import TextDecoder
 from radonc_jax.evaluation import robustness
 from radonc_jax.evaluation import run as evaluation
 from radonc_jax.evaluation.report import describe, write_report
-from radonc_jax.models import huggingface, lora
 from radonc_jax.tasks import WithExamples, choose_examples, select
 from radonc_jax.training import step as training_step
 
@@ -81,6 +80,7 @@ _BASE = flags.DEFINE_string(
 _MODEL = flags.DEFINE_enum("model", "tuned", evaluation.MODELS, "Which model answers.")
 
 EXAMPLES = 5  # with --all
+MOST_TOLD = 500  # characters of the error of a part
 # Answers to changed texts, as token ids. It stays: what was asked is not asked again.
 ROBUSTNESS_JOURNAL = ".robustness_answers.jsonl"
 
@@ -125,6 +125,8 @@ def main():
         raise ValueError("pass --workdir of a run, or --config for the original model")
     if _WORKDIR.value is None and (_ALL.value or _EXAMPLES.value or _ROBUSTNESS.value):
         raise ValueError("--all, --examples and --robustness need the --workdir of a run")
+    if _CONFIG.value is None and _OUTPUT.present:
+        raise ValueError("--output goes with --config: answers of a run lie in its folder")
     part = None
     if not _ALL.value:
         part = Part(
@@ -135,11 +137,11 @@ def main():
             robustness=_ROBUSTNESS.value,
         )
     else:
-        named = [flag for flag in (_SPLIT, _MODEL, _ROBUSTNESS, _OUTPUT) if flag.present]
+        named = [flag for flag in (_SPLIT, _MODEL, _ROBUSTNESS) if flag.present]
         if named:
             raise ValueError(
                 f"--all goes without {' and '.join(f'--{flag.name}' for flag in named)}: it asks "
-                "everything, and writes into the run folder"
+                "everything"
             )
     parallel.initialize()
     parallel.quiet_third_parties()
@@ -149,6 +151,7 @@ def main():
         return
     workdir = Path(_WORKDIR.value)
     config = loading.read_settings(workdir, _BASE.value)
+    check_answers(config)
     parts = [part]
     if part is None:
         examples = EXAMPLES if _EXAMPLES.value is None else _EXAMPLES.value
@@ -189,11 +192,11 @@ def all_parts(config: settings.Settings, constrained: str, examples: int) -> lis
 def evaluate_run(
     workdir: Path, config: settings.Settings, step: str, parts: Sequence[Part]
 ) -> None:
-    """Asks a run's models, one part after the other, and writes the report once at the end.
+    """Asks a run's models, one part after the other, and writes the report at the end.
 
-    Where there are several parts, one that fails is told and the others are asked all the same. An
-    error that is no ValueError ends it at once: a full disk has no room for the other parts either,
-    and of several processes one alone may have met it.
+    Where there are several parts, one that fails is told and the others are asked all the same: a
+    prompt is too long, cases are not there, there is not the memory for it. Of several processes
+    one alone may meet what is not found before anything is run; then all of them end.
 
     Args:
       workdir, config: the run.
@@ -204,38 +207,28 @@ def evaluate_run(
       ValueError, FileNotFoundError: the run, its checkpoint, its base or its cohort is not there
         or does not fit; or, at the end, some of several parts failed.
     """
-    check_answers(config, parts)
+    check_closed_sets(config, parts)
     config = replace(config, cohort=str(loading.find_cohort(config, workdir)))
-    records = {
-        split: cohort.load_records(config.cohort, split, for_run=True)
-        for split in dict.fromkeys(part.split for part in parts)
-    }
     mesh = loading.run_mesh(config)
-    loaded, failed = None, []
-    for model, own in itertools.groupby(parts, lambda part: part.model):
-        if loaded is not None and loaded.lora is not None:
-            loaded = untuned(loaded, config)
-        else:
-            loaded = None  # a whole model: there may be no room for two
-            loaded = load(model, workdir, config, step, mesh)
-            scheduler = loaded.scheduler(config.decode.batch, config.decode.max_new_tokens)
-            closed_sets = functools.cache(functools.partial(constraints, config, loaded.tokenizer))
+    model, failed = None, []
+    for name, own in itertools.groupby(parts, lambda part: part.model):
+        model = Model.of_run(name, workdir, config, step, mesh, model)
         for part in own:
             output = workdir / "evaluation" / part.split / part.name
             try:
-                answer(part, loaded, scheduler, config, records[part.split], output, closed_sets)
-            except ValueError as error:
+                answer(prepare(model, part, config), config, output)
+            except Exception as error:
                 if len(parts) == 1:
+                    raise
+                if not _spares_others(error):
+                    with contextlib.suppress(Exception):  # of a full disk, too
+                        report(workdir, parts[0].split)
                     raise
                 failed.append(f"{part.split}/{part.name}")
                 if parallel.is_main_process():
-                    print(f"{failed[-1]}: {' '.join(str(error).split())}", file=sys.stderr)
-    split = parts[0].split
-    both = [workdir / "evaluation" / split / name / "metrics.json" for name in evaluation.MODELS]
-    if parallel.is_main_process() and all(path.is_file() for path in both):
-        # The run's own report is of the test split; others lie beside their answers.
-        folder = workdir if split == "test" else workdir / "evaluation" / split
-        print(describe(write_report(workdir, split, folder), folder))
+                    told = " ".join(str(error).split())[:MOST_TOLD]
+                    print(f"{failed[-1]}: {told}", file=sys.stderr, flush=True)
+    report(workdir, parts[0].split)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(parts)} parts failed, each for the reason above: "
@@ -243,20 +236,47 @@ def evaluate_run(
         )
 
 
+class Unasked(ValueError):
+    """A part that cannot be asked, by what all processes know before any of them runs it."""
+
+
+def _spares_others(error: Exception) -> bool:
+    """Whether the other parts can be asked after this one's error: all processes have it, or there
+    is one alone."""
+    if isinstance(error, Unasked):
+        return True
+    lacks_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(
+        error
+    )
+    return not parallel.several_processes() and (isinstance(error, ValueError) or lacks_memory)
+
+
+def report(workdir: Path, split: str) -> None:
+    """Writes a run's report anew where both models have answered the split."""
+    both = [workdir / "evaluation" / split / name / "metrics.json" for name in evaluation.MODELS]
+    if parallel.is_main_process() and all(path.is_file() for path in both):
+        # The run's own report is of the test split; others lie beside their answers.
+        folder = workdir if split == "test" else workdir / "evaluation" / split
+        print(describe(write_report(workdir, split, folder), folder))
+
+
 def evaluate_original(config: settings.Settings, part: Part, output: Path | None) -> None:
     """Evaluates the original model of a config, without a run."""
-    check_answers(config, [part])
-    records = cohort.load_records(config.cohort, part.split)
+    check_answers(config)
+    check_closed_sets(config, [part])
     loaded = loading.load_original(config, parallel.make_mesh(config.mesh))
-    scheduler = loaded.scheduler(config.decode.batch, config.decode.max_new_tokens)
-    closed_sets = functools.partial(constraints, config, loaded.tokenizer, for_run=False)
-    answer(part, loaded, scheduler, config, records, output, closed_sets)
+    model = Model.of_loaded(loaded, config)
+    answer(prepare(model, part, config, for_run=False), config, output)
 
 
-def check_answers(config: settings.Settings, parts: Sequence[Part]) -> None:
-    """ValueError for a run on plain text, which has no questions, or closed sets of free text."""
+def check_answers(config: settings.Settings) -> None:
+    """ValueError for a run on plain text, which has no questions."""
     if config.task == "text":
         raise ValueError('task="text" has no questions to answer, so there is nothing to evaluate')
+
+
+def check_closed_sets(config: settings.Settings, parts: Sequence[Part]) -> None:
+    """ValueError for closed sets of free text."""
     if any(part.constrained for part in parts) and not has_closed_sets(config):
         raise ValueError(f"task {config.task!r} is answered in free text: leave --constrained out")
 
@@ -265,78 +285,139 @@ def has_closed_sets(config: settings.Settings) -> bool:
     return any(task.has_classes for task in select(config.task))
 
 
-def load(
-    model: str, workdir: Path, config: settings.Settings, step: str, mesh: Mesh
-) -> loading.LoadedModel:
-    """The tuned or the original model of a run; errors as `loading.load_run`."""
-    if model == "tuned":
-        return loading.load_run(workdir, step, mesh, model=config.model)
-    original = loading.load_original(config, mesh, workdir)
-    if config.adapter is None:
-        return original
-    compute = huggingface.as_dtype(config.precision.compute)
-    partition = lora.partition(original.config, config.adapter, compute, config.precision.quantized)
-    # The same arrays in the same order: an adapter gives them other paths only.
-    base = jax.tree.unflatten(
-        jax.tree.structure(partition.frozen), jax.tree.leaves(original.trainable)
-    )
-    return untuned(replace(original, lora=config.adapter, partition=partition, frozen=base), config)
+@dataclass(frozen=True)
+class Model:
+    """A model that answers, made ready once for all its parts.
+
+    Attributes:
+      loaded, scheduler: its arrays, and its compiled programs.
+      origin: what an answer depends on by it, for `answer_split`.
+    """
+
+    loaded: loading.LoadedModel
+    scheduler: Scheduler
+    origin: Mapping
+
+    @classmethod
+    def of_run(
+        cls,
+        name: str,
+        workdir: Path,
+        config: settings.Settings,
+        step: str,
+        mesh: Mesh,
+        before: "Model | None",
+    ) -> "Model":
+        """The "tuned" or "original" one of a run; errors as `loading.load_run`.
+
+        Args:
+          before: the run's tuned model, if it is loaded: base and programs of the original one are
+            the same where the run trains an adapter.
+        """
+        if before is not None and before.loaded.lora is not None:
+            loaded = loading.untuned(before.loaded, config.seed)
+            return cls.of_loaded(loaded, config, before.scheduler)
+        if name == "tuned":
+            loaded = loading.load_run(workdir, step, mesh, model=config.model)
+        else:
+            loaded = loading.load_original(config, mesh, workdir)
+        return cls.of_loaded(loaded, config)
+
+    @classmethod
+    def of_loaded(
+        cls,
+        loaded: loading.LoadedModel,
+        config: settings.Settings,
+        scheduler: Scheduler | None = None,
+    ) -> "Model":
+        if scheduler is None:
+            scheduler = loaded.scheduler(config.decode.batch, config.decode.max_new_tokens)
+        origin = {
+            "step": loaded.step,
+            "trained_fingerprint": training_step.fingerprint(loaded.trainable),
+            "base_fingerprint": training_step.fingerprint(loaded.frozen),
+            "base": str(loaded.folder),
+        }
+        return cls(loaded, scheduler, origin | loading.arithmetic(loaded.config, loaded.lora))
 
 
-def untuned(loaded: loading.LoadedModel, config: settings.Settings) -> loading.LoadedModel:
-    """The original model of a run that trains an adapter: its base under an adapter that does
-    nothing. So `train` asks it too, and either keeps what the other has answered."""
-    fresh = loading.new_adapter(loaded.partition, loaded.frozen, config.seed, loaded.mesh)
-    return replace(loaded, trainable=fresh, step=None)
+@dataclass(frozen=True)
+class Prepared:
+    """A part that can be asked.
+
+    Attributes:
+      part, records, tasks: what is asked.
+      decoder: that answers.
+      constrained: closed sets by task; None for free answers.
+      origin: what an answer depends on, for `answer_split`.
+    """
+
+    part: Part
+    records: Sequence
+    tasks: Sequence
+    decoder: TextDecoder
+    constrained: Mapping | None
+    origin: Mapping
 
 
-def answer(
-    part: Part,
-    loaded: loading.LoadedModel,
-    scheduler: Scheduler,
-    config: settings.Settings,
-    records: Sequence,
-    output: Path | None,
-    closed_sets: Callable[[str], dict],
-) -> None:
-    """Decodes, scores and prints one part; writes too where `output` names a folder.
+def prepare(
+    model: Model, part: Part, config: settings.Settings, *, for_run: bool = True
+) -> Prepared:
+    """All that a part needs before anything is run; each process reads it from its own disk.
 
     Args:
-      part: what is asked.
-      loaded, scheduler: the model.
-      config, records: the run's settings, and the cases of the part's split.
-      closed_sets: `constraints` by the word that says where codes are from.
+      for_run: as `cohort.load_split` has it.
 
     Raises:
-      ValueError: it cannot be asked: a prompt, or an answer of the closed set, is too long.
+      Unasked: in all processes, where one has not the cases, or a prompt, or an answer of a closed
+        set, is too long.
     """
-    tasks, origin, closed = select(config.task), {}, None
-    if part.examples:
-        training = cohort.load_records(config.cohort, "train", for_run=True)
-        tasks = tuple(
-            WithExamples(task, choose_examples(task, training, part.examples, config.seed))
-            for task in tasks
+    loaded, found = model.loaded, []
+
+    def read() -> None:
+        tasks, origin, closed = select(config.task), dict(model.origin), None
+        records = cohort.load_records(config.cohort, part.split, for_run=for_run)
+        if part.examples:
+            training = cohort.load_records(config.cohort, "train", for_run=for_run)
+            tasks = tuple(
+                WithExamples(task, choose_examples(task, training, part.examples, config.seed))
+                for task in tasks
+            )
+            origin["examples"] = part.examples
+        if part.constrained:
+            closed = constraints(config, loaded.tokenizer, part.constrained, for_run=for_run)
+            origin["constrained"] = part.constrained
+        decoder = TextDecoder(
+            model.scheduler,
+            loaded.tokenizer,
+            loaded.trainable,
+            loaded.frozen,
+            config.batch.over_length,
+            progress=f"{part.name}, {part.split}",
+            # Prompts with examples are another kind than those that were trained.
+            trained=None if part.examples else prompt_room(config.batch.sequence_length),
         )
-        origin = {"examples": part.examples}
-    if part.constrained:
-        closed = closed_sets(part.constrained)
-        origin = {"constrained": part.constrained}
-    origin |= {
-        "step": loaded.step,
-        "trained_fingerprint": training_step.fingerprint(loaded.trainable),
-        "base_fingerprint": training_step.fingerprint(loaded.frozen),
-        "base": str(loaded.folder),
-    } | loading.arithmetic(loaded.config, loaded.lora)
-    decoder = TextDecoder(
-        scheduler,
-        loaded.tokenizer,
-        loaded.trainable,
-        loaded.frozen,
-        config.batch.over_length,
-        progress=f"{part.name}, {part.split}",
-        # Prompts with examples are another kind than those that were trained.
-        trained=None if part.examples else prompt_room(config.batch.sequence_length),
-    )
+        for task in tasks:
+            if closed is None or task.name in closed:
+                decoder.encode(task, [record.diagnosis for record in records])
+        found.append(Prepared(part, records, tasks, decoder, closed, origin))
+
+    def attempt() -> None:
+        try:
+            read()
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+
+    try:
+        parallel.on_all(attempt)
+    except ValueError as error:
+        raise Unasked(str(error)) from None
+    return found[0]
+
+
+def answer(asked: Prepared, config: settings.Settings, output: Path | None) -> None:
+    """Decodes, scores and prints one part; writes too where `output` names a folder."""
+    part, decoder, records, tasks = asked.part, asked.decoder, asked.records, asked.tasks
     result = answer_split(
         decoder,
         records,
@@ -345,8 +426,8 @@ def answer(
         model=part.name,
         output=output,
         config=config,
-        origin=origin,
-        constrained=closed,
+        origin=asked.origin,
+        constrained=asked.constrained,
     )
     rates = {}
     if part.robustness:
@@ -354,17 +435,18 @@ def answer(
         given = parallel.on_main(
             lambda: evaluation.read_predictions(output / evaluation.PREDICTIONS)
         )
-        journal = Journal(output / ROBUSTNESS_JOURNAL, answer_source(decoder, config, origin))
-        rates = robustness.probe_tasks(
-            replace(decoder, journal=journal, progress=f"{part.name}, changed texts"),
-            records,
-            tasks,
-            given,
-            output if parallel.is_main_process() else None,
-            fits=decoder.reads_whole,
-            seed=config.seed,
-        )
-        journal.close()
+        source = answer_source(decoder, config, asked.origin)
+        with contextlib.closing(Journal(output / ROBUSTNESS_JOURNAL, source)) as journal:
+            rates = robustness.probe_tasks(
+                replace(decoder, journal=journal, progress=f"{part.name}, changed texts"),
+                records,
+                tasks,
+                given,
+                output if parallel.is_main_process() else None,
+                fits=decoder.reads_whole,
+                seed=config.seed,
+            )
+            journal.drop_others()
     if not parallel.is_main_process():
         return
     for task, scores in evaluation.split_tasks(result).items():

@@ -298,7 +298,8 @@ def load_run(
 def load_original(
     config: settings.Settings, mesh: Mesh, workdir: str | Path | None = None
 ) -> LoadedModel:
-    """The untuned model of a config, or of the run in `workdir`: its base, without an adapter."""
+    """The untuned model of a config, its base alone, or that of the run in `workdir`: under an
+    adapter that does nothing, where the run trains one (`untuned`)."""
     option = "--config.model" if workdir is None else "--base"
     folder = huggingface.resolve(config.model, workdir, option)
     if workdir is not None:
@@ -307,9 +308,22 @@ def load_original(
     architecture = huggingface.read_config(folder)
     precision = config.precision
     compute = huggingface.as_dtype(precision.compute)
-    partition = lora.partition(architecture, None, compute, precision.quantized)
+    adapter = None if workdir is None else config.adapter
+    partition = lora.partition(architecture, adapter, compute, precision.quantized)
     weights = load_base(folder, architecture, partition, precision.stored, mesh)
-    return assemble(folder, architecture, None, partition, weights, partition.frozen, mesh, None)
+    if adapter is None:
+        return assemble(
+            folder, architecture, None, partition, weights, partition.frozen, mesh, None
+        )
+    loaded = assemble(folder, architecture, adapter, partition, None, weights, mesh, None)
+    return untuned(loaded, config.seed)
+
+
+def untuned(loaded: LoadedModel, seed: int) -> LoadedModel:
+    """The base of a model with an adapter under a fresh one. So `train` asks the original model,
+    and whatever asks it again keeps what it has answered."""
+    fresh = new_adapter(loaded.partition, loaded.frozen, seed, loaded.mesh)
+    return replace(loaded, trainable=fresh, step=None)
 
 
 def arithmetic(architecture: ModelConfig, adapter: lora.LoRAConfig | None) -> dict:

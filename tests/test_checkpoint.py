@@ -204,26 +204,36 @@ def files_of(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_half_written_checkpoint_is_set_aside_and_told(tmp_path, capsys):
+def test_a_half_written_checkpoint_is_set_aside_and_told(tmp_path, capsys, monkeypatch):
     manager = Checkpoints(tmp_path)
     manager.save(1, state_at(1), Progress())
     manager.close()
     assert capsys.readouterr().out == ""
-    for number in (2, 3):
+
+    def left(number):
         half = tmp_path / "checkpoints" / f"{number}.orbax-checkpoint-tmp"
         shutil.copytree(tmp_path / "checkpoints" / "1", half)
-        content = {path.relative_to(half): path.read_bytes() for path in files_of(half)}
-        _, _, manager = reopened(tmp_path, 1)
-        manager.close()
-        told = f"checkpoint {number} was not written to its end: .* damaged/{number}-half-written"
+        return {path.relative_to(half): path.read_bytes() for path in files_of(half)}
+
+    aside = tmp_path / "damaged"
+    for numbers in ([2], [9, 10]):
+        content = [left(number) for number in numbers][-1]
+        reopened(tmp_path, 1)[2].close()
+        told = f"checkpoint {numbers[-1]} was not written to its end: .* damaged/{numbers[-1]}-half"
         assert re.search(told, capsys.readouterr().out)
-        assert not half.exists() and steps_of(tmp_path) == [1]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
         # The newest of them alone: one for each stop would fill the disk.
-        assert [path.name for path in (tmp_path / "damaged").iterdir()] == [
-            f"{number}-half-written"
-        ]
-        aside = tmp_path / "damaged" / f"{number}-half-written"
-        assert {p.relative_to(aside): p.read_bytes() for p in files_of(aside)} == content
+        (kept,) = aside.iterdir()
+        assert kept.name == f"{numbers[-1]}-half-written"
+        assert {p.relative_to(kept): p.read_bytes() for p in files_of(kept)} == content
+
+    left(11)
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: full)
+    reopened(tmp_path, 1)[2].close()
+    assert "is gone, as the disk is nearly full" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert not list(aside.iterdir())
 
 
 def test_arrays_that_are_whole_but_not_those_that_were_saved_are_found(tmp_path, monkeypatch):

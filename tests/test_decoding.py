@@ -490,11 +490,10 @@ def test_prefills_are_padded_by_twelve_percent_at_most_in_a_few_shapes(
         assert max(lengths[number] + 130 - prefix for number in group) <= width
     assert len({group[1:] for group in groups}) <= (15 if prefix else 8)
     # The next prompts are run in the same shapes, or nearly.
-    scheduler._shapes = {group[1:] for group in groups}
+    used = {group[1:] for group in groups}
     more = [[1] * 130 + [0] * int(n) for n in np.clip(rng.lognormal(4.6, 0.5, 2048), 12, 600)]
-    assert (
-        len({group[1:] for group in scheduler._groups(more, [1] * prefix)} - scheduler._shapes) <= 2
-    )
+    again = scheduler._groups(more, [1] * prefix, used)
+    assert len({group[1:] for group in again} - used) <= 2
 
 
 def test_prompts_of_both_kinds_are_planned_apart(mistral):

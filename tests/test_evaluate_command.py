@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, command_environment, run_command
 
+from configs import common
 from radonc_jax.data import cohort
 from radonc_jax.evaluation import robustness, run
 from radonc_jax.tasks import TASKS, WithExamples, choose_examples
@@ -316,7 +317,12 @@ def test_what_goes_without_all_is_refused_before_anything_is_loaded(tmp_path):
     """The run folder is not even looked for."""
     config = ["--config=configs/tiny_modality.py"]
     run_folder = [f"--workdir={tmp_path / 'nowhere'}"]
-    everything_asked = "it asks everything, and writes into the run folder"
+    everything_asked = "it asks everything"
+    text = tmp_path / "text"
+    text.mkdir()
+    of_text = common.get_config().to_dict() | {"task": "text", "final_evaluation": False}
+    of_text["train"]["metric"] = "loss"
+    (text / "config.json").write_text(json.dumps(of_text))
     cases = [
         (
             [*run_folder, "--all", "--model=original"],
@@ -328,7 +334,11 @@ def test_what_goes_without_all_is_refused_before_anything_is_loaded(tmp_path):
         ),
         (
             [*run_folder, "--all", "--output=answers"],
-            f"--all goes without --output: {everything_asked}",
+            "--output goes with --config: answers of a run lie in its folder",
+        ),
+        (
+            [f"--workdir={text}", "--all"],
+            'task="text" has no questions to answer, so there is nothing to evaluate',
         ),
         (
             [*config, "--all"],

@@ -72,7 +72,10 @@ def test_every_prompt_has_a_place_and_shapes_are_spared(seed, count):
     every = sorted({(r, padded_length(n)) for n in lengths for r in rows_of(padded_length(n))})
     free = cheapest(lengths, every, 32)
     # Padding grows up to the limit only, and for fewer shapes only.
-    assert places(found) <= max(places(free), 1.12 * sum(lengths))
+    most = 1.12 * sum(lengths)
+    if places(free) > most:
+        most = 1.04 * places(free)
+    assert places(found) <= most
     assert len(set(found)) <= len(set(free))
     if count == 400:
         assert len(set(found)) < len(set(free)) / 1.4
@@ -80,7 +83,27 @@ def test_every_prompt_has_a_place_and_shapes_are_spared(seed, count):
         # One shape less would be too much padding, whichever is left out.
         for left in itertools.combinations(sorted(set(found)), len(set(found)) - 1):
             if max(width for _, width in left) >= lengths[0]:
-                assert places(cheapest(lengths, left, 32)) > 1.12 * sum(lengths)
+                assert places(cheapest(lengths, left, 32)) > most
+
+
+def test_shapes_are_spared_of_short_prompts_too():
+    """Whose rounding to 16 tokens alone is more than twelve percent."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(3.1, 0.5, 800), 3, 200).astype(int)
+    lengths = sorted(lengths.tolist(), reverse=True)
+    every = sorted({(r, padded_length(n)) for n in lengths for r in rows_of(padded_length(n))})
+    free, found = cheapest(lengths, every, 32), plan(lengths, rows_of, overhead=32)
+    assert places(free) > 1.15 * sum(lengths)
+    assert places(found) <= 1.04 * places(free)
+    assert len(set(found)) < len(set(free)) / 1.4
+    assert set(plan(lengths[1::2], rows_of, set(found), overhead=32)) <= set(found)
+
+
+def test_a_known_shape_of_few_rows_is_no_reason_for_many_prefills():
+    few = plan([45], rows_of, overhead=32)
+    assert few == [(2, 48)]
+    many = plan([45] * 2000, rows_of, set(few), overhead=32)
+    assert len(many) <= 1.05 * 2000 / max(rows_of(48))
 
 
 def test_known_shapes_are_free():

@@ -1,6 +1,7 @@
 """Workbooks are read as openpyxl reads them, but hold nothing of their rows."""
 
 import datetime
+import errno
 import gc
 import tempfile
 import tracemalloc
@@ -236,6 +237,17 @@ def test_a_damaged_workbook_is_refused_without_quoting_it(
     assert "Zebra" not in str(error.value)
     del error
     gc.collect()
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_workbook(tmp_path, monkeypatch):
+    def full(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workbook._Texts, "append", full)
+    path = tmp_path / "cases.xlsx"
+    write_workbook(path, [HEADER], ["<si><t>Zebra</t></si>"])
+    with pytest.raises(ValueError, match="no room for its texts in .*TMPDIR"):
+        open_rows(path)
 
 
 @pytest.mark.filterwarnings("error")

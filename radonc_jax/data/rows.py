@@ -6,10 +6,12 @@ spreadsheet: the header is row 1, in jsonl, which has none, a row is a line.
 
 import codecs
 import csv
+import errno
 import io
 import itertools
 import json
 import re
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -433,6 +435,11 @@ def _ragged(path: Path, layout: Layout) -> Iterator[Row]:
 
 
 def _no_workbook(path: Path, error: Exception) -> ValueError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ValueError(
+            f"{path}: no room for its texts in {tempfile.gettempdir()}, where they lie while it is "
+            "read: make room there, or let the variable TMPDIR name another folder"
+        )
     return ValueError(f"{path}: not a readable workbook ({type(error).__name__})")
 
 

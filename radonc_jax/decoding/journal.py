@@ -36,7 +36,7 @@ class Journal:
             self._file = open(self.path, "ab")  # noqa: SIM115 - closed by `close`
             self._file.truncate(len(content))
         content = parallel.from_main(content)
-        self._answers = {}
+        self._answers, self._used = {}, set()
         for line in content.splitlines():
             try:
                 entry = json.loads(line)
@@ -50,6 +50,7 @@ class Journal:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def get(self, key: str) -> dict | None:
+        self._used.add(key)
         return self._answers.get(key)
 
     def add(self, key: str, entry: Mapping) -> None:
@@ -62,6 +63,22 @@ class Journal:
                 return
             self._file.write(line.encode() + b"\n")
             self._file.flush()
+
+    def drop_others(self) -> None:
+        """Forgets answers that were not looked up: they are of another source, or to no question
+        of this one, and would be read for ever."""
+        if self._answers.keys() <= self._used:
+            return
+        self._answers = {key: self._answers[key] for key in self._answers if key in self._used}
+        if self._file is None:
+            return
+        self._file.close()
+        aside = self.path.with_name(self.path.name + ".partial")
+        with open(aside, "wb") as file:
+            for key, entry in self._answers.items():
+                file.write(json.dumps({"key": key, **entry}).encode() + b"\n")
+        aside.replace(self.path)
+        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by `close`
 
     def clear(self) -> None:
         """Forgets all answers: they are kept elsewhere now."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 LENGTH_STEP = 16
-MOST_PADDING = 0.12  # of the prompts' tokens, up to which shapes are spared
+MOST_PADDING = 0.12  # of the prompts' tokens, up to which shapes are spared,
+MOST_EXCESS = 0.04  # or of the fewest places, where short prompts have more padding in any case
 
 
 def padded_length(length: int) -> int:
@@ -29,9 +30,10 @@ def plan(
 ) -> list[tuple[int, int]]:
     """The prefills of prompts of these lengths.
 
-    Known shapes alone, if their padding is at most `MOST_PADDING`. Else the cheapest shapes of all,
-    and then, as long as the padding allows, one shape after another is given up: the one without
-    which the others cost least. Known ones are free and are not given up.
+    First the cheapest of all. Then one shape after another is given up, the one without which the
+    others cost least, as long as padding is at most `MOST_PADDING` of the tokens; where it is more
+    from the first, as long as there are at most `MOST_EXCESS` more places than that. Known shapes
+    are free and are not given up, and where they suffice there is no other.
 
     Args:
       lengths: tokens of each prompt, longest first.
@@ -46,26 +48,34 @@ def plan(
     if not lengths:
         return []
     known = sorted(set(known))
-    most = (1 + MOST_PADDING) * sum(lengths)
-
-    def places(found):
-        return sum(rows * width for rows, width in found)
-
-    if any(width >= lengths[0] for _, width in known):
-        found = cheapest(lengths, known, overhead)
-        if places(found) <= most:
-            return found
     widths = {padded_length(length) for length in set(lengths)}
     every = {(rows, width) for width in widths for rows in rows_of(width)}
     found = cheapest(lengths, sorted(every.union(known)), overhead)
+    most = (1 + MOST_PADDING) * sum(lengths)
+    if _places(found) > most:
+        most = (1 + MOST_EXCESS) * _places(found)
+    most_cost = (1 + MOST_PADDING) * (_places(found) + overhead * len(found))
+
+    def suffice(prefills):
+        places = _places(prefills)
+        return places <= most and places + overhead * len(prefills) <= most_cost
+
+    if any(width >= lengths[0] for _, width in known):
+        alone = cheapest(lengths, known, overhead)
+        if suffice(alone):
+            return alone
     shapes = sorted(set(found).union(known))
     while spared := _least_needed(lengths, shapes, known, overhead):
         shapes = [shape for shape in shapes if shape != spared]
         fewer = cheapest(lengths, shapes, overhead)
-        if places(fewer) > most:
+        if not suffice(fewer):
             break
         found = fewer
     return found
+
+
+def _places(prefills) -> int:
+    return sum(rows * width for rows, width in prefills)
 
 
 def cheapest(

@@ -9,7 +9,7 @@ again: a row that ends early makes room for the next prompt at once. Prefills ha
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -112,9 +112,10 @@ class Scheduler:
         self.stops = tuple(int(stop) for stop in stops)
         self.steps = 0
         self._partition = partition
-        self._shapes: set[tuple] = (
-            set()
-        )  # that prefills have had: (begins with prefix, rows, width)
+        # Shapes that prefills have had: (begins with the prefix, rows, width). They are compiled,
+        # for caches of the same length at least.
+        self._streamed: set[tuple[bool, int, int]] = set()
+        self._scored: set[tuple[bool, int, int]] = set()
         platform = device.platform if device.platform in PREFILL_TOKENS else "gpu"
         self._prefill_tokens = PREFILL_TOKENS[platform]
         self._most_kept, self._fewest_batches = MOST_KEPT[platform], FEWEST_BATCHES[platform]
@@ -267,8 +268,8 @@ class Scheduler:
     def _stream(self, trainable, frozen, prompts, prefix, trie) -> Iterator[tuple[int, Answer]]:
         if not prompts:
             return
-        groups = self._groups(prompts, prefix)
-        self._shapes.update(group[1:] for group in groups)
+        groups = self._groups(prompts, prefix, self._streamed)
+        self._streamed.update(group[1:] for group in groups)
 
         def places(number, shared):  # of a cache, for a prompt and its answer
             return len(prompts[number]) - len(prefix) * shared + self.max_new_tokens
@@ -386,8 +387,8 @@ class Scheduler:
         padded = np.zeros((len(labels), lengths.max()), np.int32)
         for row, label in enumerate(labels):
             padded[row, : len(label)] = label
-        groups = self._groups(prompts, prefix)
-        self._shapes.update(group[1:] for group in groups)
+        groups = self._groups(prompts, prefix, self._scored)
+        self._scored.update(group[1:] for group in groups)
         with jax.set_mesh(self.mesh):
             started = self._prefix(trainable, frozen, prefix)
 
@@ -421,9 +422,9 @@ class Scheduler:
         for ahead in self._ahead:
             ahead.cancel()
 
-    def _groups(self, prompts, prefix) -> deque:
+    def _groups(self, prompts, prefix, used: Collection[tuple] = ()) -> deque:
         """What is run together: (prompt numbers, begins with the prefix, rows, width), longest
-        first, so that it shows at once if memory does not suffice."""
+        prompts first, whose slots are the longest too. `used`: shapes that there were before."""
         prefix = list(prefix)
         groups = deque()
         begins = [
@@ -443,11 +444,7 @@ class Scheduler:
             shapes = plan(
                 lengths,
                 self._rows_of,
-                {
-                    (rows, width)
-                    for kind, rows, width in self._shapes
-                    if kind == shared and width <= widest
-                },
+                {(rows, width) for kind, rows, width in used if kind == shared and width <= widest},
                 overhead=int(self._prefill_tokens * PREFILL_OVERHEAD),
             )
             start = 0

@@ -15,9 +15,8 @@ Definitions:
   (regimen) has no classes, so the values are null there.
 * unparseable_share, unfinished_share: of all cases; unfinished answers hit the token limit.
 
-Intervals come from a bootstrap by patient that keeps the set of classes fixed. Of means, and of
-micro and weighted scores, which are such or nearly so (recall is the accuracy itself), they are
-Wilson's with its variance; those of macro scores are centred on the value. See `statistics`.
+Intervals come from a bootstrap by patient that keeps the set of classes fixed; they are Wilson's
+with its variance, but for scores of 0 or 1. See `statistics` and `ClassCounts.intervals`.
 """
 
 import functools
@@ -30,7 +29,12 @@ from rouge_score import rouge_scorer, tokenizers
 from scipy import sparse
 from sklearn.metrics import precision_recall_fscore_support
 
-from radonc_jax.evaluation.statistics import INTERVAL_METHOD, PatientBootstrap, bootstrap_means
+from radonc_jax.evaluation.statistics import (
+    INTERVAL_METHOD,
+    PatientBootstrap,
+    bootstrap_means,
+    variance_factor,
+)
 from radonc_jax.tasks import Record, Task
 
 UNPARSEABLE = "unparseable"
@@ -184,8 +188,7 @@ def _classification(
     }
     if bootstrap:
         draw = PatientBootstrap(patients, bootstrap, seed)
-        for name, samples in counts.samples(draw).items():
-            ends = class_interval(name, result[name]["value"], samples, draw)
+        for name, ends in counts.intervals(draw).items():
             result[name]["low"], result[name]["high"] = ends
     people = Counter(reference for reference, _ in set(zip(references, patients, strict=True)))
     result["per_class"] = {
@@ -193,21 +196,6 @@ def _classification(
     }
     result["confusion"] = _confusion(references, answers, task)
     return result
-
-
-def class_interval(
-    name: str, value: float, samples: np.ndarray, draw: PatientBootstrap
-) -> tuple[float, float]:
-    """The 95 % interval of one of CLASS_SCORES with bootstrap samples [B] of it.
-
-    Resamples lack rare classes, which shifts macro scores: theirs is centred on the value. Micro
-    and weighted scores are of cases as the accuracy is (and micro and weighted recall are the
-    accuracy), so theirs is Wilson's; the centred one covers as few as 90 % of simulations of 0.95
-    to 0.98. Wilson's is not defined where a value of 1 has resamples below (precision).
-    """
-    if name.endswith("_macro") or not 1e-9 < value < 1 - 1e-9:
-        return draw.centred_interval(value, samples, 0, 1)
-    return draw.share_interval(value, samples)
 
 
 class ClassCounts:
@@ -261,6 +249,34 @@ class ClassCounts:
         that a resample lacks scores 0 in it. Counts per class and patient are sparse [K, P];
         weighting patients is then one product per chunk of resamples.
         """
+        return self._samples(draw)[0]
+
+    def intervals(self, draw: PatientBootstrap) -> dict[str, tuple[float, float]]:
+        """The 95 % intervals of CLASS_SCORES.
+
+        Micro and weighted scores are of cases as the accuracy is (and micro and weighted recall
+        are the accuracy), so theirs is `share_interval`. So is that of macro scores, the score to
+        be expected of a test split of this size and make; resamples that lack rare classes have
+        these score 0, and the variance from it (that of the samples less that of the same mean
+        over the classes present) does not shrink near 1: it is `fixed`. Centred on the value,
+        macro scores of 0.98 with four classes were in about 90 % of the intervals. Wilson's is not
+        defined where a value of 1 has resamples below (precision): there they are centred.
+        """
+        samples, present = self._samples(draw)
+        result = {}
+        for name, (value, *influence) in self._influence(draw).items():
+            if not 1e-9 < value < 1 - 1e-9:
+                result[name] = draw.centred_interval(value, samples[name], 0, 1)
+                continue
+            fixed = 0.0
+            if name.endswith("_macro"):
+                fixed = max(float(samples[name].var() - (samples[name] / present).var()), 0.0)
+            factor = variance_factor(value, *influence)
+            result[name] = draw.share_interval(value, samples[name], factor=factor, fixed=fixed)
+        return result
+
+    def _tables(self, draw: PatientBootstrap) -> tuple[sparse.csr_matrix, ...]:
+        """Hits, answers and references by class and patient, sparse [K, P]."""
         shape = len(self.classes), draw.count
 
         def counts(rows: np.ndarray, chosen: np.ndarray) -> sparse.csr_matrix:
@@ -268,12 +284,20 @@ class ClassCounts:
             return sparse.csr_matrix((np.ones(len(rows)), (rows, patient)), shape=shape)
 
         named, hit = self._answer >= 0, self._answer == self._reference
-        hits = counts(self._reference[hit], hit)
-        answered = counts(self._answer[named], named)
-        supported = counts(self._reference, np.ones_like(named))
+        return (
+            counts(self._reference[hit], hit),
+            counts(self._answer[named], named),
+            counts(self._reference, np.ones_like(named)),
+        )
+
+    def _samples(self, draw: PatientBootstrap) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """`samples`, and the share [B] of the classes that each resample holds."""
+        tables = self._tables(draw)
         samples: dict[str, list[np.ndarray]] = {name: [] for name in CLASS_SCORES}
+        present = []
         for weights in draw.weights():
-            tp, predicted, support = (m @ weights.T for m in (hits, answered, supported))  # [K, b]
+            tp, predicted, support = (m @ weights.T for m in tables)  # [K, b]
+            present.append((support > 0).mean(0))
             found = {
                 "precision": (tp, predicted),
                 "recall": (tp, support),
@@ -284,7 +308,55 @@ class ClassCounts:
                 samples[f"{name}_macro"].append(values.mean(0))
                 samples[f"{name}_weighted"].append((values * support).sum(0) / support.sum(0))
                 samples[f"{name}_micro"].append(_ratio(numerator.sum(0), denominator.sum(0)))
-        return {name: np.concatenate(chunks) for name, chunks in samples.items()}
+        joined = {name: np.concatenate(chunks) for name, chunks in samples.items()}
+        return joined, np.concatenate(present)
+
+    def _influence(self, draw: PatientBootstrap) -> dict[str, tuple]:
+        """By name of CLASS_SCORES what `variance_factor` takes, beginning with the value.
+
+        The scores' derivatives by each class's hits, answers and references give the influence of
+        a case. A wrong case has the answer of any case, at random.
+        """
+        tables = self._tables(draw)
+        tp, predicted, support = (np.asarray(m.sum(1)).ravel() for m in tables)
+        cases, each = support.sum(), np.asarray(tables[2].sum(0)).ravel()
+        ratios = {  # numerator, denominator, and their derivatives by hits, answers, references
+            "precision": (tp, predicted, 1, 1, 0),
+            "recall": (tp, support, 1, 0, 1),
+            "f1": (2 * tp, predicted + support, 2, 1, 1),
+        }
+        result = {}
+        for name in CLASS_SCORES:
+            score, average = name.split("_")
+            over, under, by_hit, by_answer, by_reference = ratios[score]
+            if average == "micro":
+                over, under = (np.full_like(x, x.sum()) for x in (over, under))
+            values = _ratio(over, under)
+            weight = {
+                "macro": np.full_like(tp, 1 / len(tp)),
+                "micro": np.ones_like(tp),
+                "weighted": support / cases,
+            }[average]
+            slope = _ratio(weight, under)
+            hit, answer = by_hit * slope, -by_answer * values * slope
+            reference = -by_reference * values * slope
+            if average == "weighted":
+                reference = reference + (values - weight @ values) / cases
+            z = tables[0].T @ hit + tables[1].T @ answer + tables[2].T @ reference
+            right = tables[2].T @ (hit + answer + reference)
+            # Of a patient whose cases are all answered alike, by chance as the answers are given.
+            asked, given = tables[2].T @ reference, predicted / cases
+            mean, square = given @ answer, given @ answer**2
+            wrong = asked + each * mean
+            squares = asked**2 + 2 * asked * each * mean + each**2 * square
+            result[name] = (
+                float(values[0] if average == "micro" else weight @ values),
+                z,
+                float(each.mean()),
+                (float(wrong.mean()), float(squares.mean())),
+                (float(right.mean()), float((right**2).mean())),
+            )
+        return result
 
 
 def _confusion(references: Sequence[str], answers: Sequence[str | None], task: Task) -> dict:

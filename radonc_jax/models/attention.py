@@ -27,6 +27,7 @@ CUDNN_BACKENDS = ("cudnn_packed", "cudnn")
 FAST = {"gpu": CUDNN_BACKENDS, "tpu": ("splash",)}  # by platform, best first
 QUERY_BLOCK = 128  # queries of a packed row that "xla" takes at a time,
 MOST_BLOCKS = 8  # unless the row would have more blocks than that
+LONGEST_TEST = 4096  # tokens of a row of `self_test`, whose memory grows with their square
 SPREAD = 4  # what a third run may differ, over what two runs of the same input did
 # The first JAX whose cuDNN attention, of which private parts are used, is not known here.
 UNKNOWN_JAX = (0, 13)
@@ -575,9 +576,7 @@ def choose_backend(
         raise ValueError(f"train.attention must be one of {('auto', *BACKENDS)}, not {wanted!r}")
     if wanted not in ("auto", "xla", *fast):
         raise ValueError(f'train.attention="{wanted}" does not run on {platform}: use "auto"')
-    longest = -(-max(256, *row_lengths) // 128) * 128
-    if platform == "cpu":
-        longest = 256  # two blocks of queries; more of them would only take longer to compile
+    longest = min(-(-max(256, *row_lengths) // 128) * 128, LONGEST_TEST)
 
     def attempt(backend: str) -> tuple[str | None, str]:
         """(what is wrong with it or None, else why it is used)."""
@@ -586,9 +585,13 @@ def choose_backend(
             return unfit, ""
         if not proven:
             return None, "not tested: it is not run here"
-        test = _tested_once if backend == "xla" else self_test
+        test, length = self_test, longest
+        if backend == "xla":
+            # Longer rows have no more blocks; on a CPU two of them do, and are compiled sooner.
+            most = (2 if platform == "cpu" else MOST_BLOCKS) * QUERY_BLOCK
+            test, length = _tested_once, min(longest, most)
         try:
-            unsteady = test(backend, dtype, num_heads, num_kv_heads, head_dim, longest)
+            unsteady = test(backend, dtype, num_heads, num_kv_heads, head_dim, length)
         except Exception as error:  # whatever a kernel dies of, it is not used
             told = " ".join(str(error).split())
             return f"{backend} attention failed its self-test here: {told}", ""
@@ -646,8 +649,8 @@ def self_test(
     For the model's grouped queries and for plain ones, without a window and with one shorter than
     a segment: outputs and gradients are those of `jax.nn.dot_product_attention` with the whole mask
     up to the rounding of `dtype`, and when one segment changes, those of the others stay the same
-    bit for bit. Rows have `length` tokens, so
-    that as many blocks of a kernel are run as in training, and segments and the window cross them.
+    bit for bit. Rows have `length` tokens, as many as in training up to LONGEST_TEST, so that
+    segments and the window cross the blocks of a kernel.
 
     A kernel may sum in an order that changes from run to run (cuDNN's gradients, unless XLA is told
     otherwise), by one rounding of the largest at most. What differs between runs of the same input
@@ -696,10 +699,17 @@ def self_test(
 
     def reference(query, key, value, window):
         mask = attention_mask(positions, positions, segments, segments, window)
-        with jax.default_matmul_precision("highest"):
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=jnp.asarray(mask)[:, None], implementation="xla"
-            )
+
+        @jax.checkpoint  # a row at a time in both passes: the scores of all of them are large
+        def row(arrays):
+            *arrays, mask = (x[None] for x in arrays)
+            with jax.default_matmul_precision("highest"):
+                output = jax.nn.dot_product_attention(
+                    *arrays, mask=mask[:, None], implementation="xla"
+                )
+            return output[0]
+
+        return jax.lax.map(row, (query, key, value, jnp.asarray(mask)))
 
     # All in one program, which is compiled sooner than one for each. In a mesh, a test of one
     # device's kernel would be cut up: it runs outside of it.

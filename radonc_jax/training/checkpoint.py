@@ -28,6 +28,7 @@ from radonc_jax.training.step import TrainState, checksums, fingerprint, join_ch
 
 PRINTS = "fingerprints"
 TMP_DIR_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's, of a checkpoint that is being written
+ROOM = 4  # what the disk must have, in sizes of a half-written checkpoint, for that to be kept
 HALF_WRITTEN = "-half-written"  # in `damaged/`, after the number
 
 
@@ -105,7 +106,7 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._best = _KeepBest()
         self._failed = False
-        self._set_aside_half_written()
+        parallel.on_main(self._set_aside_half_written)
         self._manager = _Manager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -117,22 +118,31 @@ class Checkpoints:
     def _set_aside_half_written(self) -> None:
         """A run killed in a write has left a part of a checkpoint, which Orbax would remove.
 
-        The newest is kept, and no other: a run that is stopped often would fill its disk.
+        The newest is kept, and no other: a run that is stopped often would fill its disk. Nor is
+        that where the disk is so full that the next checkpoint may need the room.
         """
-        if not parallel.is_main_process():
-            return
         aside = self._workdir / "damaged"
-        for path in sorted((self._workdir / "checkpoints").glob(f"*{TMP_DIR_SUFFIX}*")):
-            aside.mkdir(exist_ok=True)
-            for older in aside.glob(f"*{HALF_WRITTEN}"):
-                shutil.rmtree(older)
-            target = path.name.partition(".")[0] + HALF_WRITTEN
-            os.rename(path, aside / target)
-            print(
-                f"checkpoint {target.removesuffix(HALF_WRITTEN)} was not written to its end: the "
-                f"part that there is was moved to damaged/{target}",
-                flush=True,
+        half = list((self._workdir / "checkpoints").glob(f"*{TMP_DIR_SUFFIX}*"))
+        if not half:
+            return
+        newest = max(half, key=lambda path: int(path.name.partition(".")[0]))
+        number = newest.name.partition(".")[0]
+        told = f"checkpoint {number} was not written to its end: "
+        size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+        aside.mkdir(exist_ok=True)
+        for older in aside.glob(f"*{HALF_WRITTEN}"):
+            shutil.rmtree(older)
+        if shutil.disk_usage(aside).free < ROOM * size:
+            told += "the part that there was is gone, as the disk is nearly full"
+        else:
+            os.rename(newest, aside / f"{number}{HALF_WRITTEN}")
+            told += (
+                f"the part that there is ({size / 1e6:.1f} MB) was moved to "
+                f"damaged/{number}{HALF_WRITTEN}, and may be deleted"
             )
+        for path in half:
+            shutil.rmtree(path, ignore_errors=True)
+        print(told, flush=True)
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
         """Starts writing a checkpoint; arrays are copied before this returns.
