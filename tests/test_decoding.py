@@ -835,6 +835,33 @@ def test_answers_are_kept_as_they_finish_and_never_taken_from_another_source(
     assert ran == [4, 2, 1, 6, 6]
 
 
+def test_a_journal_that_stays_drops_what_no_question_looked_up(tmp_path):
+    path, entry = tmp_path / "journal", {"tokens": [1], "logprob": -0.5}
+
+    def questions(source, prompts, drop=True):
+        journal = Journal(path, source)
+        new = []
+        for prompt in prompts:
+            key = journal.key([prompt], "")
+            if journal.get(key) is None:
+                journal.add(key, entry)
+                new.append(prompt)
+        if drop:
+            journal.drop_others()
+        journal.add(journal.key([9], ""), entry)  # it goes on
+        journal.close()
+        return new
+
+    assert questions({"step": 1}, range(5)) == [0, 1, 2, 3, 4]
+    assert questions({"step": 2}, range(3), drop=False) == [0, 1, 2]
+    assert len(path.read_bytes().splitlines()) == 10
+    assert questions({"step": 2}, range(1, 5)) == [3, 4]
+    assert len(path.read_bytes().splitlines()) == 5
+    assert questions({"step": 2}, [1, 2, 3, 4, 9]) == []
+    assert questions({"step": 1}, [0]) == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_answers_as_its_slow_reference(mistral, kind, tmp_path):
     mistral.torch_model.save_pretrained(tmp_path)

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, command_environment, run_command
 
-from configs import common
+from configs import common, tiny_all
+from radonc_jax import evaluate, settings
 from radonc_jax.data import cohort
 from radonc_jax.evaluation import robustness, run
 from radonc_jax.tasks import TASKS, WithExamples, choose_examples
@@ -401,3 +403,50 @@ def shown(page):
     """The words of a page, without markup, style and data."""
     page = re.sub(r"<script.*?</script>", " ", page[page.index("</style>") :], flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+def ask(monkeypatch, tmp_path, errors, parts=3):
+    """Asks so many parts, of which some have an error; what was asked, and whether a report was
+    written."""
+    asked, reports = [], []
+
+    def answer(part, config, output):
+        asked.append(part.split)
+        if part.split in errors:
+            raise errors[part.split]
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    monkeypatch.setattr(evaluate, "prepare", lambda model, part, config: part)
+    monkeypatch.setattr(evaluate, "report", lambda *_: reports.append(len(asked)))
+    monkeypatch.setattr(evaluate, "check_closed_sets", lambda *_: None)
+    monkeypatch.setattr(evaluate.Model, "of_run", lambda *_: None)
+    monkeypatch.setattr(evaluate.loading, "find_cohort", lambda *_: tmp_path)
+    monkeypatch.setattr(evaluate.loading, "run_mesh", lambda *_: None)
+    config = settings.from_mapping(tiny_all.get_config().to_dict())
+    splits = [evaluate.Part(str(number), "tuned") for number in range(parts)]
+    try:
+        evaluate.evaluate_run(tmp_path, config, "best", splits)
+    except Exception as error:
+        return asked, reports, error
+    return asked, reports, None
+
+
+def test_a_lack_of_memory_is_that_part_s_alone(tmp_path, monkeypatch, capsys):
+    lack = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+    asked, reports, error = ask(monkeypatch, tmp_path, {"1": lack})
+    assert asked == ["0", "1", "2"] and reports == [3]
+    assert str(error).startswith("1 of 3 parts failed, each for the reason above: 1/tuned.")
+    assert "1/tuned: RESOURCE_EXHAUSTED: Out of memory" in capsys.readouterr().err
+    # Of several processes one alone may have met it, so they end.
+    monkeypatch.setattr(evaluate.parallel, "several_processes", lambda: True)
+    assert ask(monkeypatch, tmp_path, {"1": lack}) == (["0", "1"], [2], lack)
+    unasked = evaluate.Unasked("too long")
+    assert ask(monkeypatch, tmp_path, {"1": unasked})[0] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), jax.errors.JaxRuntimeError("INTERNAL: x")])
+def test_what_is_no_part_s_own_error_ends_it_with_a_report_of_what_there_is(
+    tmp_path, monkeypatch, error
+):
+    assert ask(monkeypatch, tmp_path, {"1": error}) == (["0", "1"], [2], error)
+    assert ask(monkeypatch, tmp_path, {"0": error}, parts=1) == (["0"], [], error)

@@ -201,26 +201,50 @@ def test_evaluate_killed_at_random_moments_ends_as_a_quiet_one_does(quiet, tmp_p
     assert not journal.exists()
 
 
+# `evaluate`, where one process of two finds other validation cases on its disk.
+ONE_CANNOT_READ = """
+import jax
+from radonc_jax import command, evaluate
+from radonc_jax.data import cohort
+
+load = cohort.load_records
+
+def load_records(folder, split, **options):
+    if split == "validation" and jax.process_index() == 1:
+        raise ValueError("validation.parquet: changed since prepare wrote it")
+    return load(folder, split, **options)
+
+cohort.load_records = load_records
+command.run(evaluate.main)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_and_predict_as_one_does(quiet, workspace, tmp_path):
-    """Two devices then share the batch, so last bits may differ, and tokens may not."""
+    """Two devices then share the batch, so last bits may differ, and tokens may not. What one of
+    them cannot ask neither does, and the rest is asked."""
     workdir = tmp_path / "run"
     shutil.copytree(quiet[0], workdir)
     shutil.rmtree(workdir / "evaluation" / "test" / "tuned")
     cases = pd.read_parquet(workspace.cohort / "test.parquet")[["case_id", "diagnosis"]]
     cases.to_csv(tmp_path / "cases.csv", index=False)
     options = (f"--workdir={workdir}", f"--input={tmp_path}/cases.csv")
-    for command in (
-        ("radonc_jax.evaluate", f"--workdir={workdir}"),
-        ("radonc_jax.predict", *options, f"--output={tmp_path}/pair.csv"),
-    ):
-        processes = two_processes("-m", *command)
+    evaluating = ("-c", ONE_CANNOT_READ, f"--workdir={workdir}", "--all", "--examples=0")
+    predicting = ("-m", "radonc_jax.predict", *options, f"--output={tmp_path}/pair.csv")
+    for command in (evaluating, predicting):
+        processes = two_processes(*command)
         try:
             outputs = [process.communicate(timeout=300)[0] for process in processes]
         finally:
             for process in processes:  # one may wait for the other for ever
                 process.kill()
-        assert [process.returncode for process in processes] == [0, 0], outputs
+        failed = command is evaluating
+        assert [process.returncode for process in processes] == [failed, failed], outputs
+        if failed:
+            told = "validation/tuned: process 1: validation.parquet: changed since prepare wrote it"
+            assert told in outputs[0] and "report: " in outputs[0]
+            assert all("parts failed, each for the reason above" in output for output in outputs)
+            assert not (workdir / "evaluation" / "validation").exists()
 
     def answered(folder):
         return pd.read_json(folder / "evaluation/test/tuned/predictions.jsonl", lines=True)
