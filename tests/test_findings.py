@@ -1027,6 +1027,11 @@ def test_runs_of_other_cases_stand_side_by_side_but_are_not_compared(tmp_path, c
 
 
 OTHER = {"patient_id": "patients", "reference": "right answers", "prompt_sha256": "prompts"}
+SAID = {
+    "patient_id": "a and b disagree on the patient_id of 60 cases",
+    "reference": "a and b disagree on the reference of 60 cases",
+    "prompt_sha256": "a and b were asked 60 cases of the same ids with other prompts",
+}
 
 
 @pytest.mark.parametrize("field", OTHER)
@@ -1040,7 +1045,7 @@ def test_runs_of_another_cohort_with_the_same_ids_are_not_compared(tmp_path, coh
     entry = findings.build_report(runs, bootstrap=0)["tasks"]["icd"]["further_runs"][0]
     why = f"cases of the same ids have other {OTHER[field]}"
     assert entry["against"] is None and entry["not_compared"] == {"run": "a", "why": why}
-    with pytest.raises(ValueError, match=f"of 60 cases|60 cases .* other {OTHER[field]}"):
+    with pytest.raises(ValueError, match=SAID[field]):
         findings.require_same_cases(runs)
 
 
