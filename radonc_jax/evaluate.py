@@ -212,7 +212,11 @@ def evaluate_run(
     mesh = loading.run_mesh(config)
     model, failed = None, []
     for name, own in itertools.groupby(parts, lambda part: part.model):
-        model = Model.of_run(name, workdir, config, step, mesh, model)
+        if model is not None and model.loaded.lora is not None:
+            model = model.untuned(config)
+        else:
+            model = None  # a whole model: there may be no room for two
+            model = Model.of_run(name, workdir, config, step, mesh)
         for part in own:
             output = workdir / "evaluation" / part.split / part.name
             try:
@@ -245,10 +249,11 @@ def _spares_others(error: Exception) -> bool:
     is one alone."""
     if isinstance(error, Unasked):
         return True
-    lacks_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(
-        error
-    )
-    return not parallel.several_processes() and (isinstance(error, ValueError) or lacks_memory)
+    if parallel.several_processes():
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, ValueError)
 
 
 def report(workdir: Path, split: str) -> None:
@@ -282,6 +287,7 @@ def check_closed_sets(config: settings.Settings, parts: Sequence[Part]) -> None:
 
 
 def has_closed_sets(config: settings.Settings) -> bool:
+    """Whether a task of the run has classes that answers can be held to."""
     return any(task.has_classes for task in select(config.task))
 
 
@@ -300,45 +306,32 @@ class Model:
 
     @classmethod
     def of_run(
-        cls,
-        name: str,
-        workdir: Path,
-        config: settings.Settings,
-        step: str,
-        mesh: Mesh,
-        before: "Model | None",
+        cls, name: str, workdir: Path, config: settings.Settings, step: str, mesh: Mesh
     ) -> "Model":
-        """The "tuned" or "original" one of a run; errors as `loading.load_run`.
-
-        Args:
-          before: the run's tuned model, if it is loaded: base and programs of the original one are
-            the same where the run trains an adapter.
-        """
-        if before is not None and before.loaded.lora is not None:
-            loaded = loading.untuned(before.loaded, config.seed)
-            return cls.of_loaded(loaded, config, before.scheduler)
+        """The "tuned" or "original" one of a run; errors as `loading.load_run`."""
         if name == "tuned":
-            loaded = loading.load_run(workdir, step, mesh, model=config.model)
-        else:
-            loaded = loading.load_original(config, mesh, workdir)
-        return cls.of_loaded(loaded, config)
+            return cls.of_loaded(loading.load_run(workdir, step, mesh, model=config.model), config)
+        return cls.of_loaded(loading.load_original(config, mesh, workdir), config)
 
     @classmethod
-    def of_loaded(
-        cls,
-        loaded: loading.LoadedModel,
-        config: settings.Settings,
-        scheduler: Scheduler | None = None,
-    ) -> "Model":
-        if scheduler is None:
-            scheduler = loaded.scheduler(config.decode.batch, config.decode.max_new_tokens)
-        origin = {
-            "step": loaded.step,
-            "trained_fingerprint": training_step.fingerprint(loaded.trainable),
-            "base_fingerprint": training_step.fingerprint(loaded.frozen),
-            "base": str(loaded.folder),
-        }
-        return cls(loaded, scheduler, origin | loading.arithmetic(loaded.config, loaded.lora))
+    def of_loaded(cls, loaded: loading.LoadedModel, config: settings.Settings) -> "Model":
+        scheduler = loaded.scheduler(config.decode.batch, config.decode.max_new_tokens)
+        return cls(loaded, scheduler, _origin(loaded))
+
+    def untuned(self, config: settings.Settings) -> "Model":
+        """The original model of a run that trains an adapter, from its tuned one: with the same
+        base and the same compiled programs."""
+        loaded = loading.untuned(self.loaded, config.seed)
+        return replace(self, loaded=loaded, origin=_origin(loaded))
+
+
+def _origin(loaded: loading.LoadedModel) -> dict:
+    return {
+        "step": loaded.step,
+        "trained_fingerprint": training_step.fingerprint(loaded.trainable),
+        "base_fingerprint": training_step.fingerprint(loaded.frozen),
+        "base": str(loaded.folder),
+    } | loading.arithmetic(loaded.config, loaded.lora)
 
 
 @dataclass(frozen=True)
