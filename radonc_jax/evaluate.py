@@ -400,6 +400,10 @@ def prepare(
             read()
         except FileNotFoundError as error:
             raise ValueError(str(error)) from None
+        except ValueError as error:
+            if not part.examples:
+                raise
+            raise ValueError(f"{error}. With examples: fewer of them (--examples)") from None
 
     try:
         parallel.on_all(attempt)

@@ -3,13 +3,15 @@
     python -m radonc_jax.predict --workdir=runs/mistral_icd --input=cases.csv --output=answers.csv
     python -m radonc_jax.predict --model=BASE --adapter=PEFT --task=icd --input=... --output=...
 
-The output holds every row of the input in its order, with further columns: `answer` (the model's
-text), `parsed` (what the task reads in it; empty if nothing), `logprob`, `finished` (False: cut
-off at the longest answer), `trimmed` (True: the diagnosis was cut, as in training, because the
-prompt was longer than any there or did not fit the context), `problem` (why a row has no answer),
-`gap` (the smallest distance of the two best logits: where it is small, another device or batch may
-answer otherwise) and `beyond_training` (True: the prompt is longer than any in training, and was
-not cut). Where labels are scored each has its log-probability (`logprob_photon`, ...).
+The output holds every row of the input in its order (lines and rows of a workbook without any cell
+are none), with further columns: `answer` (the model's text), `parsed` (what the task reads in it;
+empty if nothing; of ICD-10 anything that has the shape of a code, see --constrained), `logprob`,
+`finished` (False: cut off at the longest answer), `trimmed` (True: the diagnosis was cut, as in
+training, because the prompt was longer than any there or did not fit the context), `problem` (why a
+row has no answer), `gap` (the smallest distance of the two best logits: where it is small, another
+device or batch may answer otherwise) and `beyond_training` (True: the prompt is longer than any in
+training, and was not cut). Where labels are scored each has its log-probability (`logprob_photon`,
+...).
 
 A row that cannot be read does not stop the others; it comes out as it came in: with too many cells,
 these stand in its last column; a CSV row whose quotes do not match ends with its line and keeps
@@ -50,6 +52,8 @@ _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "With --model: bfloat16 or flo
 _TASK = flags.DEFINE_string("task", None, f"{', '.join(TASKS)}; left out, the run's only task.")
 _INPUT = flags.DEFINE_string("input", None, "Cases: .csv, .xlsx, .parquet or .jsonl.")
 _COLUMN = flags.DEFINE_string("column", "diagnosis", "The input's column with the diagnosis text.")
+_SHEET = flags.DEFINE_string("sheet", "", "Of a workbook with several.")
+_ENCODING = flags.DEFINE_string("encoding", "", "Of a csv or tsv; found out if not given.")
 _OUTPUT = flags.DEFINE_string("output", None, "A .csv file to be written.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 _BATCH = flags.DEFINE_integer("batch", None, "Cases decoded together; the run's, or 32.")
@@ -101,7 +105,7 @@ def main():
         raise ValueError(f"--output={output} must not be the input")
     if output.exists() and not _OVERWRITE.value:
         raise FileExistsError(f"{output} exists: choose another file, or pass --overwrite")
-    rows = open_rows(_INPUT.value, ragged=True)
+    rows = open_rows(_INPUT.value, encoding=_ENCODING.value, sheet=_SHEET.value, ragged=True)
     if _COLUMN.value not in rows.columns:
         raise ValueError(
             f"{rows.path}: no column {_COLUMN.value!r}; choose it with --column. "
@@ -120,6 +124,8 @@ def main():
     # ---- model ---------------------------------------------------------------------------------
     parallel.initialize()
     parallel.quiet_third_parties()
+    for note in rows.layout.notes if parallel.is_main_process() else ():
+        print(note, file=sys.stderr, flush=True)
     if _WORKDIR.value is not None:
         model = loading.load_run(_WORKDIR.value, _STEP.value, model=run.model)
     else:
@@ -148,6 +154,7 @@ def main():
     source = {
         "input": tracking.file_sha256(rows.path),
         "column": _COLUMN.value,
+        "read_as": [rows.layout.encoding, rows.layout.sheet],
         "task": task.name,
         "trained": training_step.fingerprint(model.trainable),
         "base": training_step.fingerprint(model.frozen),
@@ -162,8 +169,6 @@ def main():
     if parallel.is_main_process():
         unanswered = sum(entry["rows"] for entry in problems.values())
         print(f"{rows.count - unanswered} of {rows.count} rows answered: {output}")
-        for note in rows.layout.notes:
-            print(note, file=sys.stderr)
         for problem, entry in problems.items():
             shown = ", ".join(map(str, entry["first"]))
             shown += ", ..." * (entry["rows"] > len(entry["first"]))

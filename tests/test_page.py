@@ -71,7 +71,7 @@ def test_odd_runs_give_defined_figures(odd, task):
         "nothing_readable": (
             f"Tuning brought no right answer on the {name}, where the original model has none "
             "either.",
-            "none of the 5 tuned answers can be read; ",
+            "none of the 5 tuned answers can be read; the best",
             "On 5 held-out cases no answer is right, before tuning or after it (difference",
             "All 5 answers of the tuned model are wrong, all of them unreadable; ",
         ),
@@ -106,6 +106,17 @@ def test_the_first_screen_counts_the_comparisons_in_words():
         ),
     ):
         assert said in shown(render(*runs))
+
+
+def test_the_first_screen_tells_how_many_of_the_original_s_answers_can_be_read():
+    """Where it starts from zero because nothing of it is an answer."""
+    right, both, none = ("C61", "C61", "C61"), ("C61", "", ""), ("C61", "", "C61")
+    for answers, said in (
+        ([none] * 12, "every tuned answer can be read, none of the original's can; "),
+        ([none, both] + [right] * 9, "1 of 11 tuned answers cannot be read, 2 of the original's"),
+        ([right] * 12, "every tuned answer can be read; "),
+    ):
+        assert said in shown(render(run_in_memory(answers, "icd")))
 
 
 def test_tests_of_one_and_of_two_sides_are_told_apart():

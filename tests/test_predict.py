@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import openpyxl
 import optax
 import pandas as pd
 import pyarrow
@@ -255,6 +256,29 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     bad.write_text('{"diagnosis": "lung"}\n["no"]\n{"diagnosis": "skin"\n')
     rows = list(open_rows(bad, ragged=True))
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
+
+
+def test_the_sheet_and_the_encoding_can_be_said(place, tmp_path):
+    book = openpyxl.Workbook()
+    for sheet, text in ((book.active, "lung"), (book.create_sheet("Mine"), "skin")):
+        sheet.append(["diagnosis"])
+        sheet.append([text])
+    book.save(tmp_path / "cases.xlsx")
+    (tmp_path / "cases.csv").write_bytes("diagnosis\nübel\n".encode("cp437"))
+
+    def asked(name, *flags):
+        output = tmp_path / f"{name}{len(flags)}.csv"
+        options = (f"--workdir={place}/run", f"--input={tmp_path / name}", f"--output={output}")
+        code, _, err = predict(*options, *flags)
+        return err if code else [row["diagnosis"] for row in read(output)]
+
+    told = asked("cases.xlsx")
+    assert "several sheets hold cells (Sheet, Mine); choose one with --sheet" in told
+    assert asked("cases.xlsx", "--sheet=Mine") == ["skin"]
+    assert "no sheet 'Other'; there are Sheet, Mine" in asked(
+        "cases.xlsx", "--sheet=Other", "--overwrite"
+    )
+    assert asked("cases.csv", "--encoding=cp437") == ["übel"]
 
 
 # Rows 3 to 5 have quotes, a byte and a NUL that do not belong there; row 7 is one cell too long,

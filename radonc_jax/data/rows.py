@@ -99,11 +99,14 @@ class Rows:
         return rows
 
 
-def open_rows(path: str | Path, *, ragged: bool = False) -> Rows:
+def open_rows(
+    path: str | Path, *, encoding: str = "", sheet: str = "", ragged: bool = False
+) -> Rows:
     """Reads a file through and checks it.
 
     Args:
       path: of the file.
+      encoding, sheet: as `find_layout`; found out if not given.
       ragged: as `read_rows`.
 
     Raises:
@@ -112,7 +115,7 @@ def open_rows(path: str | Path, *, ragged: bool = False) -> Rows:
         another length than the header; places are named, never what stands there.
     """
     path = Path(path)
-    layout = find_layout(path, ragged=ragged)
+    layout = find_layout(path, encoding, sheet=sheet, ragged=ragged)
     rows = read_rows(path, layout, ragged=ragged)
     _, columns = next(rows, (1, []))
     repeated = sorted({name for name in columns if columns.count(name) > 1})

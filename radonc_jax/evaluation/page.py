@@ -377,6 +377,11 @@ def _certainty(report: Mapping) -> str:
         text += f"none of the {total:,} tuned answers can be read"
     else:
         text += f"{unread:,} of {total:,} tuned answers cannot be read"
+    before = sum(entry["original"]["unparseable"] for _, entry in listed)
+    if before == total != unread:
+        text += ", none of the original's can"
+    elif before and before != unread:
+        text += f", {before:,} of the original's cannot"
     ceilings = [
         f"{_share(entry['ceiling'])} ({_called(report, task, entry)})"
         for task, entry in listed

@@ -42,7 +42,7 @@ def resolve(model: str, workdir: Path | None = None, option: str = "--config.mod
     if folder.is_dir():
         return folder
     advice = (
-        f"model {model!r} is not a folder here. Pass a local Hugging Face folder "
+        f"model {model!r} is not a folder here, in {Path.cwd()}. Pass a local Hugging Face folder "
         f"({option}=/path/to/folder with config.json, *.safetensors and the tokenizer)"
     )
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
