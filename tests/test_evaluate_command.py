@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from conftest import ROOT, command_environment, run_command
 
-from configs import common, tiny_all
-from radonc_jax import evaluate, settings
+from configs import common
 from radonc_jax.data import cohort
 from radonc_jax.evaluation import robustness, run
 from radonc_jax.tasks import TASKS, WithExamples, choose_examples
@@ -405,48 +403,59 @@ def shown(page):
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
 
 
-def ask(monkeypatch, tmp_path, errors, parts=3):
-    """Asks so many parts, of which some have an error; what was asked, and whether a report was
-    written."""
-    asked, reports = [], []
+# `evaluate_run` with parts that do nothing, or have an error. In a process of its own, as another
+# command that the tests import has flags of the same names.
+PARTS = """
+import contextlib, io, json
+from pathlib import Path
+import jax
+from configs import tiny_all
+from radonc_jax import evaluate, settings
 
-    def answer(part, config, output):
-        asked.append(part.split)
-        if part.split in errors:
-            raise errors[part.split]
+def answer(part, config, output):
+    asked.append(part.split)
+    if part.split in errors:
+        raise errors[part.split]
 
-    monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr(evaluate, "prepare", lambda model, part, config: part)
-    monkeypatch.setattr(evaluate, "report", lambda *_: reports.append(len(asked)))
-    monkeypatch.setattr(evaluate, "check_closed_sets", lambda *_: None)
-    monkeypatch.setattr(evaluate.Model, "of_run", lambda *_: None)
-    monkeypatch.setattr(evaluate.loading, "find_cohort", lambda *_: tmp_path)
-    monkeypatch.setattr(evaluate.loading, "run_mesh", lambda *_: None)
-    config = settings.from_mapping(tiny_all.get_config().to_dict())
+evaluate.answer = answer
+evaluate.prepare = lambda model, part, config: part
+evaluate.report = lambda *_: reports.append(len(asked))
+evaluate.check_closed_sets = lambda *_: None
+evaluate.Model.of_run = lambda *_: None
+evaluate.loading.find_cohort = lambda *_: "cohort"
+evaluate.loading.run_mesh = lambda *_: None
+config = settings.from_mapping(tiny_all.get_config().to_dict())
+
+def ask(given, parts=3):
+    global asked, reports, errors
+    asked, reports, errors, told = [], [], given, io.StringIO()
     splits = [evaluate.Part(str(number), "tuned") for number in range(parts)]
-    try:
-        evaluate.evaluate_run(tmp_path, config, "best", splits)
-    except Exception as error:
-        return asked, reports, error
-    return asked, reports, None
+    raised = None
+    with contextlib.redirect_stderr(told):
+        try:
+            evaluate.evaluate_run(Path("run"), config, "best", splits)
+        except Exception as error:
+            raised = "its own" if error in given.values() else str(error)
+    return asked, reports, raised, told.getvalue()
+
+lack = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+broken = jax.errors.JaxRuntimeError("INTERNAL: x")
+found = [ask({"1": lack}), ask({"1": OSError("disk")}), ask({"1": broken}), ask({"0": lack}, 1)]
+evaluate.parallel.several_processes = lambda: True
+found += [ask({"1": lack}), ask({"1": evaluate.Unasked("too long")})]
+print(json.dumps(found))
+"""
 
 
-def test_a_lack_of_memory_is_that_part_s_alone(tmp_path, monkeypatch, capsys):
-    lack = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-    asked, reports, error = ask(monkeypatch, tmp_path, {"1": lack})
-    assert asked == ["0", "1", "2"] and reports == [3]
-    assert str(error).startswith("1 of 3 parts failed, each for the reason above: 1/tuned.")
-    assert "1/tuned: RESOURCE_EXHAUSTED: Out of memory" in capsys.readouterr().err
+def test_a_part_s_own_error_spares_the_others_and_any_other_leaves_a_report():
+    result = several(PARTS, [])
+    assert result.returncode == 0, result.stderr[-3000:]
+    lack, disk, broken, alone, lack_of_several, unasked = json.loads(result.stdout)
+    assert lack[:2] == [["0", "1", "2"], [3]]
+    assert lack[2].startswith("1 of 3 parts failed, each for the reason above: 1/tuned.")
+    assert lack[3] == "1/tuned: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\n"
     # Of several processes one alone may have met it, so they end.
-    monkeypatch.setattr(evaluate.parallel, "several_processes", lambda: True)
-    assert ask(monkeypatch, tmp_path, {"1": lack}) == (["0", "1"], [2], lack)
-    unasked = evaluate.Unasked("too long")
-    assert ask(monkeypatch, tmp_path, {"1": unasked})[0] == ["0", "1", "2"]
-
-
-@pytest.mark.parametrize("error", [OSError("disk"), jax.errors.JaxRuntimeError("INTERNAL: x")])
-def test_what_is_no_part_s_own_error_ends_it_with_a_report_of_what_there_is(
-    tmp_path, monkeypatch, error
-):
-    assert ask(monkeypatch, tmp_path, {"1": error}) == (["0", "1"], [2], error)
-    assert ask(monkeypatch, tmp_path, {"0": error}, parts=1) == (["0"], [], error)
+    for ended in (disk, broken, lack_of_several):
+        assert ended == [["0", "1"], [2], "its own", ""]
+    assert alone == [["0"], [], "its own", ""]
+    assert unasked[:2] == [["0", "1", "2"], [3]] and unasked[2].startswith("1 of 3 parts failed")
