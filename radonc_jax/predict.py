@@ -3,15 +3,15 @@
     python -m radonc_jax.predict --workdir=runs/mistral_icd --input=cases.csv --output=answers.csv
     python -m radonc_jax.predict --model=BASE --adapter=PEFT --task=icd --input=... --output=...
 
-The output holds every row of the input in its order (lines and rows of a workbook without any cell
-are none), with further columns: `answer` (the model's text), `parsed` (what the task reads in it;
-empty if nothing; of ICD-10 anything that has the shape of a code, see --constrained), `logprob`,
-`finished` (False: cut off at the longest answer), `trimmed` (True: the diagnosis was cut, as in
-training, because the prompt was longer than any there or did not fit the context), `problem` (why a
-row has no answer), `gap` (the smallest distance of the two best logits: where it is small, another
-device or batch may answer otherwise) and `beyond_training` (True: the prompt is longer than any in
-training, and was not cut). Where labels are scored each has its log-probability (`logprob_photon`,
-...).
+The output holds every row of the input in its order, blank lines and rows of a workbook without any
+cell too where others follow, with further columns: `answer` (the model's text), `parsed` (what the
+task reads in it; empty if nothing; of ICD-10 anything that has the shape of a code, see
+--constrained), `logprob`, `finished` (False: cut off at the longest answer), `trimmed` (True: the
+diagnosis was cut, as in training, because the prompt was longer than any there or did not fit the
+context), `problem` (why a row has no answer), `gap` (the smallest distance of the two best logits:
+where it is small, another device or batch may answer otherwise) and `beyond_training` (True: the
+prompt is longer than any in training, and was not cut). Where labels are scored each has its log-
+probability (`logprob_photon`, ...).
 
 A row that cannot be read does not stop the others; it comes out as it came in: with too many cells,
 these stand in its last column; a CSV row whose quotes do not match ends with its line and keeps

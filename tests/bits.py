@@ -2,11 +2,13 @@
 wide model are not, bit for bit, those of the case alone. Prints {kind of model: how many}."""
 
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from radonc_jax.decoding import scheduler as scheduling
 from radonc_jax.decoding.constrain import build_trie
 from radonc_jax.decoding.scheduler import Scheduler
 from radonc_jax.models import lora
@@ -21,6 +23,7 @@ WIDE = dict(
 )  # fmt: skip
 EOS, NEW = 2, 6
 ALONE = (0, 9, 21)
+WIDTHS = (3, 22)  # of the prefill of a short prompt, as they are where prompts are short
 TARGETS = ("q_proj", "v_proj", "down_proj")
 KINDS = {
     "adapter of rank 8": (False, lora.LoRAConfig(8, 16.0, 0.0, TARGETS, False, False), None),
@@ -71,6 +74,11 @@ def differing(tied, adapter, quantized) -> int:
     count = sum(a != b for a, b in zip(run(prompts[::-1])[::-1], together, strict=True))
     for number in ALONE:
         count += run([prompts[number]]) != [together[number]]
+    for width in WIDTHS:
+        planned = mock.Mock(side_effect=[[], [(8, width)]])  # it does not begin with the prefix
+        with mock.patch.object(scheduling, "plan", planned):
+            count += run([prompts[-2]]) != [together[-2]]
+        assert planned.call_count == 2
     if quantized:
         return count
     labels = [(5, EOS), (6, 7, EOS), (8, 9, 10, EOS)]

@@ -258,6 +258,33 @@ def test_a_bad_row_is_told_by_number_and_stops_nothing(place, tmp_path):
     assert rows == [(1, ["lung"]), (2, []), (3, [])]
 
 
+@pytest.mark.parametrize("kind", ["csv", "xlsx", "jsonl"])
+def test_blank_rows_come_out_where_they_were(kind, tmp_path):
+    """Blank lines, rows that were emptied and rows that a workbook does not store; those behind the
+    last one are none."""
+    path = tmp_path / f"cases.{kind}"
+    if kind == "xlsx":
+        book = openpyxl.Workbook()
+        for place, cells in {1: ("id", "diagnosis"), 2: (1, "lung"), 6: (2, "skin")}.items():
+            for column, value in enumerate(cells, 1):
+                book.active.cell(place, column, value)
+        book.active.cell(4, 2, "")
+        book.active.cell(8, 1).number_format = "0.00"
+        book.save(path)
+    elif kind == "csv":
+        path.write_text("id,diagnosis\n1,lung\n\n\n\n2,skin\n\n\n")
+    else:
+        path.write_text('{"id": 1, "diagnosis": "lung"}\n\n \n\n{"id": 2, "diagnosis": "skin"}\n\n')
+    rows, problems = answered(path, tmp_path)
+    assert [(row["id"], row["diagnosis"]) for row in rows] == [
+        ("1", "lung"), ("", ""), ("", ""), ("", ""), ("2", "skin"),
+    ]  # fmt: skip
+    first = 2 if kind == "jsonl" else 3
+    assert problems == {"empty diagnosis": [first, first + 1, first + 2]}
+    assert [bool(row["answer"]) for row in rows] == [True, False, False, False, True]
+    assert open_rows(path, ragged=True).count == 5 and open_rows(path).count == 2
+
+
 def test_the_sheet_and_the_encoding_can_be_said(place, tmp_path):
     book = openpyxl.Workbook()
     for sheet, text in ((book.active, "lung"), (book.create_sheet("Mine"), "skin")):
@@ -281,8 +308,8 @@ def test_the_sheet_and_the_encoding_can_be_said(place, tmp_path):
     assert asked("cases.csv", "--encoding=cp437") == ["übel"]
 
 
-# Rows 3 to 5 have quotes, a byte and a NUL that do not belong there; row 7 is one cell too long,
-# row 8 (whose quote nothing closes) takes no row with it.
+# Rows 3 to 5 have quotes, a byte and a NUL that do not belong there; row 6 is blank, row 7 is one
+# cell too long, row 8 (whose quote nothing closes) takes no row with it.
 DAMAGED = b"""id,diagnosis,note\r
 1,"left\nbreast",\xc3\xa9\r
 2,"left" breast,x\r
@@ -315,13 +342,14 @@ def test_damaged_rows_come_out_as_they_came_in(tmp_path, monkeypatch):
         ("2", '"left" breast', "x", quotes),
         ("3", "Brust", " gro\\xdf", no_text),
         ("4", "sk\\x00in", "", no_text),
+        ("", "", "", "empty diagnosis"),
         ("5", "pros", 'tate, "a"', wide),
         ("6", '"lung', "a", quotes),
         ("7", "rectum", "b", ""),
         ("8", 'an"us', "c", ""),
     ]
-    assert problems == {quotes: [3, 8], no_text: [4, 5], wide: [7]}
-    assert [row["answer"] for row in rows] == ["C61", "", "", "", "", "", "C61", "C61"]
+    assert problems == {quotes: [3, 8], no_text: [4, 5], wide: [7], "empty diagnosis": [6]}
+    assert [row["answer"] for row in rows] == ["C61", "", "", "", "", "", "", "C61", "C61"]
     # A quote that nothing closes is given up after a while, not at the end of a long file.
     monkeypatch.setattr(tables, "_BLOCK", 100)
     lines = "".join(f"{number},lung\n" for number in range(200))

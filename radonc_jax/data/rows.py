@@ -84,7 +84,7 @@ class Rows:
       columns: its header.
       count: rows below the header.
       layout: how it is read.
-      ragged: rows of another length are given as they are, damaged ones as `Damaged`.
+      ragged: as `read_rows`.
     """
 
     path: Path
@@ -135,19 +135,33 @@ def read_rows(path: Path, layout: Layout, *, ragged: bool = False) -> Iterator[R
       ragged: a row of another length is no error but comes as it is, and one that cannot be read
         comes as `Damaged`: of a csv its first line, split at each delimiter, with quotes as they
         stand; bytes that are no text as \\xff; of Parquet or a dataset without the cell that cannot
-        be read, unless it is text; of a jsonl no cells.
+        be read, unless it is text; of a jsonl no cells. Blank lines, and rows of a workbook without
+        any cell, are empty rows where others follow; otherwise they are none.
 
     Raises:
       ValueError: the file (or its header) is damaged or a row has another length than the header;
         places are named, never what stands there.
     """
     if layout.kind in (".csv", ".tsv"):
-        return (_ragged if ragged else _delimited)(path, layout)
-    if layout.kind == ".xlsx":
-        return _xlsx(path, layout.sheet, ragged)
-    if layout.kind == ".jsonl":
-        return _jsonl(path, ragged)
-    return {"": _dataset, ".parquet": _parquet}[layout.kind](path, ragged)
+        rows = (_ragged if ragged else _delimited)(path, layout)
+    elif layout.kind == ".xlsx":
+        rows = _xlsx(path, layout.sheet, ragged)
+    else:
+        rows = {"": _dataset, ".parquet": _parquet, ".jsonl": _jsonl}[layout.kind](path, ragged)
+    return _with_empty_rows(rows) if ragged else rows
+
+
+def _with_empty_rows(rows: Iterator[Row]) -> Iterator[Row]:
+    """The readers leave out rows without any cell, but count them."""
+    last, columns = None, []
+    for number, values in rows:
+        if last is None:
+            columns = values
+        else:
+            for empty in range(last + 1, number):
+                yield empty, [""] * len(columns)
+        yield number, values
+        last = number
 
 
 # ---------------------------------------------------------------------------------------------

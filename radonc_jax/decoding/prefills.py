@@ -10,15 +10,16 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 LENGTH_STEP = 16
+FINER_STEPS = (8, 4, 2, 1)  # of short prompts, whose rounding alone may be more than
 MOST_PADDING = 0.12  # of the prompts' tokens, up to which shapes are spared,
 MOST_EXCESS = 0.04  # or of the fewest places, where short prompts have more padding in any case
 
 
-def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 16, or of a sixteenth of the next power of two: eight
-    widths for each doubling beyond 128 tokens."""
-    step = max(LENGTH_STEP, (1 << (max(length, 1) - 1).bit_length()) // 16)
-    return -(-length // step) * step
+def padded_length(length: int, least: int = LENGTH_STEP) -> int:
+    """`length` rounded up to a multiple of `least`, or of a sixteenth of the next power of two:
+    eight widths for each doubling beyond 128 tokens; never a single token."""
+    step = max(least, (1 << (max(length, 1) - 1).bit_length()) // 16)
+    return max(2, -(-length // step) * step)
 
 
 def plan(
@@ -31,9 +32,10 @@ def plan(
     """The prefills of prompts of these lengths.
 
     First the cheapest of all. Then one shape after another is given up, the one without which the
-    others cost least, as long as padding is at most `MOST_PADDING` of the tokens; where it is more
-    from the first, as long as there are at most `MOST_EXCESS` more places than that. Known shapes
-    are free and are not given up, and where they suffice there is no other.
+    others cost least, as long as padding is at most `MOST_PADDING` of the tokens. Widths are finer
+    where that is not had otherwise; and where it cannot be had, as for few prompts, shapes are
+    given up as long as there are at most `MOST_EXCESS` more places than from the first. Known
+    shapes are free and are not given up, and where they suffice there is no other.
 
     Args:
       lengths: tokens of each prompt, longest first.
@@ -48,7 +50,18 @@ def plan(
     if not lengths:
         return []
     known = sorted(set(known))
-    widths = {padded_length(length) for length in set(lengths)}
+    little = (1 + MOST_PADDING) * sum(lengths)
+    coarse = _plan(lengths, rows_of, known, overhead, LENGTH_STEP)
+    if _places(coarse) <= little:
+        return coarse
+    finer = [_plan(lengths, rows_of, known, overhead, step) for step in FINER_STEPS]
+    finer = [found for found in finer if _places(found) <= little]
+    return min(finer, key=lambda found: len(set(found).difference(known)), default=coarse)
+
+
+def _plan(lengths, rows_of, known, overhead: int, step: int) -> list[tuple[int, int]]:
+    """As `plan`, with widths that are multiples of `step`."""
+    widths = {padded_length(length, step) for length in set(lengths)}
     every = {(rows, width) for width in widths for rows in rows_of(width)}
     found = cheapest(lengths, sorted(every.union(known)), overhead)
     most = (1 + MOST_PADDING) * sum(lengths)

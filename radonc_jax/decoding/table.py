@@ -34,7 +34,7 @@ ADDED = (
 NOT_FINITE = "log-probability not finite"
 CHUNK = 2048  # rows in memory at a time; within them, prompts of like length go together
 REPORT_SECONDS = 30  # between lines of progress where there is no terminal
-FORMAT = 3  # of the files beside an unfinished output; those of another one are not gone on with
+FORMAT = 4  # of the files beside an unfinished output; those of another one are not gone on with
 TOLD = 20  # numbers of rows without an answer that are told for each reason
 
 
