@@ -242,7 +242,7 @@ def _tokenizer() -> dict[str, str | None]:
 
 
 def ceiling_of_test(source: Path, cases: pd.DataFrame) -> dict[str, float] | None:
-    """Best reachable accuracy per task on the test split, where `synthesize` left it beside the
+    """Ceiling of each task on the test split, where `synthesize` left it beside the
     extract; None for real records, whose ceiling nobody knows.
 
     Raises:
@@ -286,7 +286,7 @@ def print_counts(manifest: dict) -> None:
         print(batches.Preflight(manifest["preflight"], []))
     if manifest["ceiling"]:
         best = ", ".join(f"{task} {value:.3f}" for task, value in manifest["ceiling"].items())
-        print(f"best reachable on test: {best}")
+        print(f"ceiling on test: {best}")
 
 
 def main() -> None:

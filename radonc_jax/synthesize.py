@@ -22,7 +22,7 @@ def main() -> None:
     extract = synthetic.make_extract(_CASES.value, _SEED.value)
     ceiling = synthetic.write_extract(extract, Path(_OUTPUT.value))
     print(f"{_OUTPUT.value}: {_CASES.value} patients, {len(extract.table)} plan rows")
-    print("best reachable: " + ", ".join(f"{task} {value:.3f}" for task, value in ceiling.items()))
+    print("ceiling: " + ", ".join(f"{task} {value:.3f}" for task, value in ceiling.items()))
 
 
 if __name__ == "__main__":

@@ -286,6 +286,11 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
         "task": config.task,
         "steps": steps,
         "seed": config.seed,
+        "architecture": {
+            "name": huggingface.read_architecture(folder),
+            "layers": architecture.num_layers,
+            "parameters": meters.parameters(architecture),
+        },
         "parameters": {
             "trainable": lora.count(partition.trainable),
             "frozen": lora.count(partition.frozen),

@@ -190,7 +190,7 @@ def test_filters_narrow_the_list_down(browser, pages):
     assert state(browser) == "Cases 1 to 15 of 15"
     choose(browser, "by-result", "Tuned right")
     assert state(browser) == "Cases 1 to 5 of 5"
-    choose(browser, "by-result", "Tuned cannot be read")
+    choose(browser, "by-result", "Tuned unparseable")
     assert "I do not know" in listed(browser)[0].text and len(listed(browser)) == 5
     choose(browser, "by-result", "Only original right")
     assert state(browser) == "Cases 1 to 5 of 5" and WRONG_DOSE in listed(browser)[0].text
@@ -220,15 +220,15 @@ def verdicts(item):
 @pytest.mark.parametrize(
     ("result", "cases", "original", "tuned"),
     [
-        # Of 15 regimens, 42 modalities and 5,000 codes; what cannot be read is wrong.
-        ("Tuned wrong", 10 + 12 + 3333, None, {"wrong", "cannot be read"}),
+        # Of 15 regimens, 42 modalities and 5,000 codes; what is unparseable is wrong.
+        ("Tuned wrong", 10 + 12 + 3333, None, {"wrong", "unparseable"}),
         (
             "Both wrong",
             5 + 12 + 1667,
-            {"wrong", "cannot be read"},
-            {"wrong", "cannot be read"},
+            {"wrong", "unparseable"},
+            {"wrong", "unparseable"},
         ),
-        ("Only tuned right", 5 + 1667, {"wrong", "cannot be read"}, {"right"}),
+        ("Only tuned right", 5 + 1667, {"wrong", "unparseable"}, {"right"}),
         ("Right words, wrong dose, side or kind", 5, {"right"}, {"wrong"}),
     ],
 )

@@ -274,7 +274,7 @@ MATRICES = {
     "one small class": [[40, 0, 0, 0], [0, 3, 0, 0], [0, 0, 25, 0]],
     "small class and its partner": [[40, 12, 0, 0], [4, 0, 0, 0], [0, 2, 13, 0]],
     "one small error": [[40, 12, 0, 0], [0, 30, 0, 0], [3, 12, 60, 0]],
-    "unreadable alone": [[40, 0, 0, 3], [0, 30, 0, 0], [0, 0, 60, 0]],
+    "unparseable alone": [[40, 0, 0, 3], [0, 30, 0, 0], [0, 0, 60, 0]],
     "few right in one class": [[4, 20, 12, 0], [0, 30, 0, 0], [0, 0, 60, 0]],
 }
 
@@ -766,7 +766,7 @@ def test_a_few_that_both_models_have_right_or_whose_group_is_not_known_are_hidde
     assert [row["n"] for row in entry["subgroups"] if row["by"] == "site"] == ["hidden"]
 
 
-def test_few_answers_that_are_no_code_cannot_be_told_from_the_unreadable():
+def test_few_answers_that_are_no_code_cannot_be_told_from_the_unparseable():
     answers = [("C61", "", "C20")] * 20 + [("C61", "", "")] * 12 + [("C61", "", "C99.9")] * 3
     report = findings.build_report([run_in_memory(answers, "icd")], bootstrap=0)
     counts, errors = report["tasks"]["icd"], report["tasks"]["icd"]["details"]["errors"]
@@ -967,28 +967,32 @@ def test_where_no_answer_is_right_nothing_is_weighed():
         "No answer of the tuned model or of any simple baseline is right.",
         "No answer of the original model with examples in its prompt is right, nor is any of the "
         "tuned one.",
-        "All 100 answers of the tuned model are wrong; the best reachable accuracy is not known.",
+        "All 100 answers of the tuned model are wrong; the ceiling is not known.",
     ]
 
 
 @pytest.mark.parametrize(
     ("accuracy", "unread", "said"),
     [
-        (0.63, 12, "37 of the tuned model's 100 answers are wrong (37.0 %), 12 of them unreadable"),
+        (
+            0.63,
+            12,
+            "37 of the tuned model's 100 answers are wrong (37.0 %), 12 of them unparseable",
+        ),
         (
             0.63,
             37,
-            "37 of the tuned model's 100 answers are wrong (37.0 %), all of them unreadable",
+            "37 of the tuned model's 100 answers are wrong (37.0 %), all of them unparseable",
         ),
-        (0.99, 1, "1 of the tuned model's 100 answers is wrong (1.0 %), unreadable"),
-        (0.0, 19, "All 100 answers of the tuned model are wrong, 19 of them unreadable"),
+        (0.99, 1, "1 of the tuned model's 100 answers is wrong (1.0 %), unparseable"),
+        (0.0, 19, "All 100 answers of the tuned model are wrong, 19 of them unparseable"),
         (1.0, 0, "No answer of the tuned model is wrong"),
     ],
 )
 def test_what_remains_is_counted(accuracy, unread, said):
     entry = entry_with(accuracy, 0.5, 0.1, None, None)
     entry["tuned"]["unparseable"] = unread
-    assert judge_tuning("icd", entry)["sentences"][-1].startswith(f"{said}; the best")
+    assert judge_tuning("icd", entry)["sentences"][-1].startswith(f"{said}; the ceiling is")
 
 
 # -- two tuned models, and a folder that has travelled ---------------------------------------
@@ -1534,7 +1538,7 @@ def test_evaluating_again_judges_anew_what_is_there_and_replaces_what_does_not_b
     assert evaluate() == (60, whole)
 
 
-def test_the_best_reachable_accuracy_is_that_of_the_test_split_alone(icd_run, cohort):
+def test_the_ceiling_is_that_of_the_test_split_alone(icd_run, cohort):
     config = SimpleNamespace(
         cohort=str(cohort), task="icd", seed=0, decode=SimpleNamespace(max_new_tokens=8),
         batch=SimpleNamespace(over_length="fail"),
@@ -1557,7 +1561,7 @@ def test_the_best_reachable_accuracy_is_that_of_the_test_split_alone(icd_run, co
         entry = findings.build_report([found[split]], bootstrap=0)["tasks"]["icd"]
         assert entry["ceiling"] == known
         assert all(entry[model].get("ceiling") is None for model in run.MODELS)
-        assert ("accuracy is not known" in entry["verdict"]["sentences"][-1]) == (known is None)
+        assert ("ceiling is not known" in entry["verdict"]["sentences"][-1]) == (known is None)
     # Scored anew, too.
     older = dataclasses.replace(found["validation"], unproven=run.MODELS)
     assert "ceiling" not in findings.build_report([older], bootstrap=0)["tasks"]["icd"]["tuned"]

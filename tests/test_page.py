@@ -14,6 +14,7 @@ from radonc_jax.evaluation.disclosure import TRIPOD_LLM
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
 from radonc_jax.evaluation.figures import name_of
 from radonc_jax.evaluation.findings import build_report
+from radonc_jax.evaluation.markup import DASH
 from radonc_jax.evaluation.page import DEFINITIONS, EFFECTS, SCORES, render_page
 from radonc_jax.evaluation.published import publish
 from radonc_jax.evaluation.run import VARIANTS
@@ -33,6 +34,12 @@ def shown(page):
 
 def embedded(page):
     return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def embedded_script(page):
+    """The code of a page, its data left out; the published form has none."""
+    found = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
+    return found[1] if found else ""
 
 
 def render(*runs, include_text=True):
@@ -71,13 +78,13 @@ def test_odd_runs_give_defined_figures(odd, task):
         "nothing_readable": (
             f"Tuning brought no right answer on the {name}, where the original model has none "
             "either.",
-            "none of the 5 tuned answers can be read; the best",
+            "all 5 tuned answers are unparseable; the ceiling is not known.",
             "On 5 held-out cases no answer is right, before tuning or after it (difference",
-            "All 5 answers of the tuned model are wrong, all of them unreadable; ",
+            "All 5 answers of the tuned model are wrong, all of them unparseable; ",
         ),
         "models_never_differ": (
             f"Tuning did not change the accuracy of the {name} (50.0",
-            "is not more accurate in the one comparison; every tuned answer can be read",
+            "is not more accurate in the one comparison; no tuned answer is unparseable",
             "6 of the tuned model's 12 answers are wrong (50.0 %); ".replace("'", "&#x27;"),
         ),
         "all_right": (
@@ -108,13 +115,16 @@ def test_the_first_screen_counts_the_comparisons_in_words():
         assert said in shown(render(*runs))
 
 
-def test_the_first_screen_tells_how_many_of_the_original_s_answers_can_be_read():
+def test_the_first_screen_tells_how_many_of_the_original_s_answers_are_unparseable():
     """Where it starts from zero because nothing of it is an answer."""
     right, both, none = ("C61", "C61", "C61"), ("C61", "", ""), ("C61", "", "C61")
     for answers, said in (
-        ([none] * 12, "every tuned answer can be read, none of the original's can; "),
-        ([none, both] + [right] * 9, "1 of 11 tuned answers cannot be read, 2 of the original's"),
-        ([right] * 12, "every tuned answer can be read; "),
+        ([none] * 12, "no tuned answer is unparseable, all of the original's are; "),
+        (
+            [none, both] + [right] * 9,
+            "1 of 11 tuned answers are unparseable, 2 of the original's are; ",
+        ),
+        ([right] * 12, "no tuned answer is unparseable; "),
     ):
         assert said in shown(render(run_in_memory(answers, "icd")))
 
@@ -129,15 +139,17 @@ def test_tests_of_one_and_of_two_sides_are_told_apart():
     assert "either direction" in DEFINITIONS["McNemar p"]
 
 
-def test_the_best_reachable_accuracy_is_a_share_and_then_its_task():
+def test_the_ceiling_is_a_share_and_then_its_task():
     run = dataclasses.replace(
         run_in_memory([("C61", "", "C61")] * 12, "icd"), ceiling={"icd": 0.959}
     )
     text = shown(render(run)).replace("\N{NO-BREAK SPACE}", " ")
-    said = "on average no reader of such texts could be right in more than 95.9 % (ICD-10-CM code)."
-    assert said in text
-    assert "the best reachable accuracy is 95.9 % on average." in text
-    assert "on average" in DEFINITIONS["Best reachable"]
+    assert "no tuned answer is unparseable, all of the original's are; the ceiling is 95.9 % " in (
+        html.unescape(text)
+    )
+    assert "the ceiling is 95.9 % (ICD-10-CM code)." in text
+    assert "of the tuned model is wrong; the ceiling is 95.9 %." in text
+    assert "on average" in DEFINITIONS["Ceiling"]
 
 
 # 97.6 % of the cases, 1.5: a full stop that ends no sentence has no space behind it.
@@ -207,9 +219,38 @@ def test_every_measure_that_the_page_shows_has_a_definition():
     shown_names = [*SCORES.values(), *EFFECTS.values(), *codes.DEPTHS, *codes.ERRORS]
     shown_names += [*robustness.PERTURBATIONS, *map(name_of, (*VARIANTS, *BASELINES))]
     shown_names += ["Holm", "McNemar p", "ECE", "Brier score", "Coverage at 5 % error"]
-    shown_names += ["Conformal sets", "Simple baseline, the hardest to beat", "Best reachable"]
+    shown_names += ["Conformal sets", "Simple baseline, the hardest to beat", "Ceiling"]
     lacking = [name for name in shown_names if not any(words(name) <= one for one in defined)]
     assert lacking == []
+
+
+@pytest.mark.parametrize("include_text", [True, False])
+def test_one_thing_has_one_name(include_text):
+    unparseable = run_in_memory([(RIGHT, "", RIGHT)] * 12 + [(RIGHT, "", "none")] * 12, name="r")
+    page = render(full_run(), unparseable, include_text=include_text)
+    others = ("unreadable", "not be read", "can be read[,;.]", "best reachable", "no reader")
+    for other in others:
+        for told in (shown(page), embedded_script(page)):
+            assert not re.search(other, told, re.IGNORECASE), other
+    assert page.count("<dt>Ceiling</dt>") == 1 and "<dt>Unparseable, unfinished</dt>" in page
+    assert ">Unparseable<" in page and ">Ceiling<" in page
+
+
+def test_whole_decimals_are_told_of_regimens_alone():
+    codes = run_in_memory([("C50.911", "C20", "C50.911")] * 12, "icd", name="codes")
+    modalities = run_in_memory([("photon", "", "photon")] * 12, "modality", name="modalities")
+    name = SCORES["rouge1_decimal"]
+    page = render(codes, modalities)
+    assert name not in page.partition('<section id="definitions"')[0]
+    assert "whole decimal" not in page
+    page = render(codes, modalities, run_in_memory([(RIGHT, "", RIGHT)] * 12, name="regimens"))
+    table = page[page.index('<section id="scores"') : page.index('<section id="tests"')]
+    heads = re.findall(r"<th scope=\"col\".*?>(.*?)</th>", table)
+    rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in table.split("<tr>")[2:]]
+    cells = {row[0].partition(" ")[0]: row[heads.index(name)] for row in rows}
+    assert cells["Modality"] == cells["ICD-10-CM"] == DASH
+    assert cells["Treatment"].startswith("1.000")
+    assert "whole decimal" in page
 
 
 def test_definitions_say_what_a_reader_may_take_for_more():
@@ -273,7 +314,7 @@ def test_the_explorer_holds_every_text_and_orders_by_nearness():
     assert texts[closest[4]] == f"{HOSTILE} number 2" and texts[closest[5]] == RIGHT
     assert texts[closest[3]] == "b" and data["cases"][1][3] is None
     assert texts[closest[7][0]] == WRONG_DOSE
-    assert [row[7][1] for row in data["cases"]] == [0, 2, 1]  # wrong, unreadable, right
+    assert [row[7][1] for row in data["cases"]] == [0, 2, 1]  # wrong, unparseable, right
     assert data["cases"][1][7][2] is None and closest[7][2] == 0.1353
 
 
@@ -656,12 +697,12 @@ def test_what_was_left_out_of_the_cohort_is_told_by_its_rules():
     assert told.startswith(
         "Left out beforehand: cases without diagnosis text, without dose and fractions that agree, "
         "without one ICD-10-CM code, with a code that cannot be billed. A diagnosis text that is "
-        "too long for the model is cut at its end. An answer that cannot be read"
+        "too long for the model is cut at its end. An unparseable answer counts"
     )
     assert "Treatment regimen 0 of 4 tuned" in told
     skipped = COHORT | {"rules": RULES[:-1], "rules_turned_off": ["code_valid"]}
     assert "billed" not in answered(cohort=skipped)["19e"]
-    assert answered(cohort={})["19e"].startswith("An answer that cannot be read")
+    assert answered(cohort={})["19e"].startswith("An unparseable answer counts")
 
 
 def test_no_item_tells_what_no_manifest_tells():

@@ -35,7 +35,7 @@ def _agrees(answer: str | None, reference: str, depth: str) -> bool:
 def kind_of_error(answer: str | None, reference: str) -> str | None:
     """One of ERRORS, or None where the answer is right.
 
-    "not_a_code" is unreadable or not in the table; "too_general" is a header or code above the
+    "not_a_code" is unparseable or not in the table; "too_general" is a header or code above the
     reference, "too_specific" one below it; "side_only" has the reference's words but for the side.
     """
     if answer == reference:

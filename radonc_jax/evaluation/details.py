@@ -15,7 +15,7 @@ MOST_COST = 3
 def modality_cost(reference: str, answer: str | None) -> int:
     """What a wrong modality costs, on a scale of our own choice (no source weighs these errors).
 
-    0 right; 1 unreadable (a person has to look) or photon for proton (both reach any depth; the
+    0 right; 1 unparseable (a person has to look) or photon for proton (both reach any depth; the
     plan is made anew); 2 electron for photon or proton or the reverse (another depth: target
     missed or what lies behind it treated); 3 external beam for brachytherapy or the reverse
     (another procedure altogether), MOST_COST.

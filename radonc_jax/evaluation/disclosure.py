@@ -236,8 +236,13 @@ def tripod_llm(source: Source) -> list[dict[str, str | None]]:
         "6c": _known(_trained(source), _settings(source)),
         "6d": "Raw text and the answer read from it, case by case, in predictions.jsonl.",
         "6e": _classified(source),
-        "6f": "ROUGE-1, with and without whole decimal numbers, beside the accuracy"
-        + (", which is told field by field too." if "regimen" in source.entries else "."),
+        "6f": "ROUGE-1"
+        + (
+            ", with and without whole decimal numbers, beside the accuracy, which is told field by "
+            "field too."
+            if "regimen" in source.entries
+            else " beside the accuracy."
+        ),
         "7a": "Section Definitions of this report; formulae in the docstrings of the code.",
         "7c": _comparisons(source),
         "8a": _annotation(source),
@@ -357,7 +362,7 @@ def _cohort(source: Source) -> str | None:
     text += "."
     if cohort.get("ceiling"):
         text += " The cases are synthetic"
-        text += ": their best reachable accuracy is known." if source.split == "test" else "."
+        text += ": their ceiling is known." if source.split == "test" else "."
     digest = (source.manifest.get("cohort") or {}).get("manifest_sha256")
     return text + (f" SHA-256 of its manifest begins {digest[:12]}." if digest else "")
 
@@ -506,7 +511,7 @@ def _poor_input(source: Source) -> str | None:
     return _known(
         f"Left out beforehand: cases {', '.join(missing)}." if missing else None,
         _TOO_LONG.get(policy),
-        "An answer that cannot be read counts as wrong: "
+        "An unparseable answer counts as wrong: "
         + ", ".join(
             f"{TITLES[task]} {_number(entry['tuned']['unparseable'])} of "
             f"{_number(entry['tuned']['n'])} tuned"
@@ -537,7 +542,7 @@ def _failures(source: Source) -> str | None:
         wrong = tuned["n"] - round(tuned["accuracy"]["value"] * tuned["n"])
         parts.append(
             f"{TITLES[task]}: {_number(wrong)} of {_number(tuned['n'])} wrong, "
-            f"{_number(tuned['unparseable'])} of them unreadable."
+            f"{_number(tuned['unparseable'])} of them unparseable."
         )
     return " ".join(parts) or None
 

@@ -15,7 +15,7 @@ from radonc_jax.evaluation.run_folder import Run
 
 MOST_CASES = 5000  # of a run and task; a browser should open the page at once
 LONGEST_ANSWER = 2000  # characters; a model without a stop can go on for pages
-WRONG, RIGHT, UNREADABLE = 0, 1, 2
+WRONG, RIGHT, UNPARSEABLE = 0, 1, 2
 
 
 def embed_json(content: object) -> str:
@@ -65,7 +65,7 @@ class Texts:
         def answer(prediction: Mapping) -> list:
             state = RIGHT if prediction["correct"] else WRONG
             if prediction["answer"] is None:
-                state = UNREADABLE
+                state = UNPARSEABLE
             confidence = confidence_of(prediction)
             output = _cut(prediction["output"])
             read = prediction["answer"]
@@ -138,7 +138,7 @@ def explorer_section(data: Mapping) -> str:
         ("", "Any"),
         ("tuned-right", "Tuned right"),
         ("tuned-wrong", "Tuned wrong"),
-        ("tuned-unreadable", "Tuned cannot be read"),
+        ("tuned-unparseable", "Tuned unparseable"),
         ("only-tuned", "Only tuned right"),
         ("only-original", "Only original right"),
         ("both-wrong", "Both wrong"),

@@ -112,7 +112,7 @@ def draw_accuracy(
     """Accuracy with 95 % intervals of models and baselines, a panel per task and run.
 
     Args:
-      panels: (title, metrics by model or baseline, best reachable accuracy or None).
+      panels: (title, metrics by model or baseline, ceiling or None).
       width: inches.
     """
     with matplotlib.rc_context(_STYLE):

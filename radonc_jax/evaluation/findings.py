@@ -37,7 +37,8 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
       tests: as `compare_models` gives it, tuned against original.
       baselines {majority, lookup, nearest, tfidf: metrics} or null where the cohort is not at hand;
         baseline_tests {name: compare_models of tuned against it} or null.
-      ceiling: the best reachable accuracy, an expectation, or null; known of the test split alone.
+      ceiling: the accuracy that the best reader of the texts would have on average, or null; known
+        of the test split alone.
       verdict: see `judge_tuning`. details: see `details.assess`.
       confidence {model or variant: see `confidence.assess`}: null for one without probabilities.
       robustness {model: {perturbation: {n, rate, expected}}} or null; subgroups: see there.

@@ -8,11 +8,11 @@
   const RUN = 0, TASK = 1, CASE = 2, SITE = 3, DIAGNOSIS = 4, REFERENCE = 5, ORIGINAL = 6,
     TUNED = 7, ROUGE = 8, CLOSE = 9;
   const OUTPUT = 0, VERDICT = 1, CONFIDENCE = 2, READ = 3;
-  const verdicts = ["wrong", "right", "cannot be read"];
+  const verdicts = ["wrong", "right", "unparseable"];
   const tests = {
     "tuned-right": row => row[TUNED][VERDICT] === 1,
     "tuned-wrong": row => row[TUNED][VERDICT] !== 1,
-    "tuned-unreadable": row => row[TUNED][VERDICT] === 2,
+    "tuned-unparseable": row => row[TUNED][VERDICT] === 2,
     "only-tuned": row => row[TUNED][VERDICT] === 1 && row[ORIGINAL][VERDICT] !== 1,
     "only-original": row => row[TUNED][VERDICT] !== 1 && row[ORIGINAL][VERDICT] === 1,
     "both-wrong": row => row[TUNED][VERDICT] !== 1 && row[ORIGINAL][VERDICT] !== 1,

@@ -226,7 +226,7 @@ def _found(report: Mapping, drawer: Drawer) -> str:
         f"p (Wilcoxon{by})",
         "Simple baseline, the hardest to beat",
         "Tuned beats all of them",
-        "Best reachable",
+        "Ceiling",
     )
     caption = (
         f"Accuracy with 95 % intervals; p is one-sided (Wilcoxon{by}), after Holm over all rows."
@@ -372,27 +372,24 @@ def _certainty(report: Mapping) -> str:
     unread = sum(entry["tuned"]["unparseable"] for _, entry in listed)
     total = sum(entry["tuned"]["n"] for _, entry in listed)
     if not unread:
-        text += "every tuned answer can be read"
+        text += "no tuned answer is unparseable"
     elif unread == total:
-        text += f"none of the {total:,} tuned answers can be read"
+        text += f"all {total:,} tuned answers are unparseable"
     else:
-        text += f"{unread:,} of {total:,} tuned answers cannot be read"
+        text += f"{unread:,} of {total:,} tuned answers are unparseable"
     before = sum(entry["original"]["unparseable"] for _, entry in listed)
     if before == total != unread:
-        text += ", none of the original's can"
+        text += ", all of the original's are"
     elif before and before != unread:
-        text += f", {before:,} of the original's cannot"
+        text += f", {before:,} of the original's are"
     ceilings = [
         f"{_share(entry['ceiling'])} ({_called(report, task, entry)})"
         for task, entry in listed
         if entry["ceiling"] is not None
     ]
     if ceilings:
-        return (
-            f"{text}; on average no reader of such texts could be right in more than "
-            f"{_sentence(ceilings)}."
-        )
-    return text + "; the best reachable accuracy is not known."
+        return f"{text}; the ceiling is {_sentence(ceilings)}."
+    return text + "; the ceiling is not known."
 
 
 def _by_patient(listed: Sequence[Mapping]) -> bool:
@@ -448,11 +445,17 @@ SCORES = {
     "precision_weighted": "Precision, weighted",
     "recall_weighted": "Recall, weighted",
     "f1_weighted": "F1, weighted",
-    "unparseable_share": "Unreadable",
+    "unparseable_share": "Unparseable",
     "unfinished_share": "Unfinished",
 }
 EFFECTS = {"rank_biserial": "Rank-biserial r", "cohen_h": "Cohen's h", "odds_ratio": "Odds ratio"}
+_REGIMENS_ALONE = ("rouge1_decimal",)  # a modality and a code hold no decimals to keep whole
 PAPER_SCORES = ("accuracy", "rouge1", "precision_weighted", "recall_weighted", "f1_weighted")
+
+
+def _is_foreign(score: str, task: str) -> bool:
+    """Whether a score, though every metrics.json has it, says nothing of the task's answers."""
+    return score in _REGIMENS_ALONE and task != "regimen"
 
 
 def _paper_table(report: Mapping) -> str:
@@ -488,14 +491,17 @@ def _score_table(report: Mapping) -> str:
         [
             _of_model(report, task, entry, name),
             plain_cell(metrics["n"]),
-            *(score_cell(metrics.get(score)) for score in SCORES),
+            *(
+                score_cell(None if _is_foreign(score, task) else metrics.get(score))
+                for score in SCORES
+            ),
             plain_cell(metrics["unparseable"]),
             plain_cell(metrics["unfinished"]),
         ]
         for task, entry in entries(report)
         for name, metrics in _models(entry).items()
     ]
-    heads = ["Task, model", "Cases", *SCORES.values(), "Unreadable, cases", "Unfinished, cases"]
+    heads = ["Task, model", "Cases", *SCORES.values(), "Unparseable, cases", "Unfinished, cases"]
     heads, rows = drop_unknown(heads, rows, 2)
     caption = "Every score of every model and baseline; small print: 95 % interval by patient."
     return make_table(caption, heads, rows)
@@ -640,10 +646,10 @@ def _by_patient_cells(report: Mapping, tests: Mapping) -> list[object]:
 DEFINITIONS = {
     "Accuracy": "Share of cases answered right. Regimen: the same side, target and number of "
     "fractions and a total dose within 0.5 Gy, with the boost left out; modality and ICD code: the "
-    "same answer. An answer that cannot be read counts as wrong, and so does a regimen that "
+    "same answer. An unparseable answer counts as wrong, and so does a regimen that "
     "contradicts itself (two sides, another dose that is no boost, a dose per fraction or a sum "
     "that does not fit), which is marked so.",
-    "Unreadable, unfinished": "Unreadable: no answer of the task's kind can be read from the "
+    "Unparseable, unfinished": "Unparseable: no answer of the task's kind can be read from the "
     "text, or two are given: of two modalities, or of two different codes in one sentence, none is "
     "chosen. Of several sentences with a code the first counts; what only looks like a code (the "
     "vertebra T12) is passed over where a known one stands beside it. Unfinished: the text was cut "
@@ -655,10 +661,10 @@ DEFINITIONS = {
     "ROUGE-1": "Words shared by the raw answer and the reference, without stemming: precision is "
     "their share of the answer, recall their share of the reference, F1 = 2PR / (P + R). The "
     "customary tokenizer splits 40.05 in two, and a wrong dose costs it little: read it beside "
-    "the accuracy. With decimals whole a number or a code is one word.",
+    "the accuracy. With decimals whole, which is told of regimens alone, a number is one word.",
     "Precision, recall, F1": "Over the answers that occur among the references; macro is their "
     "plain mean, weighted by their number of cases, micro over all answers together. An "
-    "unreadable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
+    "unparseable answer, or one that is no case's reference, is a miss. Free-text regimens have no "
     "classes.",
     "95 % interval": "Bootstrap over patients, with all cases of a patient together; widened for "
     "few patients. Of accuracy, ROUGE-1 and other means of scores from 0 to 1, and of macro, "
@@ -710,9 +716,9 @@ DEFINITIONS = {
     "many there are: the tuned model beats all of them where it is better than each, and where it "
     "is worse than one, that one does better; beside these p stand Holm's, of the one-sided "
     "Wilcoxon tests under Tests, of McNemar's in report.json.",
-    "Best reachable": "The accuracy that the best reader of these texts would have on average, "
-    "so that on these very cases it can be a little more. It is known of the test split of "
-    "synthetic cohorts only.",
+    "Ceiling": "The accuracy that the best reader of these texts would have on average, so that on "
+    "these very cases a model can reach a little more. It is known of the test split of synthetic "
+    "cohorts only.",
     "Regimens, field by field": "Share of the references that state a field whose answer states "
     "the same (recall), of the answers that state it the share right (precision), and their "
     "harmonic mean (F1). Strict: side, target, fractions and dose as above. Strict, boost and "
@@ -731,19 +737,19 @@ DEFINITIONS = {
     "sources implanted for anything else (or for what is not stated), brachytherapy for external "
     "beam, or the reverse. An answer that contradicts itself is neither right nor customary, and "
     "counts as wrong in dose or side.",
-    "Cost": "0 for the right modality; 1 unreadable, or photon for proton and the reverse; 2 "
+    "Cost": "0 for the right modality; 1 unparseable, or photon for proton and the reverse; 2 "
     "electron for them or the reverse; 3 brachytherapy for external beam or the reverse. A scale "
     "of our own choice. In the interval 3 is wholly wrong and 0 wholly right.",
     "Robustness": "The text is changed a little: where the side in it is flipped the side of a "
     "regimen or a code must follow (a modality may hang on the side, and is not asked); synonyms, "
     "shuffled fields or an irrelevant sentence must not change the answer. Each answer is held "
     "against the model's own to the text as it was, right or wrong. Left out are cases whose own "
-    "answer could not be read or, of a regimen or a code, has no side to flip, and texts to which "
-    "the change does not apply or that it makes too long for the model.",
+    "answer is unparseable or, of a regimen or a code, has no side to flip, and texts to which the "
+    "change does not apply or that it makes too long for the model.",
     "Codes": "A code that can be billed is one of the table without codes below it. By depth: the "
     "chapter, block or category of the answer is the reference's; full: the code itself. Errors: "
     "too general is a code above the reference, too specific one below it; side only differs in "
-    "nothing but the side; not a code is unreadable or not in the table; other is the rest. By "
+    "nothing but the side; not a code is unparseable or not in the table; other is the rest. By "
     "rarity: how many training cases have the case's code, in the subgroups of every task.",
     "Hierarchical scores": "Over a code together with all codes above it: precision is the share "
     "of the answer's that are the reference's too, recall the reverse.",

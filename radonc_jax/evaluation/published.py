@@ -51,7 +51,7 @@ def publish(report: Mapping) -> dict:
     or it is null. `provenance` keeps hashes, versions and settings, but no folder and no command
     line; of models the last part of the name stays, of the extract the hash without its name.
 
-    On purpose there stays what is of all answers to the split: n, patients, unreadable and
+    On purpose there stays what is of all answers to the split: n, patients, unparseable and
     unfinished answers, accuracy (of models, variants and baselines), strict and lenient
     accuracy (that which asks for boost and kind too where it leaves no small count of strict),
     agreement by depth, ROUGE-1, averages over classes, ECE, Brier score, AURC, intervals and
@@ -97,7 +97,7 @@ def publish(report: Mapping) -> dict:
             found["fields"][name] = _publish_row(scored, patients, n, readable)
         for model in MODELS if found.get("errors") else ():
             counts = {kind: row[model] for kind, row in found["errors"].items()}
-            # Unreadable answers, whose number stands elsewhere, are no codes either.
+            # Unparseable answers, whose number stands elsewhere, are no codes either.
             strange = counts["not_a_code"] - entry[model]["unparseable"]
             also = ("not_a_code",) if is_small(strange) else ()
             # And readable answers that are no billable code are what those leave of the valid ones.
@@ -415,7 +415,7 @@ def _publish_confusion(
         if model in classes[labels[i]].unscored:
             shown[i][i] = None
     diagonal = [(i, i) for i in used]
-    # Row sums are supports; column sums follow from precisions and, of the unreadable answers and
+    # Row sums are supports; column sums follow from precisions and, of the unparseable answers and
     # of the diagonal, stand elsewhere.
     columns = range(len(labels)) if used else ()
     lines = [([(i, j) for j in columns], True) for i in used]

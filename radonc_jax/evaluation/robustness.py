@@ -211,7 +211,7 @@ def probe(
 
     Args:
       decode: a task and diagnoses -> generations, in order; the very decoder of `predictions`.
-      records: the cases; those whose answer could not be read are left out, for there is nothing to
+      records: the cases; those whose answer is unparseable are left out, for there is nothing to
         hold the new answer against.
       predictions: the model's answers to the texts as they are.
       fits: a task and a diagnosis -> whether the model can read all of it; changed texts that are

@@ -55,7 +55,7 @@ def evaluate(
       split: name of the split, written into the metrics.
       model: one of VARIANTS.
       output: folder for predictions.jsonl and metrics.json, or None to write nothing.
-      ceiling: best reachable accuracy by task name, where known (synthetic cohorts).
+      ceiling: accuracy of the best reader by task name, where known (synthetic cohorts).
       bootstrap: resamples for the 95 % intervals; 0 is for quick scores inside the training loop.
 
     Returns:

@@ -220,13 +220,13 @@ def _remains(entry: Mapping) -> str:
         text = f"{wrong:,} of the tuned model's {n:,} answers {verb} wrong ({_percent(wrong / n)})"
     if unread:
         of_them = "all of them " if unread == wrong else f"{unread:,} of them "
-        text += f", {of_them if wrong > 1 else ''}unreadable"
+        text += f", {of_them if wrong > 1 else ''}unparseable"
     hidden = (entry["details"].get("high_rouge_wrong_share") or {}).get("tuned")
     if hidden and (count := round(n * hidden["value"])):
         sound = "sounds" if count == 1 else "sound"
         text += f"; {count:,} {sound} right (ROUGE-1) with a wrong dose, boost, side or kind"
     if entry["ceiling"] is not None:
-        text += f"; the best reachable accuracy is {_percent(entry['ceiling'])} on average"
+        text += f"; the ceiling is {_percent(entry['ceiling'])}"
     else:
-        text += "; the best reachable accuracy is not known"
+        text += "; the ceiling is not known"
     return text + "."

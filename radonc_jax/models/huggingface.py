@@ -124,6 +124,12 @@ INERT = {
 }
 
 
+def read_architecture(folder: Path) -> str:
+    """The architecture's name, of a folder that `read_config` has read."""
+    raw = weight_files.read_json(Path(folder) / "config.json")
+    return FAMILIES[raw["model_type"]]
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The architecture from `config.json`.
 
