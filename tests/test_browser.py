@@ -50,6 +50,8 @@ def a_browser_is_there():
         pytest.fail(f"{MISSING}; here the page must be tested", pytrace=False)
 
 
+# Inside the margins of 14 mm, in CSS pixels: US letter sideways, on which two sections are, and A4.
+LETTER_LANDSCAPE, A4 = 949, 688
 RIGHT = "Left breast, 50 Gy in 25 fractions, VMAT"
 WRONG_DOSE = "Left breast, 60 Gy in 25 fractions, VMAT"
 
@@ -385,6 +387,49 @@ def test_words_of_figures_are_neither_tiny_nor_huge(browser, pages, width, least
     assert cut == []
 
 
+@pytest.mark.parametrize(("width", "media"), [(360, ""), (1200, ""), (A4, "print")])
+def test_legends_lie_on_no_curve(browser, wide_page, width, media):
+    show(browser, wide_page, width=width, media=media)
+    legends = browser.execute_script(
+        """return [...document.querySelectorAll("figure svg")].flatMap(svg => {
+          const legend = svg.querySelector('[id*="-legend_"]');
+          if (!legend) return [];
+          const own = legend.getBoundingClientRect(), whole = svg.getBoundingClientRect();
+          const plot = svg.querySelector('[id*="-axes_"]').getBoundingClientRect();
+          const words = [...legend.querySelectorAll("text")].map(text => text.textContent);
+          return [[own.bottom - plot.top, own.top - whole.top, own.right - whole.right, words]];
+        });"""
+    )
+    assert len(legends) == 8  # reliability, and risk and coverage, of four runs
+    models = ["Original", "Tuned", "Original, constrained", "Tuned, constrained"]
+    for below, top, right, words in legends:
+        assert below <= 0 <= top and right <= 0
+        assert {*words[:-1]} == {*models, "Original with examples"}
+        assert words[-1] in ("Calibrated", "5 % error")
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_no_line_runs_through_a_number_of_a_figure(browser, wide_page, width):
+    show(browser, wide_page, width=width)
+    numbers, crossed = browser.execute_script(
+        """const box = element => element.getBoundingClientRect(), numbers = [], crossed = [];
+        for (const svg of document.querySelectorAll("#found figure svg")) {
+          const lines = [...svg.querySelectorAll("path")].map(box).filter(b => b.width > 20
+            && b.height < 4);
+          for (const text of svg.querySelectorAll("text")) {
+            if (!/^[+\u2212]?[0-9]\\.[0-9]{2}$/.test(text.textContent)) continue;
+            const own = box(text);
+            numbers.push(text.textContent);
+            if (lines.some(b => b.left < own.right && b.right > own.left && b.top < own.bottom
+              && b.bottom > own.top)) crossed.push(text.textContent);
+          }
+        }
+        return [numbers, crossed];"""
+    )
+    assert len([number for number in numbers if number[0] in "+\N{MINUS SIGN}"]) == 4 * 7
+    assert crossed == []
+
+
 def test_figures_fill_a_wide_screen_and_stand_below_each_other_on_a_narrow_one(browser, pages):
     place = """const main = document.querySelector("main").getBoundingClientRect();
       return [...document.querySelectorAll("#found figure")].slice(0, 2).map(figure => {
@@ -516,10 +561,6 @@ def wide_page(tmp_path_factory):
     path = tmp_path_factory.mktemp("wide") / "report.html"
     path.write_text(render_page(build_report(runs, bootstrap=20), runs), encoding="utf-8")
     return path
-
-
-# Inside the margins of 14 mm, in CSS pixels: US letter sideways, on which two sections are, and A4.
-LETTER_LANDSCAPE, A4 = 949, 688
 
 
 @pytest.mark.parametrize("width", [LETTER_LANDSCAPE, A4])

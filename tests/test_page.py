@@ -12,7 +12,7 @@ from radonc_jax.evaluation import codes, report, robustness
 from radonc_jax.evaluation.baselines import BASELINES
 from radonc_jax.evaluation.disclosure import TRIPOD_LLM
 from radonc_jax.evaluation.explorer import MOST_CASES, embed_json
-from radonc_jax.evaluation.figures import name_of
+from radonc_jax.evaluation.figures import name_of, typeset
 from radonc_jax.evaluation.findings import build_report
 from radonc_jax.evaluation.markup import DASH
 from radonc_jax.evaluation.page import DEFINITIONS, EFFECTS, SCORES, render_page
@@ -150,6 +150,32 @@ def test_the_ceiling_is_a_share_and_then_its_task():
     assert "the ceiling is 95.9 % (ICD-10-CM code)." in text
     assert "of the tuned model is wrong; the ceiling is 95.9 %." in text
     assert "on average" in DEFINITIONS["Ceiling"]
+
+
+HYPHEN = r"(?<![^\s(>])-\.?\d"  # that is the sign of a number
+
+
+def test_a_minus_sign_is_no_hyphen_on_the_page_and_none_but_that_in_report_json():
+    run = run_in_memory([("C61", "C61", "C20")] * 12 + [("C20", "", "C20")] * 8, "icd")
+    content = build_report([dataclasses.replace(run, training=run.held_out)], bootstrap=20)
+    for include_text in (True, False):
+        content = content if include_text else publish(content)
+        page = render_page(content, [run], include_text=include_text)
+        text = shown(re.sub("<pre.*?</pre>", " ", page, flags=re.DOTALL))
+        assert not re.search(HYPHEN, text), re.search(HYPHEN, text)
+        difference = content["tasks"]["icd"]["tests"]["difference"]
+        assert difference["value"] == pytest.approx(-0.2)
+
+        assert "\N{MINUS SIGN}0.200" in text
+        assert "(difference \N{MINUS SIGN}20.0 points, 95 % interval \N{MINUS SIGN}" in text
+        assert "from \N{MINUS SIGN}1 to 1" in text
+        written = json.dumps(content, ensure_ascii=False)
+        assert "\N{MINUS SIGN}" not in written and "(difference -20.0 points" in written
+    kept = (
+        "ICD-10-CM ROUGE-1 F1, 0-39, 1e-05, 2a-2l, C50.9 - C61, x-1, doi 10.1038/s41591-024-03425"
+    )
+    assert typeset(kept) == kept
+    assert typeset("-0.5 (-3 to .5)") == "\N{MINUS SIGN}0.5 (\N{MINUS SIGN}3 to .5)"
 
 
 # 97.6 % of the cases, 1.5: a full stop that ends no sentence has no space behind it.
@@ -411,8 +437,8 @@ def test_the_first_screen_says_where_the_original_needs_no_tuning():
     )
     for examples, model, training, difference, said in (
         (run, "original", run.held_out, "+0.600", ""),
-        (all_right, "tuned", run.held_out, "-0.400", better),
-        (all_right, "tuned", (), "-0.400", better),  # without baselines
+        (all_right, "tuned", run.held_out, "\N{MINUS SIGN}0.400", better),
+        (all_right, "tuned", (), "\N{MINUS SIGN}0.400", better),  # without baselines
         (nearly, "tuned", run.held_out, "+0.050", unclear),
     ):
         helped = dataclasses.replace(
@@ -737,7 +763,7 @@ def test_no_item_tells_what_no_manifest_tells():
 # Words of the page itself with digits in them: names, limits and units that no report changes.
 FIXED = """ROUGE-1 F1 ICD-10-CM TRIPOD-LLM 95 5 0.8 1 0.0001 (95 10.1038/s41591-024-03425-5 2025 11
     2a-2l""".split()
-TICKS = ("0", "0.2", "0.4", "0.6", "0.8", "1", "1.0", "-1", "+1")
+TICKS = ("0", "0.2", "0.4", "0.6", "0.8", "1", "1.0", "\N{MINUS SIGN}1", "+1")
 COUNTED = r"\d+ small classes are not shown"  # the rows of the report that the page leaves out
 
 
@@ -756,8 +782,8 @@ def standing_in(value, found):
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, int):
             found.update((f"{value:,}", str(value)))
-        found.update(f"{value:{form}}" for form in (".2f", "+.2f", ".3f", "+.3f", ".4f"))
-        found.update(f"{100 * value:{form}}" for form in (".1f", "+.1f"))
+        found.update(typeset(f"{value:{form}}") for form in (".2f", "+.2f", ".3f", "+.3f", ".4f"))
+        found.update(typeset(f"{100 * value:{form}}") for form in (".1f", "+.1f"))
     return found
 
 

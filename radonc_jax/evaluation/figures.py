@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 NAMES = {
     "original": "Original",
@@ -45,6 +46,18 @@ _STYLE = {
         COLOURS["ink"],
     ),
 }
+# Dashes of lines, so that they differ without colour too: a meaning each, and no two alike.
+STROKES = {
+    "tuned": "solid",
+    "original": (0, (4, 2)),
+    "tuned_constrained": (0, (7, 2, 1.5, 2)),
+    "original_constrained": (0, (1.5, 1.5)),
+    "original_examples": (0, (5, 1.5, 1, 1.5, 1, 1.5)),
+    "ceiling": (0, (2.5, 2.5)),
+    "Calibrated": (0, (12, 3)),
+    "5 % error": (0, (4, 8)),
+}
+_CURVE = 1.4  # points wide, in its legend too: dashes are as long there
 # Inches of a figure of the page: at 9 points its words are 11 pixels high on a screen of 360.
 _PAGE_WIDTH = 3.7
 _TICKS = [0, 0.2, 0.4, 0.6, 0.8, 1]
@@ -76,15 +89,15 @@ def _colour(model: str) -> str:
     return COLOURS.get(model.partition("_")[0], COLOURS["baseline"])
 
 
-def _line(model: str) -> str | tuple:
-    """A line's dashes, so that lines differ without colour too."""
-    if model.partition("_")[2]:
-        return (0, (1, 1.5))
-    return (0, (4, 2)) if model == "original" else "-"
-
-
 def _marker(model: str) -> str:
     return "s" if model.startswith("original") else "o"
+
+
+def typeset(text: object) -> str:
+    """A text of report.json, or a number of it, as page and figures show it: with a minus sign
+    where the hyphen is the sign of a number, and no line break before a per cent sign."""
+    text = re.sub(r"(?<![^\s(\[])-(?=[\d.])", "\N{MINUS SIGN}", str(text))
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
 
 
 def as_score(score: Mapping | float | None) -> dict:
@@ -94,11 +107,12 @@ def as_score(score: Mapping | float | None) -> dict:
     return {"value": score, "low": None, "high": None}
 
 
-def _figure(width: float, height: float, left: float, bottom: float = 0.42) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, left: float, top: float = 0.1) -> tuple[Figure, Axes]:
     """Inches; margins are given, since working them out takes longer than drawing."""
     figure = Figure(figsize=(width, height))
+    bottom = 0.42
     box = (left / width, bottom / height, (width - left - 0.12) / width)
-    return figure, figure.add_axes((*box, (height - bottom - 0.1) / height))
+    return figure, figure.add_axes((*box, (height - bottom - top) / height))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,7 +139,9 @@ def draw_accuracy(
                 # In a column of their own, clear of whiskers and of the ceiling.
                 axes.text(1.29, line, f"{score['value']:.2f}", ha="right", va="center")
             if ceiling is not None:
-                axes.axvline(ceiling, color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=1)
+                axes.axvline(
+                    ceiling, color=COLOURS["ink"], linestyle=STROKES["ceiling"], linewidth=1
+                )
                 axes.text(ceiling, -0.62, "ceiling", ha="center", va="bottom")
             axes.set_yticks(range(len(models)), [_label(model) for model in models])
             axes.set_ylim(len(models) - 0.4, -0.6)
@@ -148,20 +164,24 @@ def draw_differences(title: str, rivals: Mapping[str, Mapping]) -> Figure:
         abs(score[end] or 0) for score in rivals.values() for end in ("value", "low", "high")
     )
     half = next(limit for limit in (0.1, 0.2, 0.5, 1) if widest <= limit + 1e-9)
+    scale = -1.02 * half, 1.02 * half
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _panels([len(rivals)], _PAGE_WIDTH)
         axes.axvline(0, color=COLOURS["ink"], linewidth=0.8)
         for line, (model, score) in enumerate(rivals.items()):
-            axes.axhline(line, color=COLOURS["line"], linewidth=0.6, zorder=0)
+            # No further than the scale: the numbers beside it stand on clear ground.
+            axes.hlines(line, *scale, color=COLOURS["line"], linewidth=0.6, zorder=0)
             _whisker(axes, line, score)
             axes.plot(
                 score["value"], line, color=_colour(model), markersize=6, marker=_marker(model)
             )
-            axes.text(1.55 * half, line, f"{score['value']:+.2f}", ha="right", va="center")
+            number = typeset(f"{score['value']:+.2f}")
+            axes.text(1.65 * half, line, number, ha="right", va="center")
         axes.set_yticks(range(len(rivals)), [_label(model) for model in rivals])
         axes.set_ylim(len(rivals) - 0.4, -0.6)
-        axes.set_xlim(-1.05 * half, 1.58 * half)
-        axes.set_xticks([-half, 0, half], [f"{-half:g}", "0", f"+{half:g}"])
+        axes.set_xlim(scale[0], 1.68 * half)
+        axes.spines["bottom"].set_bounds(*scale)
+        axes.set_xticks([-half, 0, half], [typeset(f"{-half:g}"), "0", f"+{half:g}"])
         axes.tick_params(axis="y", length=0)
         _title(axes, title, ": tuned less ...")
         axes.set_xlabel("difference, 95 % interval")
@@ -230,44 +250,64 @@ def draw_rows(rows: Sequence[tuple[str, Mapping[str, Mapping | float | None]]], 
 def draw_reliability(confidence: Mapping[str, Mapping]) -> Figure:
     """Share right against stated confidence, by model; on the diagonal a model is calibrated."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _unit_square("confidence of the answer", "share right")
-        axes.plot([0, 1], [0, 1], color=COLOURS["ink"], linestyle=(0, (3, 2)), linewidth=0.8)
+        lines = [*confidence, "Calibrated"]
+        figure, axes = _unit_square("confidence of the answer", "share right", lines)
+        axes.plot([0, 1], [0, 1], **_reference("Calibrated"))
         for model, values in confidence.items():
             bins = [b for b in values["reliability"] if b["accuracy"] is not None]
             most = max((b["n"] for b in bins), default=1)
             x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-            axes.plot(
-                x, y, color=_colour(model), linewidth=1.2, linestyle=_line(model),
-                label=name_of(model),
-            )  # fmt: skip
+            axes.plot(x, y, color=_colour(model), linestyle=STROKES[model], linewidth=_CURVE)
             sizes = [8 + 42 * b["n"] / most for b in bins]  # area: how many cases
             axes.scatter(x, y, s=sizes, color=_colour(model), marker=_marker(model), zorder=3)
         axes.set_ylim(-0.03, 1.03)
-        _legend(axes, confidence)
     return figure
 
 
 def draw_risk_coverage(confidence: Mapping[str, Mapping]) -> Figure:
     """Share wrong among the answers kept, against the share kept, most confident first."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _unit_square("coverage: share of cases answered", "share wrong among them")
+        lines = [*confidence, "5 % error"]
+        figure, axes = _unit_square(
+            "coverage: share of cases answered", "share wrong among them", lines, markers=False
+        )
         highest = 0.1
         for model, values in confidence.items():
             points = [p for p in values["risk_coverage"] if p["risk"] is not None]
             x, y = [p["coverage"] for p in points], [p["risk"] for p in points]
-            axes.plot(
-                x, y, color=_colour(model), linewidth=1.6, linestyle=_line(model),
-                label=name_of(model),
-            )  # fmt: skip
+            axes.plot(x, y, color=_colour(model), linestyle=STROKES[model], linewidth=_CURVE)
             highest = max([highest, *y])
-        axes.axhline(0.05, color=COLOURS["ink"], linestyle=(0, (1, 2)), linewidth=0.9)
+        axes.axhline(0.05, **_reference("5 % error"))
         axes.set_ylim(0, 1.05 * highest)
-        _legend(axes, confidence)
     return figure
 
 
-def _unit_square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure, axes = _figure(3.4, 2.7, left=0.65)
+def _reference(name: str) -> dict:
+    """How a line is drawn that is no model's."""
+    return {"color": COLOURS["ink"], "linestyle": STROKES[name], "linewidth": 0.9}
+
+
+def _unit_square(
+    xlabel: str, ylabel: str, lines: Sequence[str], markers: bool = True
+) -> tuple[Figure, Axes]:
+    """Axes below their legend, which has a row of its own for each of `lines`, models or
+    references: it lies on no curve, and no name is too long for it."""
+    row, left, square = 0.18, 0.65, 2.6
+    legend = row * len(lines) + 0.05
+    figure, axes = _figure(_PAGE_WIDTH, square + legend, left=left, top=legend + 0.06)
+    handles = [
+        Line2D(
+            [], [], label=_label(line), color=_colour(line), linewidth=_CURVE, markersize=4.5,
+            linestyle=STROKES[line], marker=_marker(line) if markers else "",
+        )
+        if line in NAMES
+        else Line2D([], [], label=line, **_reference(line))
+        for line in lines
+    ]  # fmt: skip
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(left / _PAGE_WIDTH, 1), frameon=False,
+        handlelength=4.6, borderaxespad=0, borderpad=0.2, labelspacing=0.35,
+    )  # fmt: skip
     axes.set_xlim(0, 1.02)
     axes.set_xticks(_TICKS)
     axes.grid(color=COLOURS["line"], linewidth=0.6)
@@ -275,11 +315,6 @@ def _unit_square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return figure, axes
-
-
-def _legend(axes: Axes, models: Mapping) -> None:
-    if len(models) > 1:
-        axes.legend(loc="best", frameon=False)
 
 
 def _whisker(axes: Axes, row: float, score: Mapping) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from radonc_jax.evaluation.figures import as_score, inline_svg
+from radonc_jax.evaluation.figures import as_score, inline_svg, typeset
 
 
 class Html(str):
@@ -39,9 +39,10 @@ def score_cell(score: Mapping | float | None, signed: bool = False) -> Html:
     if score["value"] is None:
         return DASH
     form = "+.3f" if signed else ".3f"
-    text = f"{score['value']:{form}}"
+    text = typeset(f"{score['value']:{form}}")
     if score["low"] is not None:
-        text += f"<small>{score['low']:{form}} to {score['high']:{form}}</small>"
+        interval = typeset(f"{score['low']:{form}} to {score['high']:{form}}")
+        text += f"<small>{interval}</small>"
     return Html(text)
 
 
@@ -52,8 +53,9 @@ def plain_cell(value: object) -> object:
     if isinstance(value, float):
         if not math.isfinite(value):
             return DASH
-        return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        return typeset(f"{value:.3f}")
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return typeset(f"{value:,}") if is_count else value
 
 
 def make_table(

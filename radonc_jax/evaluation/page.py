@@ -22,7 +22,7 @@ from radonc_jax.evaluation.baselines import (
 )
 from radonc_jax.evaluation.disclosure import cases_of
 from radonc_jax.evaluation.explorer import Texts, explorer_section
-from radonc_jax.evaluation.figures import TITLES, name_of
+from radonc_jax.evaluation.figures import TITLES, name_of, typeset
 from radonc_jax.evaluation.findings import NOTICE, entries
 from radonc_jax.evaluation.markup import (
     DASH,
@@ -697,10 +697,10 @@ DEFINITIONS = {
     "asks for a difference in either direction, and where tuning made things worse it is small "
     "beside a one-sided Wilcoxon p near 1. It is by case: where patients have several, the verdict "
     "asks the Wilcoxon test by patient, of two sides, in its place.",
-    "Effect sizes": "Rank-biserial r: (ranks for tuned - ranks for original) / all ranks, from -1 "
-    "to 1. Cohen's h: 2 asin(sqrt(p tuned)) - 2 asin(sqrt(p original)). Odds ratio: cases only "
-    "tuned gets right over cases only original gets right; where one of them is 0, 0.5 is added to "
-    "both.",
+    "Effect sizes": "Rank-biserial r: (ranks for tuned \N{MINUS SIGN} ranks for original) / all "
+    "ranks, from -1 to 1. Cohen's h: 2 asin(sqrt(p tuned)) \N{MINUS SIGN} 2 asin(sqrt(p "
+    "original)). Odds ratio: cases only tuned gets right over cases only original gets right; "
+    "where one of them is 0, 0.5 is added to both.",
     "Simple baselines": "Answers that need no language model, made from the training cases. "
     "Majority class: the most frequent answer. Dictionary lookup: the most frequent answer to the "
     "very same text. Nearest neighbours: the answers of the most similar texts. TF-IDF, logistic "
@@ -769,7 +769,9 @@ DEFINITIONS = {
 
 
 def _definitions() -> str:
-    terms = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in DEFINITIONS.items())
+    terms = "".join(
+        f"<dt>{escape(k)}</dt><dd>{escape(typeset(v))}</dd>" for k, v in DEFINITIONS.items()
+    )
     return f"<dl>{terms}</dl>"
 
 
@@ -781,7 +783,7 @@ def _card(disclosure: Mapping, name: str, several: bool) -> str:
     level = "h4" if several else "h3"
     for heading, lines in disclosure["model_card"].items():
         terms = "".join(
-            f"<dt>{escape(key)}</dt><dd>{BLANK if text is None else escape(text)}</dd>"
+            f"<dt>{escape(key)}</dt><dd>{BLANK if text is None else escape(typeset(text))}</dd>"
             for key, text in lines.items()
         )
         parts.append(f"<{level}>{escape(heading)}</{level}><dl>{terms}</dl>")
@@ -795,7 +797,12 @@ def _tripod(disclosure: Mapping, name: str, several: bool) -> str:
         "TRIPOD-LLM (Gallifant et al. 2025, doi 10.1038/s41591-024-03425-5), items in short.",
         ["Item", "Section", "Asks for", "Told by the manifests"],
         [
-            [r["item"], r["section"], r["asks"], BLANK if r["answer"] is None else r["answer"]]
+            [
+                r["item"],
+                r["section"],
+                r["asks"],
+                BLANK if r["answer"] is None else typeset(r["answer"]),
+            ]
             for r in items["items"]
         ],
         texts=4,

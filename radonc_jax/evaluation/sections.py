@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from radonc_jax.evaluation import figures
 from radonc_jax.evaluation.cells import SMALLEST_CELL
 from radonc_jax.evaluation.explorer import Texts
-from radonc_jax.evaluation.figures import as_score, name_of
+from radonc_jax.evaluation.figures import as_score, name_of, typeset
 from radonc_jax.evaluation.markup import (
     DASH,
     Drawer,
@@ -36,7 +36,9 @@ def task_parts(
     verdict = entry.get("verdict") or {}
     if verdict.get("sentences"):
         heading = f"<h3>In short{escape(run)}</h3>" if run else ""
-        parts.append(heading + "".join(f"<p>{escape(s)}</p>" for s in verdict["sentences"]))
+        parts.append(
+            heading + "".join(f"<p>{escape(typeset(s))}</p>" for s in verdict["sentences"])
+        )
     details = entry.get("details") or {}
     shown = {"regimen": _regimen, "icd": _icd, "modality": _modality}[task]
     sections = [
@@ -296,14 +298,14 @@ def _confidence(entry: Mapping, drawer: Drawer) -> str:
         drawn += drawer(
             figures.draw_reliability(confidence),
             "Reliability: share right against confidence; a larger point is more cases, and on "
-            "the dashed line confidence is what it claims to be.",
+            'the line "Calibrated" confidence is what it claims to be.',
             "Reliability curve",
         )
     if any(values.get("risk_coverage") for values in confidence.values()):
         drawn += drawer(
             figures.draw_risk_coverage(confidence),
-            "Risk and coverage: share wrong if only the most confident answers are kept; the "
-            "dotted line is 5 % error.",
+            "Risk and coverage: share wrong if only the most confident answers are kept, beside "
+            "5 % error.",
             "Risk-coverage curve",
         )
     names = {model: name_of(model, entry["variant_settings"].get(model)) for model in confidence}
