@@ -409,6 +409,39 @@ def test_legends_lie_on_no_curve(browser, wide_page, width, media):
 
 
 @pytest.mark.parametrize("width", [360, 1200])
+def test_the_first_tables_fit_and_a_baseline_s_name_breaks_behind_its_comma(
+    browser, tmp_path, width
+):
+    run = with_everything("icd", [("C61", "", "C61"), ("C20", "", "C61")] * 12, "codes")
+    told = {"name": "MistralForCausalLM", "layers": 32, "parameters": 7241732096}
+    run.provenance["manifest"] = {"architecture": told}
+    report = build_report([run], bootstrap=20)
+    report["tasks"]["icd"]["verdict"]["best_baseline"] = "tfidf"
+    (tmp_path / "page.html").write_text(render_page(report, [run]), encoding="utf-8")
+    show(browser, tmp_path / "page.html", width=width)
+    lines = browser.execute_script(
+        """const name = document.querySelector("#found table .name"), lines = [];
+        for (const node of (() => { const found = [], walk = document.createTreeWalker(name,
+          NodeFilter.SHOW_TEXT); while (walk.nextNode()) found.push(walk.currentNode);
+          return found; })()) {
+          for (const match of node.data.matchAll(/[^\\s-]+-?/g)) {
+            const range = document.createRange();
+            range.setStart(node, match.index);
+            range.setEnd(node, match.index + match[0].length);
+            const top = Math.round(range.getBoundingClientRect().top), last = lines.at(-1);
+            if (last && last[0] === top) last[1] += match[0]; else lines.push([top, match[0]]);
+          }
+        }
+        return lines.map(line => line[1]);"""
+    )
+    fits = """return ["found", "paper"].map(id => document.querySelector(`#${id} .scroll`)).map(
+      box => box.scrollWidth - box.clientWidth);"""
+    if width == 1200:  # all columns of the first two tables are seen at once
+        assert browser.execute_script(fits) == [0, 0]
+    assert lines in (["TF-IDF,logisticregression"], ["TF-IDF,", "logisticregression"])
+
+
+@pytest.mark.parametrize("width", [360, 1200])
 def test_no_line_runs_through_a_number_of_a_figure(browser, wide_page, width):
     show(browser, wide_page, width=width)
     numbers, crossed = browser.execute_script(

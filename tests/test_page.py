@@ -122,11 +122,11 @@ def test_the_first_screen_tells_how_many_of_the_original_s_answers_are_unparseab
         ([none] * 12, "no tuned answer is unparseable, all of the original's are; "),
         (
             [none, both] + [right] * 9,
-            "1 of 11 tuned answers are unparseable, 2 of the original's are; ",
+            "1 of 11 tuned answers is unparseable, 2 of the original's are; ",
         ),
         ([right] * 12, "no tuned answer is unparseable; "),
     ):
-        assert said in shown(render(run_in_memory(answers, "icd")))
+        assert said in html.unescape(shown(render(run_in_memory(answers, "icd"))))
 
 
 def test_tests_of_one_and_of_two_sides_are_told_apart():
@@ -227,6 +227,121 @@ def test_where_no_answer_is_right_the_first_screen_names_no_rival():
         "in the way that is named in brackets has none either, on the ICD-10-CM code (with "
         "examples in its prompt)."
     ) in text
+
+
+BASE = {
+    "base": {
+        "folder": "/home/j.doe/weights/mistral-7b",
+        "sha256": {name: "a7caac16391deefe" for name in ("config.json", "model.safetensors")},
+    },
+    "cohort": {"folder": "/home/j.doe/clinic_2024", "manifest_sha256": "2b7b25b47d375c28" * 4},
+    "architecture": {"name": "MistralForCausalLM", "layers": 32, "parameters": 7241732096},
+}
+
+
+def test_the_first_screen_names_base_cohort_and_cases():
+    run = run_in_memory(
+        [("C61", "", "C61")] * 12, "icd", patients=[f"p{i // 2}" for i in range(12)]
+    )
+    told = run.provenance | {"model": "/home/j.doe/weights/mistral-7b", "manifest": BASE}
+    run = dataclasses.replace(run, provenance=told, cohort={"ceiling": {"icd": 0.9}})
+    content = build_report([run, run], bootstrap=0)
+    begin = (
+        "Base model: mistral-7b (MistralForCausalLM, 32 layers, 7.2 B parameters; "
+        "model.safetensors SHA-256 a7caac16391d). Cohort: "
+    )
+    end = "Split test: 12 cases of 6 patients. The cases are synthetic."
+    digest = "manifest SHA-256 2b7b25b47d37"
+    assert content["about"] == [f"{begin}clinic_2024 ({digest}). {end}"]
+    for form, include_text in ((content, True), (publish(content), False)):
+        page = render_page(form, [run, run], include_text=include_text)
+        text = shown(page)
+        (about,) = form["about"]
+        assert text.index(about) < text.index("What was found")
+        assert "Mistral ForCausalLM 32 layers, 7.2 B parameters mistral-7b" in text
+    assert about == f"{begin}{digest}. {end}" and "clinic_2024" not in page and "j.doe" not in page
+
+    # What nothing tells is left out, and runs that differ are named.
+    other = run_in_memory([("C61", "", "C61")], "icd", name="other")
+    folder = {"model": "hub/base", "manifest": {"parameters": {"trainable": 9, "frozen": 2786560}}}
+    lora = {"trainable": "lora", "precision": {"base": "float32"}}
+    older = dataclasses.replace(other, name="older", provenance=folder, config=lora)
+    coded = dataclasses.replace(older, config=lora | {"precision": {"base": "nf4"}})
+    bare = dataclasses.replace(other, name="bare", provenance={"manifest": {}})
+    about = build_report([older, coded, other, bare], bootstrap=0)["about"]
+    plain = "Split test: 1 case of 1 patient."
+    assert about == [
+        f"older: Base model: base (2.8 M parameters). {plain}",
+        f"older (2) and other: Base model: base. {plain}",
+        f"bare: {plain}",
+    ]
+    text = shown(render(older, bare))
+    assert "Original base 2.8 M parameters 0.000" in text and "Original not stated 0.000" in text
+
+
+def test_the_sentences_of_the_first_screen_stand_in_report_json():
+    runs = [full_run(), run_in_memory([(RIGHT, "", RIGHT)] * 12, name="regimens & co")]
+    for include_text in (True, False):
+        content = build_report(runs, bootstrap=20)
+        content = content if include_text else publish(content)
+        page = render_page(content, runs, include_text=include_text)
+        found = re.search(r'<div class="found">(.*?)</div>', page, re.DOTALL)[1]
+        sentences = [re.sub("<[^>]*>", "", part) for part in re.findall("<p>(.*?)</p>", found)]
+        assert [html.unescape(part) for part in sentences] == [
+            typeset(sentence) for sentence in content["findings"]
+        ]
+        assert len(content["findings"]) == 3 and "<" not in "".join(content["findings"])
+    assert build_report([])["findings"] == []
+
+
+def held_to_sets(run, answers, *, examples=None):
+    """The run, whose original model gave further answers: those of the tuned model of `answers`."""
+    variants = {"original_constrained": answers} | (
+        {} if examples is None else {"original_examples": examples}
+    )
+    return dataclasses.replace(
+        run,
+        predictions=run.predictions | {k: v.predictions["tuned"] for k, v in variants.items()},
+        metrics=run.metrics | {k: v.metrics["tuned"] for k, v in variants.items()},
+    )
+
+
+def test_the_original_held_to_closed_sets_stands_in_the_first_table():
+    half = run_in_memory([("C61", "", "C61")] * 12 + [("C61", "", "C20")] * 12, "icd")
+    right = run_in_memory([("C61", "", "C61")] * 24, "icd")
+    wrong = run_in_memory([("C61", "", "C20")] * 24, "icd")
+
+    def first(run):
+        page = render(run)
+        section = page[page.index('<section id="found"') : page.index("<nav")]
+        rows = re.search("<tbody.*?</tbody>", section, re.DOTALL)[0]
+        cells = dict(re.findall(r'data-label="(.*?)"[^>]*><div>(.*?)</div>', rows))
+        return cells, shown("</style>" + section)
+
+    name = "Original, constrained"
+    cells, text = first(half)
+    assert name not in cells and "Tuned beats it" not in cells
+    cells, text = first(held_to_sets(half, wrong))
+    assert cells[name].startswith("0.000") and cells["Tuned beats it"] == "yes"
+    assert "held to closed sets" not in text
+    cells, text = first(held_to_sets(half, half))
+    assert cells[name].startswith("0.500") and "unclear" in cells["Tuned beats it"]
+    said = "as far as these cases tell, on the ICD-10-CM code (held to closed sets of answers 50.0"
+    assert said in text
+    # Each rival that is not beaten is named, not the worst alone.
+    cells, text = first(held_to_sets(half, half, examples=right))
+    assert said in text and "; the original model does better without tuning on the ICD" in text
+    assert "(with examples in its prompt 100.0 %, tuned 50.0 %)" in text
+    cells, text = first(held_to_sets(half, right))
+    assert cells[name].startswith("1.000") and "<strong>no</strong>" in cells["Tuned beats it"]
+    assert (
+        "; the original model does better without tuning on the ICD-10-CM code (held to closed "
+        "sets of answers 100.0 %, tuned 50.0 %)."
+    ) in text
+    # A task that was not asked so has dashes beside one that was.
+    other = run_in_memory([(RIGHT, "", RIGHT)] * 12, name="regimens")
+    page = render(held_to_sets(half, right), other)
+    assert f'data-label="{name}"><div>{DASH}</div>' in page
 
 
 def test_one_patient_has_defined_figures():
@@ -461,7 +576,7 @@ def test_the_first_screen_and_the_task_agree_on_how_sure_the_gain_is():
     # 5 of 40 that only the tuned model gets right: Wilcoxon p 0.031, McNemar's two-sided 0.0625.
     answers = [("C61", "", "C61")] * 5 + [("C61", "C61", "C61")] * 35
     text = shown(render(run_in_memory(answers, "icd")))
-    assert "in the one comparison, but there McNemar's exact two-sided test" in text
+    assert "in the one comparison, but there McNemar&#x27;s exact two-sided test" in text
     assert "chance alone" not in text
     assert "a gain, but McNemar&#x27;s exact two-sided test does not (p = 0.0625)" in text
     # 3: neither finds it, and both say so.

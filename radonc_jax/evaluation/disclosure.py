@@ -8,6 +8,7 @@ Items after Gallifant et al., Nat Med 2025;31:60 (doi 10.1038/s41591-024-03425-5
 words; their wording and the explanations are in the paper.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -142,8 +143,9 @@ class Source:
 
 
 def disclose(report: Mapping) -> dict[str, dict]:
-    """The `disclosure` of report.json, made anew: {run: {settings, cohort, model_card, tripod_llm
-    {filled, lines, items}}}. Of the run's `disclosure` only `facts` need to be there."""
+    """The `disclosure` of report.json, made anew: {run: {settings, cohort, base {name,
+    architecture, layers, parameters; null where not known} or null, model_card, tripod_llm {filled,
+    lines, items}}}. Of the run's `disclosure` only `facts` need to be there."""
     result = {}
     for name, known in report["disclosure"].items():
         provenance = report["provenance"][name]
@@ -165,6 +167,7 @@ def disclose(report: Mapping) -> dict[str, dict]:
         result[name] = {
             "settings": known["settings"],
             "cohort": known["cohort"],
+            "base": _base_facts(source),
             "model_card": model_card(source),
             "tripod_llm": {
                 "filled": sum(item["answer"] is not None for item in items),
@@ -266,6 +269,60 @@ def tripod_llm(source: Source) -> list[dict[str, str | None]]:
     ]
 
 
+def last_part(model: str | None) -> str | None:
+    """Of a folder, whose path is nobody's business, or of a hub id."""
+    return None if model is None else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+
+
+def is_synthetic(cohort: Mapping) -> bool:
+    """Whether a cohort's facts say that its cases are made up: of real ones nobody knows the
+    ceiling."""
+    return bool(cohort.get("ceiling"))
+
+
+def _base_facts(source: Source) -> dict | None:
+    """`base` of a run's `disclosure`."""
+    name = last_part(source.model or (source.manifest.get("base") or {}).get("folder"))
+    if not name:
+        return None
+    told = source.manifest.get("architecture") or {}
+    return {
+        "name": name,
+        "architecture": told.get("name"),
+        "layers": told.get("layers"),
+        "parameters": told.get("parameters") or _frozen(source),
+    }
+
+
+def _frozen(source: Source) -> int | None:
+    """Parameters of a base by the manifest of an older version: those that lay under the adapter.
+    None where they are not the base as it was given."""
+    stored = str((source.settings.get("precision") or {}).get("base"))
+    if source.settings.get("trainable") != "lora" or not stored.startswith(("float", "bfloat")):
+        return None
+    return (source.manifest.get("parameters") or {}).get("frozen")
+
+
+def describe_base(base: Mapping) -> str:
+    """Architecture and size of a `base`, as far as they are known: "MistralForCausalLM, 32 layers,
+    7.2 B parameters"."""
+    return ", ".join(filter(None, (base["architecture"], size_of_base(base))))
+
+
+def size_of_base(base: Mapping) -> str:
+    layers, parameters, told = base["layers"], base["parameters"], []
+    if layers:
+        told.append(f"{layers} layer{'s' if layers > 1 else ''}")
+    if parameters:
+        unit, name = next(
+            ((unit, name) for unit, name in ((1e9, " B"), (1e6, " M")) if parameters >= unit),
+            (1, ""),
+        )
+        number = f"{parameters / unit:.1f}" if name else f"{parameters:,}"
+        told.append(f"{number}{name} parameters")
+    return ", ".join(told)
+
+
 def cases_of(split: str) -> str:
     """What the cases of a split are to the tuned model."""
     return "training cases" if split == "train" else "held-out cases"
@@ -290,9 +347,11 @@ def _base(source: Source) -> str | None:
         return None
     hashes = base.get("sha256") or {}
     weights = [f"{file} {value[:12]}" for file, value in sorted(hashes.items())]
-    revision = base.get("revision")
+    revision, known = base.get("revision"), _base_facts(source)
+    kind = describe_base(known) if known else None
     return _known(
         f"{name}{f', revision {revision}' if revision else ''}.",
+        f"{kind}." if kind else None,
         f"SHA-256 of its files begin: {', '.join(weights)}." if weights else None,
     )
 
@@ -360,7 +419,7 @@ def _cohort(source: Source) -> str | None:
     if isinstance(cohort["assessed"], int):  # hidden in the published form where it tells few
         text += f" of {_number(cohort['assessed'])} assessed"
     text += "."
-    if cohort.get("ceiling"):
+    if is_synthetic(cohort):
         text += " The cases are synthetic"
         text += ": their ceiling is known." if source.split == "test" else "."
     digest = (source.manifest.get("cohort") or {}).get("manifest_sha256")

@@ -14,6 +14,7 @@ from radonc_jax.evaluation.disclosure import disclose, facts
 from radonc_jax.evaluation.run import MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.statistics import INTERVAL_METHOD, holm
+from radonc_jax.evaluation.summary import introduce, summarise
 from radonc_jax.evaluation.verdict import UNTUNED, judge_tuning
 from radonc_jax.tasks import TASKS
 from radonc_jax.tasks.icd import normalise_code
@@ -24,9 +25,10 @@ NOTICE = "Research use only, not for clinical decisions."
 def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -> dict:
     """The content of report.json.
 
-    {"tasks": {task: entry}, "runs": [names], "split", "provenance": {run: ...}, "disclosure": see
-    `disclose`, "notice"}. Where several runs share a task the first run's entry leads and holds the
-    others' in `further_runs`.
+    {"about": base model, cohort and cases in words, "findings": the three sentences of the first
+    screen (both lists of texts, see `summary`), "tasks": {task: entry}, "runs": [names], "split",
+    "provenance": {run: ...}, "disclosure": see `disclose`, "notice"}. Where several runs share a
+    task the first run's entry leads and holds the others' in `further_runs`.
     An entry is
       run, model, sizes: names, and cases by split or null.
       original, tuned: metrics as in metrics.json. variants {name: metrics}: further ways in which
@@ -80,6 +82,8 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
             entry["verdict"] = judge_tuning(task, entry)
     report = {
         "notice": NOTICE,
+        "about": [],
+        "findings": [],
         "split": runs[0].split if runs else None,
         "tasks": {
             task: group[0] | {"further_runs": group[1:]} for task, group in found.items() if group
@@ -91,7 +95,9 @@ def build_report(runs: Sequence[Run], *, bootstrap: int = 1000, seed: int = 0) -
             for run, name in zip(runs, names, strict=True)
         },
     }
-    return report | {"disclosure": disclose(report)}
+    report |= {"disclosure": disclose(report)}
+    told = entries(report)
+    return report | {"about": introduce(report, told), "findings": summarise(told)}
 
 
 _TESTS = ("wilcoxon", "wilcoxon_rouge1", "wilcoxon_by_patient", "mcnemar")

@@ -20,7 +20,7 @@ from radonc_jax.evaluation.baselines import (
     MOST_TRAINING,
     NEIGHBOURS,
 )
-from radonc_jax.evaluation.disclosure import cases_of
+from radonc_jax.evaluation.disclosure import cases_of, size_of_base
 from radonc_jax.evaluation.explorer import Texts, explorer_section
 from radonc_jax.evaluation.figures import TITLES, name_of, typeset
 from radonc_jax.evaluation.findings import NOTICE, entries
@@ -36,17 +36,16 @@ from radonc_jax.evaluation.markup import (
     plain_cell,
     score_cell,
 )
-from radonc_jax.evaluation.run import MODELS
+from radonc_jax.evaluation.run import CONSTRAINED, MODELS
 from radonc_jax.evaluation.run_folder import Run
 from radonc_jax.evaluation.sections import task_parts
-from radonc_jax.evaluation.verdict import (
-    UNTUNED,
-    adjusted_p,
-    doubts,
-    none_right,
-    several_each,
-    standing,
+from radonc_jax.evaluation.summary import (
+    SUBJECTS,
+    best_baseline,
+    by_patient,
+    standing_to_baselines,
 )
+from radonc_jax.evaluation.verdict import adjusted_p, standing
 
 
 def render_page(report: Mapping, runs: Sequence[Run], *, include_text: bool = True) -> str:
@@ -106,6 +105,7 @@ def _document(report: Mapping, body: str, script: str) -> str:
         f"default-src 'none'; style-src 'unsafe-inline'; script-src {scripts}; "
         "base-uri 'none'; form-action 'none'"
     )
+    about = "".join(f'<p class="about">{escape(line)}</p>\n' for line in report["about"])
     runs = f"{len(report['runs'])} run{'s' if len(report['runs']) != 1 else ''}"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -114,7 +114,7 @@ def _document(report: Mapping, body: str, script: str) -> str:
         f"<title>radonc_jax report</title>\n<style>\n{_read('page.css')}</style>\n</head>\n<body>\n"
         '<a class="skip" href="#main">Skip to the findings</a>\n<header>\n'
         f"<h1>Original and tuned model on the same {cases_of(report['split'])}</h1>\n"
-        f'<p class="soft">Split: {escape(report["split"])}. {runs}.</p>\n'
+        f'<p class="soft">Split: {escape(report["split"])}. {runs}.</p>\n{about}'
         f'<p class="notice"><strong>{escape(NOTICE)}</strong></p>\n</header>\n'
         f'<main id="main" tabindex="-1">\n{body}\n</main>\n'
         "<footer><p>Every figure of this page stands in report.json, or counts what stands there."
@@ -126,10 +126,6 @@ def _document(report: Mapping, body: str, script: str) -> str:
 
 def _read(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _is_shared(report: Mapping, task: str) -> bool:
@@ -149,36 +145,15 @@ def _of_model(report: Mapping, task: str, entry: Mapping, name: str) -> Html:
     return Html(f"{_named(report, task, entry)} {model}")
 
 
-def _called(report: Mapping, task: str, entry: Mapping) -> Html:
-    """A task within a sentence."""
-    title = TITLES[task] if task == "icd" else TITLES[task].lower()
-    return escape(f"{title} ({entry['run']})" if _is_shared(report, task) else title)
-
-
 # ---------------------------------------------------------------------------------------------
 # The first screen
 # ---------------------------------------------------------------------------------------------
-
-
-def _accuracy(metrics: Mapping) -> float:
-    return metrics["accuracy"]["value"]
 
 
 def _models(entry: Mapping) -> dict[str, Mapping]:
     """Metrics by name: the two models, their variants, the baselines."""
     models = {model: entry[model] for model in MODELS}
     return models | dict(entry.get("variants") or {}) | dict(entry["baselines"] or {})
-
-
-def _best_baseline(entry: Mapping) -> tuple[str, Mapping] | None:
-    name = entry["verdict"]["best_baseline"]
-    return None if name is None else (name, entry["baselines"][name])
-
-
-def _standing(entry: Mapping) -> str | None:
-    """How the tuned model stands to the baselines (see `standing`), at the worst; None without."""
-    best = _best_baseline(entry)
-    return None if best is None else standing(entry["baseline_tests"][best[0]])
 
 
 _STANDINGS = {
@@ -193,18 +168,12 @@ def _found(report: Mapping, drawer: Drawer) -> str:
     listed = entries(report)
     if not listed:
         return "<p>This report holds no evaluation.</p>"
-    sentences = (_changes(report), _rivals(report), _certainty(report))
     rows = []
     for task, entry in listed:
-        best = _best_baseline(entry)
+        best = best_baseline(entry)
         shown = DASH
         if best is not None:
-            shown = join(
-                [
-                    score_cell(best[1]["accuracy"]),
-                    Html(f'<small class="name">{escape(name_of(best[0]))}</small>'),
-                ]
-            )
+            shown = join([score_cell(best[1]["accuracy"]), _small_name(name_of(best[0]))])
         rows.append(
             [
                 _named(report, task, entry),
@@ -212,30 +181,59 @@ def _found(report: Mapping, drawer: Drawer) -> str:
                 score_cell(entry["original"]["accuracy"]),
                 score_cell(entry["tuned"]["accuracy"]),
                 format_p(adjusted_p(entry["tests"])),
+                *_constrained_cells(entry),
                 shown,
-                _STANDINGS[_standing(entry)],
+                _STANDINGS[standing_to_baselines(entry)],
                 score_cell(entry["ceiling"]),
             ]
         )
-    by = ", by patient" if _by_patient([entry for _, entry in listed]) else ""
-    heads = (
+    by = ", by patient" if by_patient(listed) else ""
+    heads = [
         "Task",
         "Cases",
         "Original",
         "Tuned",
         f"p (Wilcoxon{by})",
+        name_of(_CONSTRAINED),
+        "Tuned beats it",
         "Simple baseline, the hardest to beat",
         "Tuned beats all of them",
         "Ceiling",
-    )
+    ]
+    if not any(_CONSTRAINED in entry["variants"] for _, entry in listed):
+        place = heads.index(name_of(_CONSTRAINED))
+        for row in (heads, *rows):
+            del row[place : place + 2]
     caption = (
         f"Accuracy with 95 % intervals; p is one-sided (Wilcoxon{by}), after Holm over all rows."
     )
-    found = "".join(f"<p>{sentence}</p>" for sentence in sentences)
+    found = "".join(
+        f"<p><strong>{subject}</strong>{escape(typeset(sentence.removeprefix(subject)))}</p>"
+        for subject, sentence in zip(SUBJECTS, report["findings"], strict=True)
+    )
     return (
         f'<div class="found">{found}</div>{make_table(caption, heads, rows, stack=True)}'
         f'<div class="figures">{_found_figures(report, drawer)}</div>'
     )
+
+
+_CONSTRAINED = "original" + CONSTRAINED
+
+
+def _constrained_cells(entry: Mapping) -> list[Html]:
+    """Accuracy of the original model held to closed sets, the fairer rival where it was asked so,
+    and whether the tuned one beats it."""
+    if _CONSTRAINED not in entry["variants"]:
+        return [DASH, DASH]
+    accuracy = score_cell(entry["variants"][_CONSTRAINED]["accuracy"])
+    return [accuracy, _STANDINGS[standing(entry["variant_tests"][_CONSTRAINED])]]
+
+
+def _small_name(name: str) -> Html:
+    """A name in small print that breaks behind its comma alone."""
+    parts = name.replace(", ", ",\n").split("\n")
+    spans = join([Html(f"<span>{escape(part)}</span>") for part in parts], " ")
+    return Html(f'<small class="name">{spans}</small>')
 
 
 def _found_figures(report: Mapping, drawer: Drawer) -> Html:
@@ -281,151 +279,6 @@ def _panels(report: Mapping) -> list[tuple[str, Mapping, float | None]]:
     ]
 
 
-def _sentence(parts: Sequence[str], most: int = 4) -> str:
-    """Joined with commas and "and"; the rest is counted where there are many."""
-    shown = list(parts[:most])
-    if len(parts) > most:
-        shown.append(f"{len(parts) - most} more")
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
-
-
-def _changes(report: Mapping) -> str:
-    groups: dict[str, list[str]] = {"raised": [], "lowered": [], "did not change": []}
-    none = []
-    for task, entry in entries(report):
-        before, after = (_accuracy(entry[model]) for model in MODELS)
-        name = f"the {_called(report, task, entry)}"
-        if none_right(*(entry[model] for model in MODELS)):
-            none.append(name)
-        elif before == after:
-            groups["did not change"].append(f"{name} ({_share(after)})")
-        else:
-            verb = "raised" if after > before else "lowered"
-            groups[verb].append(f"{name} from {_share(before)} to {_share(after)}")
-    clauses = [f"{verb} the accuracy of {_sentence(g)}" for verb, g in groups.items() if g]
-    if none:
-        clauses.append(
-            f"brought no right answer on {_sentence(none)}, where the original model has none "
-            "either"
-        )
-    return f"<strong>Tuning</strong> {'; it '.join(clauses)}."
-
-
-def _rivals(report: Mapping) -> str:
-    known = [(task, entry) for task, entry in entries(report) if entry["baselines"]]
-    start = "<strong>Against simple baselines</strong>: "
-    untuned = _untuned_rivals(report)
-    if not known:
-        return start + f"none was computed, because the cohort is not at hand{untuned}."
-    says = {
-        "none": "no answer of the tuned model or of any simple baseline is right on",
-        "worse": "a simple baseline does better than the tuned model on",
-        "unclear": "a simple baseline does no worse, as far as these cases tell, on",
-        "better": "the tuned model beats all of them on",
-    }
-    by_standing: dict[str, list[str]] = {kind: [] for kind in says}
-    for task, entry in known:
-        name, metrics = _best_baseline(entry)
-        called = f"the {_called(report, task, entry)}"
-        if none_right(metrics, entry["tuned"]):
-            by_standing["none"].append(called)
-            continue
-        reached, tuned = _share(_accuracy(metrics)), _share(_accuracy(entry["tuned"]))
-        by_standing[_standing(entry)].append(
-            f"{called} ({escape(name_of(name))} {reached}, tuned {tuned})"
-        )
-    return start + "; ".join(_clauses(says, by_standing)) + untuned + "."
-
-
-def _clauses(says: Mapping[str, str], named: Mapping[str, Sequence[str]]) -> list[str]:
-    return [f"{says[kind]} {_sentence(names)}" for kind, names in named.items() if names]
-
-
-def _untuned_rivals(report: Mapping) -> str:
-    """Clauses on the tasks in which tuning does not beat what the original can do without it."""
-    says = {
-        "none": "the tuned model has no right answer, and the original model in the way that is "
-        "named in brackets has none either, on",
-        "worse": "the original model does better without tuning on",
-        "unclear": "the original model without tuning is not told apart from the tuned one, as far "
-        "as these cases tell, on",
-    }
-    named: dict[str, list[str]] = {kind: [] for kind in says}
-    for task, entry in entries(report):
-        name = entry["verdict"].get("best_untuned")
-        if name is None or entry["verdict"]["tuned_beats_untuned"]:
-            continue
-        rival, called = entry["variants"][name], f"the {_called(report, task, entry)}"
-        if none_right(rival, entry["tuned"]):
-            named["none"].append(f"{called} ({UNTUNED[name]})")
-            continue
-        reached, tuned = (_share(_accuracy(m)) for m in (rival, entry["tuned"]))
-        named[standing(entry["variant_tests"][name])].append(
-            f"{called} ({UNTUNED[name]} {reached}, tuned {tuned})"
-        )
-    return "".join(f"; {clause}" for clause in _clauses(says, named))
-
-
-def _certainty(report: Mapping) -> str:
-    listed = entries(report)
-    text = f"<strong>How sure</strong>: {_significance([entry for _, entry in listed])}; "
-    unread = sum(entry["tuned"]["unparseable"] for _, entry in listed)
-    total = sum(entry["tuned"]["n"] for _, entry in listed)
-    if not unread:
-        text += "no tuned answer is unparseable"
-    elif unread == total:
-        text += f"all {total:,} tuned answers are unparseable"
-    else:
-        text += f"{unread:,} of {total:,} tuned answers are unparseable"
-    before = sum(entry["original"]["unparseable"] for _, entry in listed)
-    if before == total != unread:
-        text += ", all of the original's are"
-    elif before and before != unread:
-        text += f", {before:,} of the original's are"
-    ceilings = [
-        f"{_share(entry['ceiling'])} ({_called(report, task, entry)})"
-        for task, entry in listed
-        if entry["ceiling"] is not None
-    ]
-    if ceilings:
-        return f"{text}; the ceiling is {_sentence(ceilings)}."
-    return text + "; the ceiling is not known."
-
-
-def _by_patient(listed: Sequence[Mapping]) -> bool:
-    """Whether a patient of some comparison has several cases, so that the test must be named."""
-    return any(several_each(entry["tests"]) for entry in listed)
-
-
-def _significance(listed: Sequence[Mapping]) -> str:
-    """In how many comparisons the gain is significant, and where another test does not agree."""
-    sure = [entry for entry in listed if adjusted_p(entry["tests"]) <= 0.05]
-    better = any(_accuracy(entry["tuned"]) > _accuracy(entry["original"]) for entry in listed)
-    by = " by patient" if _by_patient(listed) else ""
-    one, test = len(listed) == 1, f"(one-sided Wilcoxon{by} at 5 %, after Holm)"
-    if not better:
-        where = "the one comparison" if one else f"any of the {len(listed)} comparisons"
-        return f"no gain is significant {test}: the tuned model is not more accurate in {where}"
-    if not sure:
-        if one:
-            return f"the gain is not significant {test} in the one comparison"
-        return f"the gain is significant {test} in none of the {len(listed)} comparisons"
-    if len(sure) == len(listed):
-        where = "the one comparison" if one else f"all {len(listed)} comparisons"
-    else:
-        where = f"{len(sure)} of the {len(listed)} comparisons"
-    text = f"the gain is significant {test} in {where}"
-    doubted = sum(bool(doubts(entry["tests"])) for entry in sure)
-    if doubted:
-        there = "there" if len(sure) == 1 else f"in {doubted} of these"
-        two_sided = "the same test of two sides" if by else "McNemar's exact two-sided test"
-        text += (
-            f", but {there} {two_sided} at 5 % or the interval of the difference does not bear it "
-            "out"
-        )
-    return text
-
-
 # ---------------------------------------------------------------------------------------------
 # Tables over all runs
 # ---------------------------------------------------------------------------------------------
@@ -466,7 +319,7 @@ def _paper_table(report: Mapping) -> str:
             rows.append(
                 [
                     _of_model(report, task, entry, model),
-                    _base_name(entry),
+                    _base_cell(report, entry),
                     *(score_cell(entry[model].get(score)) for score in PAPER_SCORES),
                     format_p(tests.get("wilcoxon", {}).get("p_value")),
                     format_p(tests.get("wilcoxon_rouge1", {}).get("p_value")),
@@ -481,9 +334,19 @@ def _paper_table(report: Mapping) -> str:
     return make_table(caption, heads, rows, texts=2)
 
 
-def _base_name(entry: Mapping) -> str:
-    """The last part of a folder or hub id: the rest is in the provenance."""
-    return str(entry.get("model") or "not stated").rstrip("/").rpartition("/")[2]
+def _base_cell(report: Mapping, entry: Mapping) -> Html:
+    """The base's architecture, where the manifest tells it, its size, and its name: the last part
+    of a folder or hub id. The rest is in the provenance."""
+    base = report["disclosure"][entry["run"]]["base"]
+    if base is None:
+        return escape("not stated")
+    family, suffix = base["architecture"] or base["name"], "ForCausalLM"
+    # Too long a word for a narrow column, so it may break in the middle.
+    parts = [escape(part) for part in (family.removesuffix(suffix), suffix)]
+    first = Html("<wbr>".join(parts)) if family.endswith(suffix) else escape(family)
+    lines = [size_of_base(base), base["name"] if base["architecture"] else ""]
+    small = join([Html(f"<small>{escape(line)}</small>") for line in lines if line])
+    return Html(f'<span class="base">{first}{small}</span>')
 
 
 def _score_table(report: Mapping) -> str:
@@ -634,8 +497,7 @@ def _test_cells(report: Mapping, tests: Mapping) -> list[object]:
 
 def _by_patient_cells(report: Mapping, tests: Mapping) -> list[object]:
     """Dashes where every patient has one case: they would say again what stands before them."""
-    listed = [entry for _, entry in entries(report)]
-    found = tests["wilcoxon_by_patient"] if _by_patient(listed) else {}
+    found = tests["wilcoxon_by_patient"] if by_patient(entries(report)) else {}
     return [format_p(found.get(key)) for key in ("p_value", "p_holm", "p_two_sided")]
 
 

@@ -1,7 +1,6 @@
 """The form of report.json that is to be shared: no case ids, no small group, no clinical text."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 
 from radonc_jax.evaluation import metrics as scores
@@ -15,9 +14,10 @@ from radonc_jax.evaluation.cells import (
     rest_of,
     thin_out,
 )
-from radonc_jax.evaluation.disclosure import disclose
+from radonc_jax.evaluation.disclosure import disclose, last_part
 from radonc_jax.evaluation.findings import entries
 from radonc_jax.evaluation.run import MODELS
+from radonc_jax.evaluation.summary import introduce, summarise
 from radonc_jax.evaluation.verdict import judge_tuning
 
 
@@ -67,7 +67,7 @@ def publish(report: Mapping) -> dict:
             entry["judged_anew"][model] = _SMALL if is_small(count) else count
         found = entry["details"]
         for named in filter(None, (entry, entry["against"])):
-            named["model"] = _last_part(named["model"])
+            named["model"] = last_part(named["model"])
         if "unreadable_references" in found:
             found["unreadable_references"] = _parts(found["unreadable_references"], n)
         if "high_rouge_wrong" in found:
@@ -118,7 +118,9 @@ def publish(report: Mapping) -> dict:
         entry["verdict"] = judge_tuning(task, entry)  # its sentences tell what is hidden by now
     for told in result["disclosure"].values():
         told["cohort"] = publish_cohort(told["cohort"])
-    return result | {"disclosure": disclose(result)}  # and so do these
+    result |= {"disclosure": disclose(result)}  # and so do these
+    listed = entries(result)
+    return result | {"about": introduce(result, listed), "findings": summarise(listed)}
 
 
 def publish_cohort(facts: Mapping) -> dict:
@@ -177,15 +179,10 @@ def _without_places(value: object) -> object:
     if not isinstance(value, dict):
         return value
     return {
-        key: _last_part(inner) if key == "model" else _without_places(inner)
+        key: last_part(inner) if key == "model" else _without_places(inner)
         for key, inner in value.items()
         if key not in _PLACES
     }
-
-
-def _last_part(model: str | None) -> str | None:
-    """Of a folder, whose path is nobody's business, or of a hub id."""
-    return None if model is None else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
 
 
 _SMALL, _HIDDEN = f"<{SMALLEST_CELL}", "hidden"
