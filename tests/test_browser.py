@@ -412,12 +412,18 @@ def test_legends_lie_on_no_curve(browser, wide_page, width, media):
 def test_the_first_tables_fit_and_a_baseline_s_name_breaks_behind_its_comma(
     browser, tmp_path, width
 ):
-    run = with_everything("icd", [("C61", "", "C61"), ("C20", "", "C61")] * 12, "codes")
+    answers = {
+        "icd": [("C61", "", "C61"), ("C20", "", "C61")] * 12,
+        "regimen": [(RIGHT, "", RIGHT), (RIGHT, "", WRONG_DOSE)] * 12,
+    }
+    runs = [with_everything(task, given, task) for task, given in answers.items()]
     told = {"name": "MistralForCausalLM", "layers": 32, "parameters": 7241732096}
-    run.provenance["manifest"] = {"architecture": told}
-    report = build_report([run], bootstrap=20)
-    report["tasks"]["icd"]["verdict"]["best_baseline"] = "tfidf"
-    (tmp_path / "page.html").write_text(render_page(report, [run]), encoding="utf-8")
+    for run in runs:
+        run.provenance["manifest"] = {"architecture": told}
+    report = build_report(runs, bootstrap=20)
+    for task in answers:
+        report["tasks"][task]["verdict"]["best_baseline"] = "tfidf"
+    (tmp_path / "page.html").write_text(render_page(report, runs), encoding="utf-8")
     show(browser, tmp_path / "page.html", width=width)
     lines = browser.execute_script(
         """const name = document.querySelector("#found table .name"), lines = [];

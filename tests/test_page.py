@@ -292,6 +292,11 @@ def test_the_sentences_of_the_first_screen_stand_in_report_json():
         ]
         assert len(content["findings"]) == 3 and "<" not in "".join(content["findings"])
     assert build_report([])["findings"] == []
+    # The published form takes none of them over: it makes them of what it shows.
+    private = build_report(runs, bootstrap=0)
+    other = private | {"findings": ["of a patient"], "about": ["of a patient"]}
+    assert publish(other)["findings"] == private["findings"]
+    assert "of a patient" not in json.dumps(publish(other))
 
 
 def held_to_sets(run, answers, *, examples=None):
