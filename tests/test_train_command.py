@@ -75,6 +75,12 @@ def test_a_run_leaves_what_the_contract_names(quiet, workspace):
     manifest = json.loads((workdir / "manifest.json").read_text())
     assert manifest["base_fingerprint_before"] == manifest["base_fingerprint_after"]
     assert manifest["base"]["sha256"].keys() >= {"config.json", "model.safetensors"}
+    written = json.loads((workspace.model / "config.json").read_text())
+    assert manifest["architecture"] == {
+        "name": written["architectures"][0],
+        "layers": written["num_hidden_layers"],
+        "parameters": manifest["parameters"]["frozen"],
+    }
     hashes = {workspace.model / name: value for name, value in manifest["base"]["sha256"].items()}
     hashes[workspace.cohort / "manifest.json"] = manifest["cohort"]["manifest_sha256"]
     for path, value in hashes.items():
