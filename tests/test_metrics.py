@@ -10,7 +10,6 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 
 from radonc_jax.evaluation import metrics
 from radonc_jax.evaluation.comparison import compare_models
-from radonc_jax.evaluation.page import DEFINITIONS
 from radonc_jax.evaluation.statistics import PatientBootstrap
 from radonc_jax.tasks import TASKS, Record
 
@@ -191,13 +190,62 @@ def test_intervals_of_macro_f1_cover_and_hold_the_value(classes, cases, each):
     assert ((low <= value) & (value <= high)).all()
 
 
-def test_intervals_of_macro_f1_are_too_narrow_with_many_classes_of_a_single_case():
-    """The coverage that the report's Definitions state: of 40 classes about 28 are in a split, 11
-    of them once."""
-    value, low, high = simulate_class_scores(40, 100, 1, runs=600, seed=1).T
-    covered = np.mean((low <= value.mean()) & (value.mean() <= high))
-    assert 0.89 <= covered <= 0.935
-    assert "but in about 91 with 28 classes in 100 cases" in DEFINITIONS["95 % interval"]
+@pytest.mark.parametrize(("classes", "cases"), [(40, 100), (150, 420)])
+def test_intervals_of_macro_scores_cover_with_many_classes_of_a_single_case(classes, cases):
+    """Of 40 classes about 28 are in a split, 11 of them once; the bootstrap's own variance covers
+    0.89 to 0.92."""
+    draw = PatientBootstrap(np.arange(cases), 30, seed=1)
+    found = {f"{name}_macro": [] for name in ("precision", "recall", "f1")}
+    for references, answers, _ in simulated_splits(classes, cases, 1, runs=600, seed=1):
+        counts = metrics.ClassCounts(references.astype(str), answers.astype(str))
+        intervals, influence = counts.intervals(draw), counts._influence(draw)
+        for name, rows in found.items():
+            rows.append((influence[name][0], *intervals[name]))
+    for name, rows in found.items():
+        value, low, high = np.array(rows).T
+        covered = np.mean((low <= value.mean()) & (value.mean() <= high))
+        assert 0.93 <= covered <= 0.98, (name, covered)
+        assert ((low <= value) & (value <= high)).all()
+
+
+@pytest.mark.parametrize(("classes", "each"), [(30, 1), (30, 3), (3, 1)])
+def test_deletions_are_what_each_patient_leaves(classes, each):
+    ((references, answers, _),) = simulated_splits(classes, 60, each, 1, seed=4)
+    patients = 100 + np.arange(60) // each  # in order as texts too
+    names, total = np.unique(references), 60 // each
+
+    def by_class(kept, score):
+        """(score, denominator) of each class that has a case, with the kept cases."""
+        result = {}
+        for name in names:
+            held, given = references[kept] == name, answers[kept] == name
+            hits, held, given = (held & given).sum(), held.sum(), given.sum()
+            if held:
+                under = {"precision": given, "recall": held, "f1": held + given}[score]
+                result[name] = (1 + (score == "f1")) * hits / max(under, 1), under
+        return result
+
+    counts = metrics.ClassCounts(references.astype(str), answers.astype(str))
+    draw = PatientBootstrap(patients, 0, 0)
+    for score in ("precision", "recall", "f1"):
+        whole = by_class(np.ones(60, bool), score)
+        mean = np.mean([value for value, _ in whole.values()])
+        expected, jackknife = [], []
+        for patient in range(total):
+            left = by_class(patients != 100 + patient, score)
+            jackknife.append(np.mean([value for value, _ in left.values()]) - mean)
+            change = 0
+            for name, (value, under) in whole.items():
+                if name not in left:
+                    change += mean - value
+                elif under:
+                    kept = max(left[name][1], 0.5) / under
+                    change += math.sqrt(1 / 8 + 7 / 8 * kept) * (left[name][0] - value)
+            expected.append(change / len(left))
+        found = counts.deletions(draw, score)
+        assert found == pytest.approx(np.array(expected), abs=1e-12)
+        # Of the jackknife's own variance they are a part, and not a small one.
+        assert 0.5 < (np.var(found) / np.var(jackknife)) < 1.02
 
 
 def simulated_answers(classes, patients, each, score, runs, seed, likeness=1 / 7):
@@ -246,7 +294,7 @@ def test_intervals_of_weighted_and_micro_scores_cover_near_1(patients, each, sco
 
 @pytest.mark.parametrize(("patients", "each"), [(300, 1), (141, 3)])
 def test_intervals_of_macro_f1_cover_near_1(patients, each):
-    """Centred on the value, as they were, they cover 0.91 to 0.93."""
+    """Centred on the value they cover 0.91 to 0.93."""
     draw = PatientBootstrap(np.arange(patients * each) // each, 300, seed=1)
     found = []
     for references, answers in simulated_answers(4, patients, each, 0.98, runs=1000, seed=3):
@@ -254,7 +302,7 @@ def test_intervals_of_macro_f1_cover_near_1(patients, each):
         found.append((f1_macro(references, answers), *counts.intervals(draw)["f1_macro"]))
     value, low, high = np.array(found).T
     assert value.mean() == pytest.approx(0.978, abs=0.002)
-    assert 0.935 <= np.mean((low <= value.mean()) & (value.mean() <= high)) <= 0.97
+    assert 0.935 <= np.mean((low <= value.mean()) & (value.mean() <= high)) <= 0.975
     assert ((low <= value) & (value <= high)).all()
 
 
@@ -366,7 +414,17 @@ def test_the_difference_in_macro_f1_is_that_of_both_models_on_the_same_drawn_cas
     found = differ(references, original, tuned, patients, bootstrap=40, seed=3)
     value = f1_macro(references, tuned) - f1_macro(references, original)
     assert found["value"] == pytest.approx(value) and value > 0.1
-    expected = draw.centred_interval(value, np.array(samples), -1, 1)
+    change = np.subtract(
+        *(
+            metrics.ClassCounts(references.astype(str), answers.astype(str)).deletions(draw, "f1")
+            for answers in (tuned, original)
+        )
+    )
+    variance = ((change - change.mean()) ** 2).sum()
+    expected = draw.centred_interval(value, np.array(samples), -1, 1, variance)
+    stretched = np.array(samples) - np.mean(samples)
+    stretched *= math.sqrt(variance * 29 / 30) / stretched.std()
+    assert expected == pytest.approx(draw.interval(value + stretched))
     assert (found["low"], found["high"]) == pytest.approx(expected)
     assert expected[0] > 0
 
@@ -386,26 +444,33 @@ def test_the_difference_in_macro_f1_is_narrower_than_of_unpaired_models():
 
 @pytest.mark.parametrize(
     ("classes", "each", "gain", "least", "most"),
-    [(4, 1, 0.0, 0.93, 0.97), (4, 1, 0.15, 0.93, 0.97), (6, 3, 0.0, 0.91, 0.95)],
+    [
+        (4, 1, 0.0, 0.93, 0.97),
+        (4, 1, 0.15, 0.93, 0.97),
+        (6, 3, 0.0, 0.92, 0.97),
+        (40, 1, 0.15, 0.93, 0.97),
+    ],
 )
 def test_intervals_of_the_difference_in_macro_f1_cover(classes, each, gain, least, most):
-    """As `compare_models` makes them, which another test holds to it."""
+    """As `compare_models` makes them, which another test holds to it. With the bootstrap's own
+    variance they cover 0.83 to 0.86 where there are 40 classes."""
     draw = PatientBootstrap(np.arange(210) // each, 300, seed=1)
     found = []
     for references, *answers in simulated_splits(classes, 210, each, 800, seed=5, gain=gain):
         original, tuned = (
-            metrics.ClassCounts(references.astype(str), given.astype(str)).samples(draw)["f1_macro"]
-            for given in answers
+            metrics.ClassCounts(references.astype(str), given.astype(str)) for given in answers
         )
+        change = tuned.deletions(draw, "f1") - original.deletions(draw, "f1")
+        samples = tuned.samples(draw)["f1_macro"] - original.samples(draw)["f1_macro"]
         value = f1_macro(references, answers[1]) - f1_macro(references, answers[0])
-        found.append((value, *draw.centred_interval(value, tuned - original, -1, 1)))
+        variance = ((change - change.mean()) ** 2).sum()
+        found.append((value, *draw.centred_interval(value, samples, -1, 1, variance)))
     value, low, high = np.array(found).T
     # No difference to be expected, or what a split of this size and make gives on average.
     expected = value.mean() if gain else 0.0
-    assert abs(value.mean() - 0.75 * gain) < 0.01
+    assert abs(value.mean() - 0.75 * gain) < (0.01 if classes < 10 else 0.05)
     assert least <= np.mean((low <= expected) & (expected <= high)) <= most
     assert ((low <= value) & (value <= high)).all()
-    assert "difference in macro F1 in 92 to 95" in DEFINITIONS["95 % interval"]
 
 
 def test_intervals_hold_the_value_and_are_seeded():

@@ -316,15 +316,20 @@ def test_intervals_of_shares_cover_where_few_patients_hold_all_errors(mean):
     assert "also where a few of 40 patients hold nearly all" in DEFINITIONS["95 % interval"]
 
 
-def test_a_fixed_part_of_the_variance_does_not_shrink_near_1():
+def test_the_ends_of_a_share_are_those_from_which_the_value_is_t_away():
     draw = statistics.PatientBootstrap(np.arange(100), 0, 0)
+    t = stats.t.ppf(0.975, 99)
+    low, high = draw.share_interval(0.9, 0.02**2)
+    for end in (low, high):
+        assert abs(0.9 - end) == pytest.approx(
+            t * math.sqrt(0.02**2 * end * (1 - end) / (0.9 * 0.1))
+        )
+    assert low < 0.9 < high and draw.share_interval(0.9, 0.0) == statistics.constant_interval(
+        0.9, 100
+    )
     samples = 0.9 + 0.02 * np.tile([-1.0, 1.0], 50)
-    t = stats.t.ppf(0.975, 99) * math.sqrt(100 / 99)
-    for part in (0.0, 0.3, 1.0):
-        fixed = part * 0.02**2
-        for end in draw.share_interval(0.9, samples, fixed=fixed):
-            shrinks = (0.02**2 - fixed) * end * (1 - end) / (0.9 * 0.1)
-            assert abs(0.9 - end) == pytest.approx(t * math.sqrt(fixed + shrinks))
+    assert statistics.unbiased_variance(samples, 100) == pytest.approx(0.02**2 * 100 / 99)
+    assert statistics.unbiased_variance(samples, 1) == 0
 
 
 def test_the_variance_factor_is_that_of_data_with_the_added_cases():

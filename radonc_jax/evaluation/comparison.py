@@ -154,6 +154,10 @@ def _f1_differences(pairs: Sequence[tuple[dict, dict]], draw: PatientBootstrap) 
         value = values[1][name] - values[0][name]
         low = high = None
         if samples is not None:
-            low, high = draw.centred_interval(value, samples[1][name] - samples[0][name], -1, 1)
+            sampled, variance = samples[1][name] - samples[0][name], None
+            if name == "f1_macro":
+                change = counts[1].deletions(draw, "f1") - counts[0].deletions(draw, "f1")
+                variance = float(((change - change.mean()) ** 2).sum())
+            low, high = draw.centred_interval(value, sampled, -1, 1, variance)
         result[name] = {"value": value, "low": low, "high": high}
     return result

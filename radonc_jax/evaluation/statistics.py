@@ -13,9 +13,10 @@ from scipy import stats
 
 LEVEL = 0.95
 # Counted up whenever an interval is defined anew: scores written before are then scored again.
-INTERVAL_METHOD = 4
+INTERVAL_METHOD = 5
 EXACT_CASES = 300  # that differ; enumerating the Wilcoxon test takes 20 ms there, and grows cubed
-ADDED_CASES = 0.25  # wrong and right ones each, see `variance_factor`
+ADDED_CASES = 0.25  # wrong and right ones each, see `variance_factor`; of macro scores, where a
+ADDED_CASES_MACRO = 0.5  # single case may be all of a class
 _CHUNK_ENTRIES = 4_000_000  # weights held at once: 32 MB
 _KEPT_ENTRIES = 200_000_000  # draws kept from one use to the next, at most: 400 MB
 
@@ -117,45 +118,39 @@ class PatientBootstrap:
         return float(low), float(high)
 
     def share_interval(
-        self,
-        value: float,
-        samples: np.ndarray,
-        patients: int | None = None,
-        *,
-        factor: float = 1.0,
-        fixed: float = 0.0,
+        self, value: float, variance: float, patients: int | None = None
     ) -> tuple[float, float]:
-        """Wilson's 95 % interval of a score from 0 to 1, with the samples' variance.
+        """Wilson's 95 % interval of a score from 0 to 1 of which `variance` is an estimate.
 
-        All u with |value - u| <= t sqrt(V(u)), V(u) = F + S u (1 - u) / (value (1 - value)). The
-        variance V of the samples [B] is F + S, and F = 0 for means: then its ratio to the binomial
-        one tells how many independent cases these are worth, n = value (1 - value) / V, and the
-        score interval of n cases holds (Wilson, J Am Stat Assoc 1927;22:209; effective size as
-        Korn and Graubard, Survey Methodology 1998;24:193). For few patients V is that over
-        P / (P - 1) and t is Student's, with P - 1 degrees of freedom, as `interval` is widened.
-        The simulations in the tests show the coverage near 1, where the percentile interval falls
-        to about 90 %. Where no sample differs from another: see `constant_interval`.
+        Its ratio to the binomial one tells how many independent cases these are worth,
+        n = value (1 - value) / variance, and the score interval of n cases holds: all u with
+        |value - u| <= t sqrt(u (1 - u) / n) (Wilson, J Am Stat Assoc 1927;22:209; effective size
+        as Korn and Graubard, Survey Methodology 1998;24:193), with t Student's with P - 1 degrees
+        of freedom. The simulations in the tests show the coverage near 1, where the percentile
+        interval falls to about 90 %. Without a variance: see `constant_interval`.
 
         Args:
-          factor: what S is multiplied with, see `variance_factor`.
-          fixed: F, the part of the samples' variance that does not shrink near 0 and 1.
+          value: of the score, between 0 and 1 where there is a variance.
+          variance: of the score, over test splits; unbiased, see `unbiased_variance`.
+          patients: P where the score is of a part of the patients only.
         """
         count = self.count if patients is None else patients
-        if count == 1 or _alike(samples):
+        if count == 1 or variance < 1e-24:
             return constant_interval(value, count)
         t = float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
-        unbiased = count / (count - 1)
-        shrinks = max(float(samples.var()) - fixed, 0.0) * factor * unbiased
-        over_n = t**2 * shrinks / (value * (1 - value))  # t^2 / n
+        over_n = t**2 * variance / (value * (1 - value))  # t^2 / n
         centre = value + over_n / 2
-        half = math.sqrt(
-            over_n * value * (1 - value) + over_n**2 / 4 + (1 + over_n) * t**2 * fixed * unbiased
-        )
+        half = math.sqrt(over_n * value * (1 - value) + over_n**2 / 4)
         low, high = ((centre + end) / (1 + over_n) for end in (-half, half))
         return max(low, 0.0), min(high, 1.0)
 
     def centred_interval(
-        self, value: float, samples: np.ndarray, least: float, most: float
+        self,
+        value: float,
+        samples: np.ndarray,
+        least: float,
+        most: float,
+        variance: float | None = None,
     ) -> tuple[float, float]:
         """`interval` moved so that the samples' mean lies on `value`, cut to [least, most].
 
@@ -166,12 +161,27 @@ class PatientBootstrap:
         simulations in the tests show the coverage. Also for scores of 0 or 1 whose resamples
         differ, and for ratios of sums. Where no sample differs from another: see
         `constant_interval`.
+
+        Args:
+          variance: what the samples are stretched to, where theirs is known to be wrong.
         """
         if _alike(samples):
             return constant_interval(value, self.count, least, most)
-        low, high = self.interval(samples - samples.mean() + value)
+        samples = samples - samples.mean()
+        if variance is not None:
+            biased = variance * (self.count - 1) / self.count  # as samples are, see `interval`
+            samples = samples * math.sqrt(biased / samples.var())
+        low, high = self.interval(samples + value)
         # The value is inside unless the samples are very skewed; then the end is the value itself.
         return max(min(low, value), least), min(max(high, value), most)
+
+
+def unbiased_variance(samples: np.ndarray, patients: int) -> float:
+    """The variance of bootstrap samples [B] over (P - 1) / P, by which it is too small; 0 of one
+    patient."""
+    if patients == 1 or _alike(samples):
+        return 0.0
+    return float(samples.var()) * patients / (patients - 1)
 
 
 def variance_factor(
@@ -180,9 +190,10 @@ def variance_factor(
     size: float,
     wrong: tuple[float, float],
     right: tuple[float, float],
+    cases: float = ADDED_CASES,
 ) -> float:
-    """How many times `share_interval`'s variance is larger where a quarter of a wrong case and a
-    quarter of a right one are added to the split, in patients all of whose cases are so.
+    """How many times a score's variance is larger where a quarter of a wrong case and a quarter of
+    a right one are added to the split, in patients all of whose cases are so.
 
     Where few patients hold the errors, these are often alone by chance, and the resamples then
     tell nothing of how the cases of a patient agree: the effective number of cases comes out too
@@ -197,11 +208,12 @@ def variance_factor(
 
     Args:
       influence: z, float [P], of sum 0.
-      size: cases of a patient, on average; e = ADDED_CASES / size.
+      size: cases of a patient, on average; e = `cases` / size.
       wrong, right: mean and mean square of the influence of a patient, over the patients, if all
         of its cases were wrong, or right.
+      cases: how many of either kind are added.
     """
-    added, patients = ADDED_CASES / size, len(influence)
+    added, patients = cases / size, len(influence)
     variance = float(influence @ influence)
     if variance <= 0:
         return 1.0
@@ -276,8 +288,9 @@ def bootstrap_means(
             count = len(np.unique(draw.index[inside[:, i]]))
             drawn = samples[~np.isnan(samples[:, i]), i]
             if name in shares and (len(drawn) or count == 1):
-                factor = _factor_of_mean(value, values[:, i], inside[:, i], draw)
-                low, high = draw.share_interval(value, drawn, count, factor=factor)
+                variance = unbiased_variance(drawn, count)
+                variance *= _factor_of_mean(value, values[:, i], inside[:, i], draw)
+                low, high = draw.share_interval(value, variance, count)
             else:
                 low, high = draw.interval(drawn, count)
         result[name] = {"value": value, "low": low, "high": high}
