@@ -3,10 +3,14 @@
 import itertools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags
 
 PREEMPTED = 75  # the exit code of a run that was told to end and has saved: "try again"
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class Preempted(BaseException):
@@ -53,6 +57,7 @@ def guard(main: Callable[[], None], *, stopped: str = "stopped") -> Callable[[li
 
 def _parse_flags(argv: list[str]) -> list[str]:
     _check_choices(argv)
+    _check_config(argv)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # ml_collections, of a key it does not know
@@ -77,6 +82,24 @@ def _check_choices(argv: list[str]) -> None:
         if isinstance(parser, flags.EnumParser):
             values = " or ".join(f"{argument}={value}" for value in parser.enum_values if value)
             sys.exit(f"error: {argument} needs a value: {values}")
+
+
+def _check_config(argv: list[str]) -> None:
+    """Ends the process where --config names no file, which ml_collections tells in its own words;
+    those that there are stand in the error."""
+    if "config" not in flags.FLAGS:
+        return
+    for argument, following in itertools.pairwise([*argv[1:], ""]):
+        name, separator, value = argument.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        path = Path((value if separator else following).partition(":")[0])
+        if path.is_file():
+            continue
+        here = "" if path.is_absolute() else f" in {Path.cwd()}"
+        there = [file.name for file in sorted(CONFIGS.glob("*_*.py")) if file.name[0] != "_"]
+        there = f"; {CONFIGS} has {', '.join(there)}" if there else ""
+        sys.exit(f"error: --config={path}: no such file{here}{there}")
 
 
 def _message(error: Exception) -> str:

@@ -8,20 +8,23 @@ cases of a task, with another run's tuned model: the first of the task, or the r
 names (which is added to --runs; other cases are an error then). These tests, tuned against tuned,
 stand in a table of their own under "Tests", and Holm adjusts over them as a family of their own.
 What a run folder holds is enough; its cohort, where it is at hand, adds baselines and subgroups.
+What it does is told step by step, and so is a report in the output folder that is to be replaced.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags, logging
 
 from radonc_jax import command
+from radonc_jax.data.splits import SPLITS
 from radonc_jax.evaluation.findings import require_same_cases
-from radonc_jax.evaluation.report import describe, write_runs
+from radonc_jax.evaluation.report import PAGE, describe, write_runs
 from radonc_jax.evaluation.run_folder import read_run
 
 _RUNS = flags.DEFINE_list("runs", None, "Run folders, each with both models' evaluation.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the report to.")
-_SPLIT = flags.DEFINE_string("split", "test", "Split whose evaluations are compared.")
+_SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Split whose evaluations are compared.")
 _AGAINST = flags.DEFINE_string(
     "against",
     None,
@@ -44,17 +47,28 @@ def main() -> None:
             folders.insert(0, against)
         # The first run of a task is the one that others are compared with.
         folders.sort(key=lambda folder: folder.resolve() != against.resolve())
-    runs = [read_run(folder, _SPLIT.value) for folder in folders]
+    output = Path(_OUTPUT.value)
+    if (output / PAGE).exists():
+        _tell(f"{output / PAGE} is there already; it and the files beside it will be replaced")
+    runs = []
+    for folder in folders:
+        _tell(f"reading {folder}, split {_SPLIT.value}")
+        runs.append(read_run(folder, _SPLIT.value))
     if against is not None:
         require_same_cases(runs)
     report = write_runs(
         runs,
-        Path(_OUTPUT.value),
+        output,
         include_text=_TEXT.value,
         figures=True,
         seed=_SEED.value,
+        tell=_tell,
     )
-    print(describe(report, Path(_OUTPUT.value)))
+    print(describe(report, output))
+
+
+def _tell(step: str) -> None:
+    print(step, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from radonc_jax import command, exporting
+from radonc_jax import command, exporting, parallel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, from `train`.")
 _FORMAT = flags.DEFINE_enum("format", None, ["peft", "merged"], "What to write.")
@@ -35,6 +35,7 @@ flags.mark_flags_as_required(["workdir", "format", "output"])
 
 
 def main() -> None:
+    parallel.quiet_third_parties()
     exporting.export(
         Path(_WORKDIR.value),
         _FORMAT.value,

@@ -55,7 +55,7 @@ def export(
     number = checkpoint.find_step(workdir, step)
     folder = huggingface.resolve(run.model, workdir, "--base")
     origin = loading.base_origin(run.model, folder, True)
-    loading.check_origin(workdir, {"base": origin})
+    loading.check_origin(workdir, {"base": origin}, option="--base")
     config = huggingface.read_config(folder)
     records = []
     asks = select(run.task)[0].name != "text"

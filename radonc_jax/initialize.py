@@ -38,6 +38,7 @@ flags.mark_flags_as_required(["cohort", "output"])
 
 
 def main():
+    parallel.quiet_third_parties()
     initialize(Path(_OUTPUT.value))
 
 

@@ -1,5 +1,6 @@
 """A model ready to run: from a Hugging Face folder, a run folder, or both."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from radonc_jax.models import hub, huggingface, lora, peft, weight_files
 from radonc_jax.models.decoder import ModelConfig
 from radonc_jax.training import checkpoint
 from radonc_jax.training import step as step_module
+
+MOST_FILES = 3  # of a base that are told where it is another one
 
 
 @dataclass(frozen=True)
@@ -281,12 +284,12 @@ def load_run(
     # codes may differ in the last bit between kinds of devices, so there the files are.
     coded = config.adapter is not None and config.precision.quantized is not None
     base = base_origin(config.model, folder, parallel.is_main_process(), weights=coded)
-    check_origin(workdir, {"base": base}, weights=coded)
+    check_origin(workdir, {"base": base}, weights=coded, option="--base")
     if config.adapter is not None:
         frozen = load_base(folder, architecture, partition, config.precision.stored, mesh)
         if not coded:
             printed = step_module.fingerprint(frozen, told_fingerprint(workdir))
-            check_origin(workdir, {"base_fingerprint_before": printed})
+            check_origin(workdir, {"base_fingerprint_before": printed}, option="--base")
     _, trainable = checkpoint.restore_trainable(
         workdir, partition.trainable, parallel.shardings(partition.trainable, mesh), number
     )
@@ -304,7 +307,8 @@ def load_original(
     folder = huggingface.resolve(config.model, workdir, option)
     if workdir is not None:
         main = parallel.is_main_process()
-        check_origin(workdir, {"base": base_origin(config.model, folder, main)})
+        base = base_origin(config.model, folder, main)
+        check_origin(workdir, {"base": base}, option="--base")
     architecture = huggingface.read_config(folder)
     precision = config.precision
     compute = huggingface.as_dtype(precision.compute)
@@ -342,7 +346,7 @@ def base_origin(model: str, folder: Path, main: bool, *, weights: bool = True) -
     (those of its weights only where `weights`)."""
     return {
         "model": model,
-        "folder": str(folder),
+        "folder": str(Path(folder).absolute()),
         "revision": hub.revision(folder),
         "sha256": tracking.base_sha256(folder, main, weights=weights),
     }
@@ -364,21 +368,24 @@ def told_fingerprint(workdir: str | Path) -> str:
     return told.get("base_fingerprint_before", step_module.FINGERPRINT)
 
 
-def check_origin(workdir: str | Path, now: dict, *, weights: bool = True) -> None:
+def check_origin(
+    workdir: str | Path, now: dict, *, weights: bool = True, option: str | None = None
+) -> None:
     """Compares what a run was made from with what is there now.
 
     Args:
       workdir: a run folder; without a manifest nothing is checked.
       now: some keys of the manifest, as they are now; None values are not compared.
       weights: False where the base's hashes in `now` are without those of its weights.
+      option: by which the caller is given a base, for the error; None where the base is the run's.
 
     Raises:
-      ValueError: a base, cohort or starting adapter has been replaced since; which is named.
+      ValueError: a base, cohort or starting adapter is another one; which is named.
     """
     path = Path(workdir) / "manifest.json"
     if not path.is_file():
         return
-    then = json.loads(path.read_text(encoding="utf-8"))
+    manifest = then = json.loads(path.read_text(encoding="utf-8"))
     # The same base and cohort may lie elsewhere now.
     for key, name in (("base", "sha256"), ("cohort", "manifest_sha256")):
         then, now = (
@@ -390,15 +397,39 @@ def check_origin(workdir: str | Path, now: dict, *, weights: bool = True) -> Non
         files = {name: hash_ for name, hash_ in files.items() if not name.endswith(".safetensors")}
         then = then | {"base": files}
     changed = [key for key, value in now.items() if value is not None and then.get(key) != value]
+    different = []
     if "base" in changed:
-        different = {name for name, _ in files.items() ^ now["base"].items()}
-        changed[changed.index("base")] = f"base: {', '.join(sorted(different))}"
-    if changed:
+        different = sorted({name for name, _ in files.items() ^ now["base"].items()})
+        changed[changed.index("base")] = f"base: {', '.join(different)}"
+    if not changed:
+        return
+    if option is None:
         raise ValueError(
             f"{workdir} was made from other files than those there now ({', '.join(changed)} "
             "differ from its manifest.json): put the old files back, or train anew in "
             "another --workdir"
         )
+    told = [
+        f"{name} {_short(files.get(name))}, here {_short(now['base'].get(name))}"
+        for name in different[:MOST_FILES]
+    ]
+    told += [f"and {len(different) - MOST_FILES} more"] * (len(different) > MOST_FILES)
+    if not different:
+        prints = [side.get(changed[0]) for side in (then, now)]
+        hashes = (text and hashlib.sha256(text.encode()).hexdigest() for text in prints)
+        told = ["fingerprint of the weights {}, here {}".format(*map(_short, hashes))]
+    wanted = manifest.get("base") or {}
+    name = wanted.get("model") or wanted.get("folder") or "not named there"
+    if wanted.get("revision") and "@" not in name:
+        name += f", revision {_short(wanted['revision'])}"
+    raise ValueError(
+        f"this is another base than {workdir} was trained on (by its manifest.json: "
+        f"{'; '.join(told)}). The base wanted is {name}: give the folder that holds it as {option}"
+    )
+
+
+def _short(digest: str | None) -> str:
+    return "not there" if digest is None else digest[:8]
 
 
 def assemble(folder, architecture, adapter, partition, trainable, frozen, mesh, step):
@@ -443,7 +474,8 @@ def load_model(
     workdir = Path(adapter) if adapter and (Path(adapter) / "config.json").is_file() else None
     folder = huggingface.resolve(model, workdir, "model")
     if workdir is not None:
-        check_origin(workdir, {"base": base_origin(model, folder, parallel.is_main_process())})
+        base = base_origin(model, folder, parallel.is_main_process())
+        check_origin(workdir, {"base": base}, option="model")
     architecture = huggingface.read_config(folder)
     if adapter is None:
         partition = lora.partition(architecture, None, huggingface.as_dtype(dtype), quantized)

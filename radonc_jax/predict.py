@@ -23,7 +23,12 @@ the codes of the code table, or of the training and validation cases of the run'
 Rows stream through, so memory does not grow with their number (the texts of a workbook, which lie
 in one table there, are in a temporary file without a name meanwhile). Killed and started again with
 the same arguments, it goes on where it was; the file is then the same to the byte (in float32 on
-one CPU device; elsewhere near ties may be answered otherwise).
+one CPU device; elsewhere near ties may be answered otherwise). What is taken over of a run that
+was interrupted is told, as is what was left of one with other arguments, which is thrown away.
+
+At the end are told how many rows were answered, with how many of these a diagnosis was cut
+(`trimmed`), with how many the code does not exist (is not in the ICD-10-CM code table), and the
+numbers of the rows without an answer.
 """
 
 import sys
@@ -34,6 +39,7 @@ from absl import flags
 from radonc_jax import command, loading, parallel, settings, tracking
 from radonc_jax.answering import allowed_codes
 from radonc_jax.data.batches import prompt_room
+from radonc_jax.data.extract import did_you_mean
 from radonc_jax.data.rows import open_rows
 from radonc_jax.decoding.constrain import CODES
 from radonc_jax.decoding.table import added_columns, answer_rows
@@ -105,11 +111,13 @@ def main():
         raise ValueError(f"--output={output} must not be the input")
     if output.exists() and not _OVERWRITE.value:
         raise FileExistsError(f"{output} exists: choose another file, or pass --overwrite")
+    if not Path(_INPUT.value).exists():
+        raise FileNotFoundError(f"{_INPUT.value}: no such file; give the cases with --input")
     rows = open_rows(_INPUT.value, encoding=_ENCODING.value, sheet=_SHEET.value, ragged=True)
     if _COLUMN.value not in rows.columns:
         raise ValueError(
-            f"{rows.path}: no column {_COLUMN.value!r}; choose it with --column. "
-            f"Columns there: {', '.join(rows.columns)}"
+            f"{rows.path}: no column {_COLUMN.value!r}; choose it with --column"
+            f"{did_you_mean(_COLUMN.value, rows.columns)}. Columns there: {', '.join(rows.columns)}"
         )
     added = added_columns(task, bool(_CONSTRAINED.value))
     taken = [name for name in added if name in rows.columns]
@@ -165,11 +173,14 @@ def main():
         "constrained": [constraint.digest for constraint in constraints.values()],
     } | decoder.source()
     output.parent.mkdir(parents=True, exist_ok=True)
-    problems = answer_rows(rows, _COLUMN.value, task, decoder, output, source)
+    told = answer_rows(rows, _COLUMN.value, task, decoder, output, source)
     if parallel.is_main_process():
-        unanswered = sum(entry["rows"] for entry in problems.values())
-        print(f"{rows.count - unanswered} of {rows.count} rows answered: {output}")
-        for problem, entry in problems.items():
+        unanswered = sum(entry["rows"] for entry in told.problems.values())
+        of_these = f"{told.trimmed} with a diagnosis that was cut"
+        if task.name == "icd":
+            of_these += f", {told.unknown} with a code that does not exist"
+        print(f"{rows.count - unanswered} of {rows.count} rows answered, {of_these}: {output}")
+        for problem, entry in told.problems.items():
             shown = ", ".join(map(str, entry["first"]))
             shown += ", ..." * (entry["rows"] > len(entry["first"]))
             print(f"{entry['rows']} not answered, {problem}: row {shown}", file=sys.stderr)

@@ -246,7 +246,8 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     if given is not None:
         origin["init_from"] = given.origin()
         if given.step is not None:
-            loading.check_origin(given.folder, {"base": origin["base"] if main_process else None})
+            compared = {"base": origin["base"] if main_process else None}
+            loading.check_origin(given.folder, compared, option="--config.model")
     elif begun is not None:
         origin["init_from"] = begun
 
@@ -366,22 +367,20 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
 
     # ---- loop ----------------------------------------------------------------------------------
     run.start(start, steps)
-    clock = time.monotonic()
+    pace = meters.Pace()
     per_token = meters.flops_per_token(architecture, full=config.adapter is None)
 
     def finish(number: int, metrics, show: bool) -> None:
         """Logs a step when its numbers arrive; the next one is already on its way then."""
-        nonlocal clock
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not all(math.isfinite(value) for value in values.values()):
             what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
             raise not_finite(number, what, train_batches.case_ids(number - 1))
-        now = time.monotonic()
         tokens = train_batches.useful_tokens(number - 1)
         values |= {
             "learning_rate": float(schedule(number - 1)),
             "tokens": tokens,
-            "tokens_per_second": tokens / (now - clock),
+            "tokens_per_second": pace.step(tokens),
         }
         peak = meters.peak_memory_bytes()
         if peak is not None:
@@ -389,7 +388,6 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
         used = meters.mfu(values["tokens_per_second"], per_token, list(mesh.devices.flat))
         if used is not None:
             values["mfu"] = used
-        clock = now
         run.log(number, "train", values, show=show)
         run.advance()
 
@@ -406,6 +404,7 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
             patience=config.train.patience,
         )
         checkpoints.name_best(progress)
+        pace.restart()
 
     # Closed whatever happens: a checkpoint on its way to the disk is finished first.
     with (
@@ -417,7 +416,6 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
     ):
         if progress.validation_due:
             judge(start, state.trainable)
-            clock = time.monotonic()
         pending = None
         for number in range(start + 1, steps + 1):
             if progress.stopped_early:
@@ -450,7 +448,7 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
                     raise command.Preempted(f"step {number} of {steps} is saved")
                 if evaluates:
                     judge(number, state.trainable)
-                clock = time.monotonic()
+                pace.restart()
         preemption.check("all steps are saved")  # told in the last validation
 
     # ---- afterwards: what was frozen is unchanged; original against tuned ----------------------

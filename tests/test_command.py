@@ -66,6 +66,19 @@ def test_a_choice_without_a_value_is_told_its_values(arguments):
     assert run("print(flags.FLAGS.codes)", "--codes", "table").stdout == "table\n"
 
 
+@pytest.mark.parametrize("given", [["--config=configs/mistral.py"], ["--config", "configs"]])
+def test_a_config_file_that_is_not_there_is_told_with_those_that_are(given):
+    defined = "from ml_collections import config_flags\nconfig_flags.DEFINE_config_file('config')\n"
+    program = defined + PROGRAM.format(body="print('ran')")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *given], cwd=ROOT, capture_output=True, text=True
+    )
+    path = given[-1].removeprefix("--config=")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --config={path}: no such file in {ROOT}; ")
+    assert f"{ROOT}/configs has llama2_all.py, llama2_icd.py, " in done.stderr
+
+
 def test_an_interruption_is_no_traceback():
     result = run("raise KeyboardInterrupt")
     assert (result.returncode, result.stderr) == (130, "stopped: go on with the same command\n")

@@ -356,6 +356,23 @@ def test_utilisation_is_of_all_devices_together(count, monkeypatch):
     assert meters.mfu(2500.0, 4e9, devices) == pytest.approx(0.5 / count)
 
 
+def test_the_pace_is_of_steps_alone():
+    """Not of the validation that a resumed run makes up for, nor of a checkpoint between steps."""
+    now = [0.0]
+    pace = meters.Pace(lambda: now[0])
+
+    def after(seconds, tokens):
+        now[0] += seconds
+        return pace.step(tokens)
+
+    now[0] += 300  # the validation that was due
+    pace.restart()
+    assert [after(2, 1000), after(4, 1000)] == [500, 250]
+    now[0] += 60  # saved
+    pace.restart()
+    assert after(2, 500) == 250
+
+
 def test_peaks_and_forecasts():
     assert meters.peak_flops("NVIDIA H200") == 989e12
     assert meters.peak_flops("TPU v5 lite") == 197e12 and meters.peak_flops("TPU v5") == 459e12

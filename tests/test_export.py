@@ -9,6 +9,7 @@ import optax
 import peft
 import pytest
 import torch
+from conftest import run_command
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -148,14 +149,37 @@ def test_a_run_folder_that_has_travelled(tmp_path):
     logits = checkpoints.reference_logits(model.eval(), checkpoints.tokens())
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     # Another base, or another cohort than the run's, is refused.
-    manifest = {"base": {"sha256": {}}, "cohort": {"manifest_sha256": "0" * 64}}
+    here = tracking.base_sha256(base, True)
+    of_run = here | {hub.WEIGHTS: "1f" * 32}
+    manifest = {
+        "base": {"model": "some/base", "revision": "2e" * 20, "sha256": of_run},
+        "cohort": {"manifest_sha256": "0" * 64},
+    }
     (run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"\(base: config.json.* differ"):
+    with pytest.raises(ValueError) as error:
         exporting.export(run, "peft", tmp_path / "other", base=str(base))
-    manifest["base"]["sha256"] = tracking.base_sha256(base, True)
+    assert str(error.value) == (
+        f"this is another base than {run} was trained on (by its manifest.json: "
+        f"model.safetensors 1f1f1f1f, here {here[hub.WEIGHTS][:8]}). The base wanted is some/base, "
+        "revision 2e2e2e2e: give the folder that holds it as --base"
+    )
+    manifest["base"]["sha256"] = {}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"config.json not there, here \w{8}; .*; and 1 more\)"):
+        exporting.export(run, "peft", tmp_path / "other", base=str(base))
+    manifest["base"]["sha256"] = here
     (run / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"\(cohort differ.*--check_cases=0 leaves"):
         exporting.export(run, "merged", tmp_path / "other", base=str(base))
+
+
+def test_the_command_is_quiet_about_devices_that_are_not_there(tmp_path):
+    """jax tells, in a line of its log, that it looked for a TPU and found none."""
+    write_run(tmp_path)
+    flags = [f"--workdir={tmp_path / 'run'}", "--format=peft", f"--output={tmp_path / 'out'}"]
+    done = run_command("export", *flags, JAX_PLATFORMS="")
+    assert f"{tmp_path / 'out'}: peft of step 7" in done.stdout
+    assert "Unable to initialize backend" not in done.stderr and "xla_bridge" not in done.stderr
 
 
 def test_a_run_that_trained_everything(tmp_path):

@@ -156,6 +156,13 @@ def test_a_missing_column_comes_with_a_guess(tmp_path):
     assert f"Perhaps --columns={offer}." in str(caught.value)
     read = read_extract(tmp_path / "e.csv", parse_columns(offer.split(",")))
     assert list(read.columns) == list(TABLE.columns)
+    # A header that --columns names is taken to the letter, and one in another case is offered.
+    with pytest.raises(
+        ValueError, match=r"'DX description' .* for diagnosis \(did you mean 'Dx Desc"
+    ):
+        read_extract(tmp_path / "e.csv", parse_columns(["diagnosis=DX description"]))
+    with pytest.raises(ValueError, match=r"'Zebra' in row 1, .* for diagnosis\. Columns there"):
+        read_extract(tmp_path / "e.csv", parse_columns(["diagnosis=Zebra"]))
 
 
 def test_a_guess_is_made_for_slips_and_for_nothing_else():

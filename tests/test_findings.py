@@ -811,7 +811,7 @@ def test_a_published_cohort_tells_no_small_count():
     told = published.publish_cohort({"annotation": sheets})["annotation"]
     assert (told["rows"], told["rows_twice"]) == ("hidden", 90)  # five are annotated once
     assert told["agreement"] == agreement | {"modality": {"n": 60, "equal": None, "kappa": None}}
-    agreement["exclude_reason"]["n"] = 9
+    agreement["exclude_reason"] |= {"n": 9, "kappa": 0.6}
     told = published.publish_cohort({"annotation": sheets})["annotation"]["agreement"]
     # 60 of the same decision with the 21 others would tell the nine; so would the share of these.
     assert told["exclude_reason"] == {"n": "<11", "equal": None, "kappa": None}

@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 from safetensors.numpy import load_file, save_file
 
-from radonc_jax import parallel
+from radonc_jax import loading, parallel
 from radonc_jax.models import hub, huggingface, lora, weight_files
 from radonc_jax.models.tokenizer import load_tokenizer
 from tests import checkpoints
@@ -254,6 +254,59 @@ def test_a_folder_touches_no_network(one, monkeypatch):
 def test_a_path_that_does_not_exist(name):
     with pytest.raises(FileNotFoundError, match="is not a folder here"):
         huggingface.resolve(name)
+
+
+def test_a_mistyped_path_is_no_hub_id(one, tmp_path, monkeypatch):
+    """Beside a folder that is there; a hub id works where none of its owner's name is."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(name, **options):
+        raise Asked(name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(one, tmp_path / "demo" / "base")
+    for name, near in (("demo/bsae", "demo/base"), ("./demo/bas", "demo/base"), ("dem/base", "")):
+        if not near:
+            with pytest.raises(Asked, match=name):
+                huggingface.resolve(name)
+            continue
+        with pytest.raises(FileNotFoundError) as error:
+            huggingface.resolve(name)
+        told = str(error.value)
+        assert told.startswith(f"model {name!r} is not a folder here, in {tmp_path} (did you mean ")
+        assert f"(did you mean {near}?)" in told
+    with pytest.raises(
+        FileNotFoundError, match=r"pinned \(demo/bsae@revision\).*folder 'demo' here"
+    ):
+        huggingface.resolve("demo/bsae")
+    with pytest.raises(Asked, match="demo/bsae"):
+        huggingface.resolve("demo/bsae@main")
+    # So does the one that a run began with, which has a revision.
+    base = {"model": "demo/bsae", "revision": "0" * 40, "folder": "/nowhere/snapshots/0"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"base": base}))
+    with pytest.raises(Asked, match="demo/bsae"):
+        huggingface.resolve("demo/bsae", tmp_path)
+
+
+def test_a_run_s_relative_base_is_found_from_another_working_directory(one, tmp_path, monkeypatch):
+    """By what its manifest tells; where that is gone too, both places are named."""
+    shutil.copytree(one, tmp_path / "made" / "base")
+    monkeypatch.chdir(tmp_path / "made")
+    base = loading.base_origin("base", huggingface.resolve("base"), True, weights=False)
+    (tmp_path / "manifest.json").write_text(json.dumps({"base": base}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert huggingface.resolve("base", tmp_path) == tmp_path / "made" / "base"
+    for model, workdir in (("base", None), ("other", tmp_path)):
+        with pytest.raises(FileNotFoundError, match=f"in {tmp_path}/elsewhere. Pass"):
+            huggingface.resolve(model, workdir)
+    shutil.rmtree(tmp_path / "made")
+    message = f"in {tmp_path}/elsewhere, nor is {tmp_path}/made/base, where the run had it. Pass"
+    with pytest.raises(FileNotFoundError, match=message):
+        huggingface.resolve("base", tmp_path)
 
 
 SCRIPT = """

@@ -136,7 +136,10 @@ def test_run_folder_answers_each_row_in_order(place, tmp_path):
         row = rows[number]
         assert row["problem"] == problem
         assert [row[name] for name in ("answer", "parsed", "logprob", "finished")] == [""] * 4
-    assert "3 of 5 rows answered" in out
+    told = (
+        "3 of 5 rows answered, 0 with a diagnosis that was cut, 0 with a code that does not exist"
+    )
+    assert f"{told}: {output}\n" in out
     assert "empty diagnosis: row 3" in err and "506 tokens: row 5" in err
     assert "Zebra" not in out + err and "breast" not in out + err
     assert [path.name for path in output.parent.iterdir()] == ["answers.csv"]
@@ -327,8 +330,8 @@ def answered(path, tmp_path, **decoder):
     """Rows of the output, by the stand-in decoder, and the problems that are told."""
     output = tmp_path / "answers.csv"
     rows = open_rows(path, ragged=True)
-    problems = answer_rows(rows, "diagnosis", TASKS["icd"], Decoder(**decoder), output, {})
-    return read(output), {name: entry["first"] for name, entry in problems.items()}
+    told = answer_rows(rows, "diagnosis", TASKS["icd"], Decoder(**decoder), output, {})
+    return read(output), {name: entry["first"] for name, entry in told.problems.items()}
 
 
 def test_damaged_rows_come_out_as_they_came_in(tmp_path, monkeypatch):
@@ -452,7 +455,8 @@ SOURCES = """
 import json, sys
 from absl import flags
 from radonc_jax import predict
-predict.answer_rows = lambda *given: print(json.dumps(given[-1])) or {}
+from radonc_jax.decoding.table import Told
+predict.answer_rows = lambda *given: print(json.dumps(given[-1])) or Told({}, 0, 0)
 for arguments in json.load(sys.stdin):
     for name in ("model", "adapter", "task"):
         flags.FLAGS[name].unparse()
@@ -507,7 +511,7 @@ def test_a_run_on_a_base_with_another_config_is_refused(place, tmp_path):
     path = tmp_path / "base" / "config.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"sliding_window": 100}))
-    with pytest.raises(ValueError, match=r"\(base: config.json differ"):
+    with pytest.raises(ValueError, match=r"manifest.json: config.json \w{8}, here \w{8}\)"):
         loading.load_run(tmp_path / "run", model=str(tmp_path / "base"))
     # Its weights are looked at too; a manifest of an older version tells them in its own way.
     frozen = loading.load_run(place / "run").frozen
@@ -517,8 +521,14 @@ def test_a_run_on_a_base_with_another_config_is_refused(place, tmp_path):
         if right:
             loading.load_run(tmp_path / "run", model=str(place / "base"))
             continue
-        with pytest.raises(ValueError, match=r"\(base_fingerprint_before differ"):
+        message = (
+            r"fingerprint of the weights (\w{8}), here (?!\1)\w{8}\)\. The base wanted is base"
+        )
+        with pytest.raises(ValueError, match=f"another base than .*{message}.* as --base"):
             loading.load_run(tmp_path / "run", model=str(place / "base"))
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": origin}))
+    with pytest.raises(ValueError, match=r"fingerprint of the weights not there, here \w{8}\)"):
+        loading.load_run(tmp_path / "run", model=str(place / "base"))
 
 
 def test_codes_of_the_run_s_cohort_alone(place, tmp_path):
@@ -583,6 +593,55 @@ def test_interrupted_before_any_row_is_written_it_begins_with_one_header(
     assert [row["diagnosis"] for row in read(output)] == ["1", "2", "3"]
 
 
+def test_what_is_taken_over_or_thrown_away_is_told_and_counts_are_of_all_rows(
+    tmp_path, monkeypatch, capsys
+):
+    """Interrupted in the second chunk of two rows, with one of its answers given."""
+    monkeypatch.setattr(table, "CHUNK", 2)
+    answers = {"1": "C61", "2": "C99.9", "3": "Z99.99", "4": "no code", "5": "C50"}
+    write_csv(tmp_path / "cases.csv", [{"diagnosis": name} for name in answers])
+    rows = open_rows(tmp_path / "cases.csv", ragged=True)
+    output = tmp_path / "answers.csv"
+
+    class Answering(Decoder):
+        stop = "4"
+
+        def answer(self, task, prompts):
+            found = []
+            for prompt in prompts:
+                if prompt.tokens == self.stop:
+                    raise KeyboardInterrupt
+                self.journal.add(self.journal.key((), prompt.tokens), {"tokens": [1]})
+                text, cut = answers[prompt.tokens], prompt.tokens in "25"
+                found.append(Generation(text, [1], -1.0, True, 0.5, cut))
+            return found
+
+    class Going(Answering):
+        stop = None
+
+    def ask(decoder, **source):
+        return answer_rows(rows, "diagnosis", TASKS["icd"], decoder(), output, source)
+
+    for settings in ({"batch": 1, "task": "x"}, {"batch": 1, "task": "y"}, {"batch": 2}):
+        with pytest.raises(KeyboardInterrupt):
+            ask(Answering, **settings)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(str(output))]
+    other = f"{output}: what a run with another {{}} has left is thrown away"
+    assert told == [other.format("task"), other.format("batch, task")]
+    assert ask(Going, batch=2) == ({}, 2, 2)
+    told = capsys.readouterr().err
+    assert f"{output}: 2 rows of an interrupted run are taken over, 1 answers more\n" in told
+    assert [row["parsed"] for row in read(output)] == ["C61", "C99.9", "Z99.99", "", "C50"]
+    # Of what was thrown away no answer is left either, nor is it counted.
+    Answering.stop = "2"
+    for batch in (3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            ask(Answering, batch=batch)
+    assert ask(Going, batch=4) == ({}, 2, 2)
+    told = capsys.readouterr().err
+    assert f"{output}: 0 rows of an interrupted run are taken over, 1 answers more\n" in told
+
+
 @pytest.mark.parametrize(("broken", "left"), [({"2"}, {"1", "3"}), ({"1", "2", "3"}, set())])
 def test_an_answer_whose_probability_is_not_finite_is_none(tmp_path, broken, left):
     write_csv(tmp_path / "cases.csv", [{"diagnosis": name} for name in "123"])
@@ -595,8 +654,8 @@ def test_an_answer_whose_probability_is_not_finite_is_none(tmp_path, broken, lef
             answer_rows(*given)
         assert not output.exists()
         return
-    problems = answer_rows(*given)
-    assert problems == {"log-probability not finite": {"rows": 1, "first": [3]}}
+    told = answer_rows(*given)
+    assert told.problems == {"log-probability not finite": {"rows": 1, "first": [3]}}
     for row in read(output):
         if row["diagnosis"] in left:
             assert (row["answer"], row["problem"], row["gap"]) == ("C61", "", "0.5")
@@ -651,7 +710,7 @@ def test_memory_does_not_grow_with_the_rows(kind, tmp_path, monkeypatch):
             python = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        ((problem, entry),) = told.items()
+        ((problem, entry),) = told.problems.items()
         assert (problem, entry["rows"]) == ("empty diagnosis", len(range(0, count, 3)))
         assert len(entry["first"]) == 20
         with output.open(newline="") as file:
@@ -679,8 +738,12 @@ ERRORS = [
     (["--workdir={run}", "--output={other}"], "exists: choose another file, or pass --overwrite"),
     (["--workdir={run}", "--output={new}.xlsx"], "must end in .csv"),
     (["--workdir={run}", "--output={new}", "--column=Dx"], "'Dx'.*there: id, diagnosis, note"),
+    (["--workdir={run}", "--output={new}", "--column=DIAGNOSIS"], r"mean 'diagnosis'\?\)\. Col"),
     (["--workdir={run}", "--output={new}", "--input={done}"], "already has the columns answer"),
-    (["--workdir={run}", "--output={new}", "--input={place}/x.csv"], "x.csv: no such file"),
+    (
+        ["--workdir={run}", "--output={new}", "--input={place}/x.csv"],
+        "x.csv: no such file; give the cases",
+    ),
     (["--workdir={run}", "--output={new}", "--max_new_tokens=512"], "leaves no room"),
     (["--workdir={run}", "--output={new}", "--batch=0"], "must be at least 1"),
     (["--workdir={run}", "--output={new}", "--constrained=table"], "allowed has 9 tokens: raise"),

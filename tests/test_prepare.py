@@ -632,7 +632,11 @@ def test_the_latest_patients_are_the_test_and_their_dates_stay_out(tmp_path, sma
     assert earliest >= day[tables["train"]["patient_id"]].quantile(0.9)
     assert all("start_day" not in table.columns for table in tables.values())
     _, message = run_prepare(tmp_path, tmp_path / "e.csv", "--split_by=date:dose", "--overwrite")
-    assert "no column 'dose'" in message
+    assert "no column 'dose'. Columns there: " in message
+    _, message = run_prepare(
+        tmp_path, tmp_path / "e.csv", "--split_by=date:Start_Day", "--overwrite"
+    )
+    assert "no column 'Start_Day' (did you mean 'start_day'?). Columns there: " in message
 
 
 @pytest.mark.parametrize("name", ["excluded.csv", "flow.svg"])

@@ -219,10 +219,33 @@ def test_compare_command(tmp_path, cohort):
     assert lines[3] == f"report: {tmp_path / 'report' / 'report.html'}"
     assert (tmp_path / "report" / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
+    steps = [f"reading {folder}, split test" for folder in (first, second, third)]
+    steps += ["scores, intervals, tests and baselines of 3 run(s)"]
+    assert done.stderr.splitlines() == [*steps, "drawing figures, making the page"]
+
     # A run without one of the two models: one clear line, nothing written.
     (third / "evaluation" / "test" / "original" / "predictions.jsonl").unlink()
-    done = compare(f"--runs={first},{third}", f"--output={tmp_path / 'none'}")
+    done = compare(f"--runs={first},{third}", f"--output={tmp_path / 'report'}")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "no predictions of the original model on split 'test'" in done.stderr
+    replaced, *steps, error = done.stderr.splitlines()
+    page = tmp_path / "report" / "report.html"
+    assert replaced == f"{page} is there already; it and the files beside it will be replaced"
+    assert steps == [f"reading {folder}, split test" for folder in (first, third)]
+    assert error.startswith("error: ")
+    assert "no predictions of the original model on split 'test'" in error
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == result
+    # Only splits that `evaluate` takes are taken, so that no hint names another.
+    done = compare(f"--runs={first}", "--split=valid", f"--output={tmp_path / 'none'}")
+    assert done.returncode == 1
+    assert "--split=valid: value should be one of <train|validation|test>" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_what_evaluate_would_refuse_is_not_advised(tmp_path, cohort):
+    """A run on plain text, which has no questions; and a folder that is no run's."""
+    (tmp_path / "config.json").write_text(json.dumps({"cohort": str(cohort), "task": "text"}))
+    with pytest.raises(ValueError, match="plain text .* it cannot be compared; leave it out"):
+        run_folder.read_run(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is no run folder: it has no config.json"):
+        run_folder.read_run(tmp_path)

@@ -244,7 +244,7 @@ def test_a_run_folder_and_the_base_are_enough_on_another_machine(quiet, workspac
     content[-1] ^= 1
     path.write_bytes(content)
     result = run_command("evaluate", f"--workdir={workdir}", f"--base={base}", check=False)
-    assert result.returncode == 1 and "base_fingerprint_before differ" in last_line(result)
+    assert result.returncode == 1 and "fingerprint of the weights" in last_line(result)
     (workdir / "cohort" / "manifest.json").write_text("{}")
     result = run_command("evaluate", f"--workdir={workdir}", check=False)
     assert result.returncode == 1 and "(cohort differ" in last_line(result)
@@ -390,7 +390,7 @@ def test_a_run_is_not_resumed_on_another_cohort_or_base(quiet, workspace, tmp_pa
         result = run_command(*command, f"--workdir={workdir}", check=False)
         assert result.returncode == 1 and f"({', '.join(keys)} differ" in last_line(result)
     assert json.loads((workdir / "manifest.json").read_text()) == manifest
-    with pytest.raises(ValueError, match="base_fingerprint_before differ"):
+    with pytest.raises(ValueError, match="another base than .* fingerprint of the weights"):
         loading.load_run(workdir)
 
 

@@ -3,6 +3,8 @@
 import datetime
 import errno
 import gc
+import io
+import itertools
 import tempfile
 import tracemalloc
 import warnings
@@ -239,15 +241,33 @@ def test_a_damaged_workbook_is_refused_without_quoting_it(
     gc.collect()
 
 
-def test_a_full_disk_is_not_taken_for_a_damaged_workbook(tmp_path, monkeypatch):
-    def full(self, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("room", [0, 50])
+def test_a_full_disk_is_not_taken_for_a_damaged_workbook(tmp_path, monkeypatch, room):
+    """Met while texts are written or, of those that wait in a buffer, when the first is read."""
 
-    monkeypatch.setattr(workbook._Texts, "append", full)
+    class Disk(io.FileIO):
+        left = room
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def file(**options):
+        return io.BufferedRandom(Disk(tmp_path / f"{next(numbers)}", "w+b"))
+
+    numbers = itertools.count()
     path = tmp_path / "cases.xlsx"
-    write_workbook(path, [HEADER], ["<si><t>Zebra</t></si>"])
-    with pytest.raises(ValueError, match="no room for its texts in .*TMPDIR"):
+    rows = [HEADER, '<row r="2"><c t="s"><v>0</v></c></row>']
+    write_workbook(path, rows, ["<si><t>Zebra sarcoma</t></si>"] * 4)
+    monkeypatch.setattr(workbook, "_IN_MEMORY", 10)
+    monkeypatch.setattr(workbook.tempfile, "TemporaryFile", file)
+    with pytest.raises(ValueError, match="no room for its texts in .*TMPDIR") as error:
         open_rows(path)
+    assert "Zebra" not in str(error.value)
+    del error
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("error")

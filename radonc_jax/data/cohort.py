@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from radonc_jax.data.extract import did_you_mean
 from radonc_jax.data.rules import Selection
 from radonc_jax.data.splits import SPLITS, check_no_patient_crosses
 from radonc_jax.tasks.base import Record
@@ -38,7 +39,8 @@ def build_cases(
     counts = {task: int(found.get(task, 0)) for task in ("icd", "regimen", "modality")}
     for name in also:
         if name not in cases.columns:
-            raise ValueError(f"no column {name!r}; there are {', '.join(kept.columns)}")
+            near = did_you_mean(name, list(kept.columns))
+            raise ValueError(f"no column {name!r}{near}. Columns there: {', '.join(kept.columns)}")
     columns = [*FIELDS, *(name for name in CARRIED if name in cases.columns)]
     columns += [name for name in also if name not in columns]
     return cases[columns].reset_index(drop=True), counts

@@ -210,8 +210,8 @@ def _name_columns(path: Path, header: list[str], columns: dict[str, str]) -> lis
     for name, wanted in columns.items():
         if wanted not in header:
             raise ValueError(
-                f"{path}: no column {wanted!r} in row 1, which --columns gives for {name}. "
-                f"Columns there: {there}"
+                f"{path}: no column {wanted!r} in row 1, which --columns gives for {name}"
+                f"{did_you_mean(wanted, header)}. Columns there: {there}"
             )
         renames[wanted] = name
     for found in header:
@@ -260,6 +260,13 @@ def guess_header(name: str, header: Sequence[str]) -> str | None:
         if close and len(wanted) > 3:
             return plain[close[0]]
     return None
+
+
+def did_you_mean(wanted: str, header: Sequence[str]) -> str:
+    """What an error adds where no header is `wanted` to the letter: the one that is likely meant,
+    such as the same in another case; "" where none is like it."""
+    guess = guess_header(_plain(wanted), header)
+    return "" if guess is None else f" (did you mean {guess!r}?)"
 
 
 def check_unit(path: str | Path, extract: pd.DataFrame, unit: str) -> None:

@@ -6,6 +6,7 @@ stays after a kill, and an element is dropped as soon as it has been read.
 """
 
 import array
+import contextlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -142,8 +143,9 @@ class _Texts(Sequence):
         return text
 
     def close(self) -> None:
-        self._bytes.close()
-        self._ends.close()
+        for file in (self._bytes, self._ends):
+            with contextlib.suppress(OSError):  # what a full disk has not taken is not needed now
+                file.close()
 
 
 def _elements(source, tag: str) -> Iterator[Element]:

@@ -49,6 +49,11 @@ class Journal:
         parts = (self._source, constraint, json.dumps(list(map(int, prompt))))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+    @property
+    def count(self) -> int:
+        """Answers that are there, whatever their source."""
+        return len(self._answers)
+
     def get(self, key: str) -> dict | None:
         self._used.add(key)
         return self._answers.get(key)

@@ -10,15 +10,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from radonc_jax import parallel, tracking
 from radonc_jax.data.rows import Damaged, Rows
 from radonc_jax.decoding.journal import Journal
 from radonc_jax.decoding.text import TextDecoder
+from radonc_jax.tasks import icd
 from radonc_jax.tasks.base import Task
 
 ADDED = (
@@ -69,6 +69,21 @@ class _Progress(tqdm):
         return super().update(n)
 
 
+class Told(NamedTuple):
+    """What is told of a table that was answered.
+
+    Attributes:
+      problems: by reason of having no answer: {"rows": how many rows, "first": the first of their
+        numbers}; not all of them, so that a million cost no memory.
+      trimmed: rows that were answered with their diagnosis cut.
+      unknown: rows with an ICD-10-CM code that the code table does not know.
+    """
+
+    problems: dict[str, dict]
+    trimmed: int
+    unknown: int
+
+
 class Part:
     """The output while it is being written: beside it, under another name, to be gone on with.
 
@@ -78,8 +93,8 @@ class Part:
 
     Attributes:
       rows: that are written already.
-      problems: by reason of having no answer, of those: {"rows": how many, "first": the first of
-        their numbers}; not all of them, so that a million cost no memory.
+      problems, trimmed, unknown: of those, as `Told` has them.
+      other: what is another in the source of that which was thrown away; empty where nothing was.
     """
 
     def __init__(self, output: Path, source: Mapping):
@@ -88,20 +103,28 @@ class Part:
         self._place = output.with_name(f".{output.name}.place.json")
         self._source = {"format": FORMAT} | dict(source)
         self._main = parallel.is_main_process()
-        self.rows, self.problems, size = 0, {}, 0
+        self.rows, self.problems, self.trimmed, self.unknown, size = 0, {}, 0, 0, 0
+        self.other: list[str] = []
         self._file = None
         if self._main:
             if self._path.is_file() and self._place.is_file():
                 place = json.loads(self._place.read_text(encoding="utf-8"))
+                then = place["source"]
+                names = sorted(then.keys() | self._source.keys())
+                self.other = [name for name in names if then.get(name) != self._source.get(name)]
                 # Without a row there is nothing to go on with: the header is written anew.
-                if place["rows"] and place["source"] == self._source:
+                if place["rows"] and not self.other:
                     self.rows, size = place["rows"], place["bytes"]
                     self.problems = place["problems"]
+                    self.trimmed, self.unknown = place["trimmed"], place["unknown"]
             self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
             self._file.truncate(size)
             self.writer = csv.writer(self._file)
-        if parallel.several_processes():
-            self.rows = int(multihost_utils.broadcast_one_to_all(np.int64(self.rows)))
+        self.rows, self.other = parallel.on_main(lambda: [self.rows, self.other])
+
+    @property
+    def told(self) -> Told:
+        return Told(self.problems, self.trimmed, self.unknown)
 
     def unanswered(self, number: int, problem: str) -> None:
         """Counts a row without an answer."""
@@ -116,8 +139,8 @@ class Part:
         if self._main:
             self.writer.writerows(lines)
             self._file.flush()
-            place = {"source": self._source, "rows": read, "problems": self.problems}
-            tracking.write_json(self._place, place | {"bytes": self._path.stat().st_size})
+            place = {"source": self._source, "rows": read, "bytes": self._path.stat().st_size}
+            tracking.write_json(self._place, place | self.told._asdict())
 
     def finish(self) -> None:
         """A file of the output's name is whole."""
@@ -129,14 +152,14 @@ class Part:
 
 def answer_rows(
     rows: Rows, column: str, task: Task, decoder: TextDecoder, output: Path, source: Mapping
-) -> dict[str, dict]:
-    """Writes each row with its answer; returns `Part.problems`, the rows without one.
+) -> Told:
+    """Writes each row with its answer; returns what is to be told of them.
 
     Rows come out as they came in: one that is too short is filled up, and what one has too much
     stands, with its delimiters, in its last column.
 
     Every process of a run decodes, one of them writes. The output is whole or absent; killed and
-    called again with the same `source`, it goes on where it was.
+    called again with the same `source`, it goes on where it was, and tells so.
 
     Args:
       rows: the table.
@@ -158,6 +181,15 @@ def answer_rows(
     if not part.rows:
         part.write([[*rows.columns, *columns]], 0)
     main = parallel.is_main_process()
+    if part.other:
+        journal.clear()
+    if main and (part.other or part.rows or journal.count):
+        told = (
+            f"{part.rows} rows of an interrupted run are taken over, {journal.count} answers more"
+        )
+        if part.other:
+            told = f"what a run with another {', '.join(part.other)} has left is thrown away"
+        print(f"{output}: {told}", file=sys.stderr, flush=True)
     with _Progress(
         lines=main,
         total=rows.count,
@@ -202,9 +234,12 @@ def answer_rows(
                     part.unanswered(number, NOT_FINITE)
                     added[number] = {"problem": NOT_FINITE}
                     continue
+                parsed = task.parse(answer.text)
+                part.trimmed += answer.trimmed
+                part.unknown += task.name == "icd" and bool(parsed) and not icd.in_table(parsed)
                 added[number] = {
                     "answer": answer.text,
-                    "parsed": task.parse(answer.text),
+                    "parsed": parsed,
                     "logprob": answer.logprob,
                     "finished": answer.finished,
                     "trimmed": answer.trimmed,
@@ -222,7 +257,7 @@ def answer_rows(
             journal.clear()  # they are in the file now
     part.finish()
     journal.remove()
-    return part.problems
+    return part.told
 
 
 def _fitted(values: list[str], width: int, delimiter: str) -> list[str]:

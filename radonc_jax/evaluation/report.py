@@ -5,7 +5,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from radonc_jax.evaluation.figures import figure_bytes
@@ -15,6 +15,8 @@ from radonc_jax.evaluation.published import publish
 from radonc_jax.evaluation.run import write_file
 from radonc_jax.evaluation.run_folder import Run, read_run
 from radonc_jax.evaluation.verdict import main_name, main_test
+
+PAGE = "report.html"
 
 
 def write_report(
@@ -59,7 +61,7 @@ def describe(report: Mapping, output: Path) -> str:
             if other["not_compared"] is not None:
                 first, why = (other["not_compared"][key] for key in ("run", "why"))
                 lines.append(f"{task}: {other['run']} not compared with {first}: {why}")
-    return "\n".join([*lines, f"report: {output / 'report.html'}"])
+    return "\n".join([*lines, f"report: {output / PAGE}"])
 
 
 def _p(tests: Mapping) -> str:
@@ -74,6 +76,7 @@ def write_runs(
     figures: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
+    tell: Callable[[str], None] = lambda step: None,
 ) -> dict:
     """Writes the report over `runs` into the folder `output`; `figures` adds figure.svg and .png.
 
@@ -82,6 +85,7 @@ def write_runs(
     Args:
       include_text: False leaves all clinical text and all small groups out of every file (see
         `publish`).
+      tell: called with each step that takes a while, before it is begun.
     """
     for run in runs:
         for line in run.left_out:
@@ -94,14 +98,16 @@ def write_runs(
                     "to have predictions.jsonl and metrics.json of it too",
                     file=sys.stderr,
                 )
+    tell(f"scores, intervals, tests and baselines of {len(runs)} run(s)")
     report = build_report(runs, bootstrap=bootstrap, seed=seed)
     if not include_text:
         report = publish(report)
+    tell("drawing figures, making the page" if figures else "making the page")
     files: dict[str, str | bytes] = {}
     if figures:
         drawn = accuracy_figure(report)
         files |= {f"figure.{kind}": figure_bytes(drawn, kind) for kind in ("svg", "png")}
-    files["report.html"] = render_page(report, runs, include_text=include_text)
+    files[PAGE] = render_page(report, runs, include_text=include_text)
     files["report.json"] = json.dumps(report, indent=1, allow_nan=False) + "\n"
     for name, content in files.items():
         write_file(output / name, content)

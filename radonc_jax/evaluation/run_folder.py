@@ -118,13 +118,20 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
 
     Raises:
       FileNotFoundError: the folder, or the predictions or metrics of a model, are missing.
-      ValueError: a file cannot be read, holds predictions of another split, task or case than it
-        should or not of all cases (the validation split's too), the two models answered different
-        tasks, or `cohort` is not the run's.
+      ValueError: the run was trained on plain text, a file cannot be read, holds predictions of
+        another split, task or case than it should or not of all cases (the validation split's too),
+        the two models answered different tasks, or `cohort` is not the run's.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir} is no run folder")
+    put_back = "train", "put the run's own back"
+    config = _read_json(workdir / "config.json", *put_back)
+    if config.get("task") == "text":
+        raise ValueError(
+            f'{workdir} was trained on plain text (task="text"): it has no questions to answer, so '
+            "it cannot be compared; leave it out"
+        )
     predictions, metrics, provenance, answers = {}, {}, {}, {}
     left_out: list[str] = []
     unproven: list[str] = []
@@ -134,6 +141,8 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
         if not (folder / PREDICTIONS).is_file() or not (folder / METRICS).is_file():
             if model not in MODELS:
                 continue
+            if not config:
+                raise FileNotFoundError(f"{workdir} is no run folder: it has no config.json")
             raise FileNotFoundError(
                 f"{workdir}: no predictions of the {model} model on split {split!r}; run "
                 f"python -m radonc_jax.evaluate --workdir={workdir} --split={split} --model={model}"
@@ -166,8 +175,6 @@ def read_run(workdir: Path, split: str = "test", cohort: Path | None = None) -> 
     if unknown:
         raise ValueError(f"{workdir}: unknown task {', '.join(sorted(unknown))}")
 
-    put_back = "train", "put the run's own back"
-    config = _read_json(workdir / "config.json", *put_back)
     manifest = _read_json(workdir / "manifest.json", *put_back)
     provenance |= {"workdir": str(workdir), "model": config.get("model"), "manifest": manifest}
     provenance["answers"] = answers

@@ -1,5 +1,6 @@
 """From the name of a model to its folder, without jax, so that a missing model is told at once."""
 
+import difflib
 import json
 import socket
 import threading
@@ -28,11 +29,14 @@ def resolve(model: str, workdir: Path | None = None, option: str = "--config.mod
     """The folder of a model: `model` itself, or the snapshot of a hub id.
 
     A hub id is asked for once: a snapshot in the local cache is used without a look at the network,
-    and a run goes on with the revision it began with. A folder never touches the network.
+    and a run goes on with the revision it began with. A folder never touches the network, nor does
+    one that is not there: what begins with "/", "." or "~", has not one "/", or would lie in a
+    folder that is there is no hub id (the latter unless it is pinned).
 
     Args:
       model: folder; or hub id, which may be pinned as `owner/name@revision`.
-      workdir: run folder whose manifest may name the revision that the run began with.
+      workdir: run folder whose manifest may name the revision that the run began with, or where
+        the folder lay, should `model` be relative to another working directory.
       option: by which the caller is given a folder, for the error.
 
     Raises:
@@ -41,14 +45,28 @@ def resolve(model: str, workdir: Path | None = None, option: str = "--config.mod
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    began = _recorded(workdir, model) if workdir else {}
+    revision_then, then = began.get("revision"), None
+    if revision_then is None and Path(began.get("folder") or "").is_absolute():
+        then = Path(began["folder"])
+        if then.is_dir():
+            return then
+    near = _near(folder)
     advice = (
-        f"model {model!r} is not a folder here, in {Path.cwd()}. Pass a local Hugging Face folder "
+        f"model {model!r} is not a folder here, in {Path.cwd()}"
+        f"{'' if then in (None, folder.absolute()) else f', nor is {then}, where the run had it'}"
+        f"{f' (did you mean {near}?)' if near else ''}. Pass a local Hugging Face folder "
         f"({option}=/path/to/folder with config.json, *.safetensors and the tokenizer)"
     )
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise FileNotFoundError(advice)
     name, _, wanted = model.partition("@")
-    wanted = wanted or (recorded_revision(workdir, model) if workdir else None)
+    wanted = wanted or revision_then
+    if not wanted and folder.parent.is_dir():
+        raise FileNotFoundError(
+            f"{advice}. If it is a hub id, it has to be pinned ({model}@revision): it is taken for "
+            f"a path, because there is a folder {str(folder.parent)!r} here"
+        )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -85,13 +103,23 @@ def revision(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def recorded_revision(workdir: Path, model: str) -> str | None:
-    """The revision of `model` that the run in `workdir` began with; None where none is told."""
+def _recorded(workdir: Path, model: str) -> dict:
+    """What the manifest of the run in `workdir` tells of its base `model`; {} where it does not."""
     path = Path(workdir) / "manifest.json"
     if not path.is_file():
-        return None
+        return {}
     base = json.loads(path.read_text(encoding="utf-8")).get("base") or {}
-    return base.get("revision") if base.get("model") == model else None
+    return base if base.get("model") == model else {}
+
+
+def _near(folder: Path) -> Path | None:
+    """A model's folder beside where `folder` would lie whose name is much like it."""
+    try:
+        names = [path.parent.name for path in folder.parent.glob("*/config.json")]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(folder.name, names, n=1)
+    return folder.parent / close[0] if close else None
 
 
 def _is_reachable(endpoint: str) -> bool:

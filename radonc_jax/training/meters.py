@@ -7,7 +7,7 @@ figures that need one are left out.
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,28 @@ def measured_flops(dtype, size: int = 1024) -> float:
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - began)
     return 2.0 * size**3 / best
+
+
+class Pace:
+    """Tokens a second of each step, from the end of the one before or from `restart`.
+
+    Args:
+      now: seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic):
+        self._now = now
+        self.restart()
+
+    def restart(self) -> None:
+        """What was done since the last step, such as a validation or a checkpoint, is no part of
+        the next one."""
+        self._then = self._now()
+
+    def step(self, tokens: int) -> float:
+        """The pace of a step that has just ended."""
+        then, self._then = self._then, self._now()
+        return tokens / (self._then - then)
 
 
 def mfu(
