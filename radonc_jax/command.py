@@ -8,8 +8,6 @@ from pathlib import Path
 from absl import app, flags
 
 PREEMPTED = 75  # the exit code of a run that was told to end and has saved: "try again"
-
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -93,8 +91,11 @@ def _check_config(argv: list[str]) -> None:
         name, separator, value = argument.partition("=")
         if name not in ("--config", "-config"):
             continue
-        path = Path((value if separator else following).partition(":")[0])
-        if path.is_file():
+        value = (value if separator else following).partition(":")[0]
+        if not value:
+            sys.exit("error: --config needs a value: a file of configs/")
+        path = Path(value)
+        if path.exists() and not path.is_dir():
             continue
         here = "" if path.is_absolute() else f" in {Path.cwd()}"
         there = [file.name for file in sorted(CONFIGS.glob("*_*.py")) if file.name[0] != "_"]

@@ -8,7 +8,7 @@ cases of a task, with another run's tuned model: the first of the task, or the r
 names (which is added to --runs; other cases are an error then). These tests, tuned against tuned,
 stand in a table of their own under "Tests", and Holm adjusts over them as a family of their own.
 What a run folder holds is enough; its cohort, where it is at hand, adds baselines and subgroups.
-What it does is told step by step, and so is a report in the output folder that is to be replaced.
+What it does is told step by step, and so is that a report in the output folder will be replaced.
 """
 
 import sys
@@ -49,7 +49,7 @@ def main() -> None:
         folders.sort(key=lambda folder: folder.resolve() != against.resolve())
     output = Path(_OUTPUT.value)
     if (output / PAGE).exists():
-        _tell(f"{output / PAGE} is there already; it and the files beside it will be replaced")
+        _tell(f"{output} has a report already, which is replaced once the new one is made")
     runs = []
     for folder in folders:
         _tell(f"reading {folder}, split {_SPLIT.value}")

@@ -308,7 +308,7 @@ def load_original(
     if workdir is not None:
         main = parallel.is_main_process()
         base = base_origin(config.model, folder, main)
-        check_origin(workdir, {"base": base}, option="--base")
+        check_origin(workdir, {"base": base}, option=option)
     architecture = huggingface.read_config(folder)
     precision = config.precision
     compute = huggingface.as_dtype(precision.compute)

@@ -39,7 +39,7 @@ from absl import flags
 from radonc_jax import command, loading, parallel, settings, tracking
 from radonc_jax.answering import allowed_codes
 from radonc_jax.data.batches import prompt_room
-from radonc_jax.data.extract import did_you_mean
+from radonc_jax.data.extract import did_you_mean, looks_like_a_record
 from radonc_jax.data.rows import open_rows
 from radonc_jax.decoding.constrain import CODES
 from radonc_jax.decoding.table import added_columns, answer_rows
@@ -115,6 +115,11 @@ def main():
         raise FileNotFoundError(f"{_INPUT.value}: no such file; give the cases with --input")
     rows = open_rows(_INPUT.value, encoding=_ENCODING.value, sheet=_SHEET.value, ragged=True)
     if _COLUMN.value not in rows.columns:
+        if looks_like_a_record(rows.columns):
+            raise ValueError(
+                f"{rows.path}: row 1 has {len(rows.columns)} cells and looks like a record; put "
+                "the names of the columns into it"
+            )
         raise ValueError(
             f"{rows.path}: no column {_COLUMN.value!r}; choose it with --column"
             f"{did_you_mean(_COLUMN.value, rows.columns)}. Columns there: {', '.join(rows.columns)}"

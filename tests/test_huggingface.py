@@ -257,17 +257,26 @@ def test_a_path_that_does_not_exist(name):
 
 
 def test_a_mistyped_path_is_no_hub_id(one, tmp_path, monkeypatch):
-    """Beside a folder that is there; a hub id works where none of its owner's name is."""
+    """Beside a folder that is there; a hub id works where none of its owner's name is, and one that
+    is in the cache does anyway."""
 
     class Asked(Exception):
         pass
 
-    def ask(name, **options):
-        raise Asked(name)
+    def ask(name, local_files_only=False, **options):
+        if local_files_only and name == "demo/cached":
+            return one
+        raise FileNotFoundError(name) if local_files_only else Asked(name)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_is_reachable", lambda endpoint: True)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(one, tmp_path / "demo" / "base")
+    # A run folder has a config.json too, and is no model.
+    (tmp_path / "demo" / "bsae_icd").mkdir()
+    (tmp_path / "demo" / "bsae_icd" / "config.json").write_text("{}")
+    assert huggingface.resolve("demo/cached") == one
     for name, near in (("demo/bsae", "demo/base"), ("./demo/bas", "demo/base"), ("dem/base", "")):
         if not near:
             with pytest.raises(Asked, match=name):

@@ -8,9 +8,9 @@ import pytest
 from rouge_score import rouge_scorer
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from radonc_jax.evaluation import metrics
+from radonc_jax.evaluation import comparison, metrics
 from radonc_jax.evaluation.comparison import compare_models
-from radonc_jax.evaluation.statistics import PatientBootstrap
+from radonc_jax.evaluation.statistics import PatientBootstrap, paired_interval
 from radonc_jax.tasks import TASKS, Record
 
 
@@ -414,17 +414,20 @@ def test_the_difference_in_macro_f1_is_that_of_both_models_on_the_same_drawn_cas
     found = differ(references, original, tuned, patients, bootstrap=40, seed=3)
     value = f1_macro(references, tuned) - f1_macro(references, original)
     assert found["value"] == pytest.approx(value) and value > 0.1
-    change = np.subtract(
-        *(
-            metrics.ClassCounts(references.astype(str), answers.astype(str)).deletions(draw, "f1")
-            for answers in (tuned, original)
-        )
-    )
-    variance = ((change - change.mean()) ** 2).sum()
-    expected = draw.centred_interval(value, np.array(samples), -1, 1, variance)
-    stretched = np.array(samples) - np.mean(samples)
-    stretched *= math.sqrt(variance * 29 / 30) / stretched.std()
-    assert expected == pytest.approx(draw.interval(value + stretched))
+    counts = [
+        metrics.ClassCounts(references.astype(str), answers.astype(str))
+        for answers in (original, tuned)
+    ]
+    models = []
+    for count in counts:
+        low, high = count.intervals(draw)["f1_macro"]
+        models.append({"value": count.scores()["f1_macro"], "low": low, "high": high})
+    changes = np.stack([count.deletions(draw, "f1") for count in counts])
+    expected = paired_interval(*models, changes)
+    # The correlation is that of the bootstrap, or nearly.
+    drawn = np.stack([count.samples(draw)["f1_macro"] for count in counts])
+    assert drawn[1] - drawn[0] == pytest.approx(np.array(samples))
+    assert np.corrcoef(changes)[0, 1] == pytest.approx(np.corrcoef(drawn)[0, 1], abs=0.25)
     assert (found["low"], found["high"]) == pytest.approx(expected)
     assert expected[0] > 0
 
@@ -442,35 +445,62 @@ def test_the_difference_in_macro_f1_is_narrower_than_of_unpaired_models():
     assert 0 < found["high"] - found["low"] < 0.5 * math.hypot(*alone)
 
 
-@pytest.mark.parametrize(
-    ("classes", "each", "gain", "least", "most"),
-    [
-        (4, 1, 0.0, 0.93, 0.97),
-        (4, 1, 0.15, 0.93, 0.97),
-        (6, 3, 0.0, 0.92, 0.97),
-        (40, 1, 0.15, 0.93, 0.97),
-    ],
-)
-def test_intervals_of_the_difference_in_macro_f1_cover(classes, each, gain, least, most):
-    """As `compare_models` makes them, which another test holds to it. With the bootstrap's own
-    variance they cover 0.83 to 0.86 where there are 40 classes."""
-    draw = PatientBootstrap(np.arange(210) // each, 300, seed=1)
+def macro_differences(splits, patients):
+    """Values and intervals, as `compare_models` makes them, of splits (references, answers of two
+    models)."""
+    draw = PatientBootstrap(patients, 300, seed=1)
     found = []
-    for references, *answers in simulated_splits(classes, 210, each, 800, seed=5, gain=gain):
-        original, tuned = (
-            metrics.ClassCounts(references.astype(str), given.astype(str)) for given in answers
-        )
-        change = tuned.deletions(draw, "f1") - original.deletions(draw, "f1")
-        samples = tuned.samples(draw)["f1_macro"] - original.samples(draw)["f1_macro"]
-        value = f1_macro(references, answers[1]) - f1_macro(references, answers[0])
-        variance = ((change - change.mean()) ** 2).sum()
-        found.append((value, *draw.centred_interval(value, samples, -1, 1, variance)))
+    for references, *answers in splits:
+        pairs = [
+            [{"task": "icd", "reference": str(right), "answer": str(answer)} for answer in given]
+            for right, *given in zip(references, *answers, strict=True)
+        ]
+        difference = comparison._f1_differences(pairs, draw)["f1_macro"]
+        found.append([difference[name] for name in ("value", "low", "high")])
     value, low, high = np.array(found).T
+    assert ((low <= value) & (value <= high)).all()
+    return value, low, high
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "gain"), [(4, 1, 0.0), (4, 1, 0.15), (6, 3, 0.0), (40, 1, 0.15)]
+)
+def test_intervals_of_the_difference_in_macro_f1_cover(classes, each, gain):
+    """With the bootstrap's own variance they cover 0.83 to 0.86 where there are 40 classes."""
+    splits = simulated_splits(classes, 210, each, 400, seed=5, gain=gain)
+    value, low, high = macro_differences(splits, np.arange(210) // each)
     # No difference to be expected, or what a split of this size and make gives on average.
     expected = value.mean() if gain else 0.0
     assert abs(value.mean() - 0.75 * gain) < (0.01 if classes < 10 else 0.05)
-    assert least <= np.mean((low <= expected) & (expected <= high)) <= most
-    assert ((low <= value) & (value <= high)).all()
+    assert 0.93 <= np.mean((low <= expected) & (expected <= high)) <= 0.975
+
+
+@pytest.mark.parametrize(
+    ("classes", "cases", "mean"), [(4, 200, 0.98), (40, 422, 0.97), (40, 100, 0.97)]
+)
+def test_intervals_of_the_difference_in_macro_f1_cover_near_1(classes, cases, mean):
+    """The original is never right, and what tuned gets wrong is unparseable."""
+    shares = 1 / np.arange(1, classes + 1)
+    rng = np.random.default_rng(2)
+
+    def splits():
+        for _ in range(250):
+            references = rng.choice(classes, cases, p=shares / shares.sum())
+            tuned = np.where(rng.random(cases) < mean, references, -1)
+            yield references, np.full(cases, -1), tuned
+
+    value, low, high = macro_differences(splits(), np.arange(cases))
+    covered = np.mean((low <= value.mean()) & (value.mean() <= high))
+    # With 100 cases most classes have one or none, and no resample holds all of them.
+    assert 0.93 <= covered <= (0.985 if cases > 100 else 1), covered
+    assert (high - low).min() > 0.01
+
+
+def test_no_difference_in_macro_f1_is_certain():
+    # Twenty classes of two cases each, all right, against none: nothing left out changes anything.
+    references = np.repeat(np.arange(20), 2)
+    found = differ(references, np.full(40, 99), references, [f"{i:02}" for i in range(40)])
+    assert found["value"] == found["high"] == 1 and 0.5 < found["low"] < 0.95
 
 
 def test_intervals_hold_the_value_and_are_seeded():

@@ -288,6 +288,21 @@ def test_blank_rows_come_out_where_they_were(kind, tmp_path):
     assert open_rows(path, ragged=True).count == 5 and open_rows(path).count == 2
 
 
+def test_line_ends_that_were_written_twice_and_stray_cells_make_no_rows(tmp_path):
+    path = tmp_path / "cases.csv"
+    path.write_bytes(b'id,diagnosis\r\r\n1,lung\r\r\n2,"a\r\r\nb"\r\r\n')
+    rows = open_rows(path, ragged=True)
+    assert list(rows) == [(2, ["1", "lung"]), (3, ["2", "a\r\r\nb"])]
+    path.write_bytes(b"id,diagnosis\r" + b"1,lung\r\r" * 2000)  # of an old Macintosh
+    assert open_rows(path, ragged=True).count == 3999
+    book = openpyxl.Workbook()
+    for place, value in {1: "diagnosis", 2: "lung", 1003: "skin", 40_000: "stray"}.items():
+        book.active.cell(place, 1, value)
+    book.save(tmp_path / "cases.xlsx")
+    rows = list(open_rows(tmp_path / "cases.xlsx", ragged=True))
+    assert [number for number, _ in rows] == [*range(2, 1004), 40_000]
+
+
 def test_the_sheet_and_the_encoding_can_be_said(place, tmp_path):
     book = openpyxl.Workbook()
     for sheet, text in ((book.active, "lung"), (book.create_sheet("Mine"), "skin")):
@@ -630,7 +645,9 @@ def test_what_is_taken_over_or_thrown_away_is_told_and_counts_are_of_all_rows(
     assert told == [other.format("task"), other.format("batch, task")]
     assert ask(Going, batch=2) == ({}, 2, 2)
     told = capsys.readouterr().err
-    assert f"{output}: 2 rows of an interrupted run are taken over, 1 answers more\n" in told
+    assert (
+        f"{output}: 2 rows of an interrupted run are taken over, and up to 1 answers more\n" in told
+    )
     assert [row["parsed"] for row in read(output)] == ["C61", "C99.9", "Z99.99", "", "C50"]
     # Of what was thrown away no answer is left either, nor is it counted.
     Answering.stop = "2"
@@ -639,7 +656,9 @@ def test_what_is_taken_over_or_thrown_away_is_told_and_counts_are_of_all_rows(
             ask(Answering, batch=batch)
     assert ask(Going, batch=4) == ({}, 2, 2)
     told = capsys.readouterr().err
-    assert f"{output}: 0 rows of an interrupted run are taken over, 1 answers more\n" in told
+    assert (
+        f"{output}: 0 rows of an interrupted run are taken over, and up to 1 answers more\n" in told
+    )
 
 
 @pytest.mark.parametrize(("broken", "left"), [({"2"}, {"1", "3"}), ({"1", "2", "3"}, set())])
@@ -739,6 +758,10 @@ ERRORS = [
     (["--workdir={run}", "--output={new}.xlsx"], "must end in .csv"),
     (["--workdir={run}", "--output={new}", "--column=Dx"], "'Dx'.*there: id, diagnosis, note"),
     (["--workdir={run}", "--output={new}", "--column=DIAGNOSIS"], r"mean 'diagnosis'\?\)\. Col"),
+    (
+        ["--workdir={run}", "--output={new}", "--input={bare}"],
+        "row 1 has 2 cells and looks like a record; put the names",
+    ),
     (["--workdir={run}", "--output={new}", "--input={done}"], "already has the columns answer"),
     (
         ["--workdir={run}", "--output={new}", "--input={place}/x.csv"],
@@ -772,9 +795,14 @@ for arguments in json.load(sys.stdin):
 def test_user_errors_are_one_line_and_write_nothing(place, tmp_path):
     write_csv(tmp_path / "done.csv", [{"diagnosis": SECRET, "answer": "C61"}])
     (tmp_path / "other.csv").write_text("kept")
+    (tmp_path / "bare.csv").write_text(f"17,{SECRET}\n18,{SECRET}\n")
     names = {name: place / name for name in ("run", "base", "peft")}
     names |= {"new": tmp_path / "new.csv", "other": tmp_path / "other.csv", "place": place}
-    names |= {"done": tmp_path / "done.csv", "cases": place / "cases.csv"}
+    names |= {
+        "bare": tmp_path / "bare.csv",
+        "done": tmp_path / "done.csv",
+        "cases": place / "cases.csv",
+    }
     before = sorted(path.name for path in tmp_path.iterdir())
     commands = [
         [argument.format(**names) for argument in ["--input={cases}", *arguments]]
@@ -836,7 +864,7 @@ def test_rows_are_the_same_from_every_kind_of_file(kind, tmp_path):
         ("a.csv", b"id,diagnosis\n1,Zebra\n2,Zebra,x\n", "row 3 .*has 3 columns, the header has 2"),
         ("a.csv", b'id,diagnosis\n1,"Zebra\n', "row 2 .*quotes"),
         ("a.csv", b"id,diagnosis\n1,Zebra\n2,Zebra\xff\n", "not UTF-8"),
-        ("a.csv", b"id,id\n1,2\n", "names id more than once"),
+        ("a.csv", b"id,id\n1,2\n", "columns 1, 2 share names"),
         ("a.csv", b"id,diagnosis\n", "no rows"),
         ("a.csv", b"", "no rows"),
         ("a.txt", b"Zebra", "use one of .csv, .xlsx, .parquet, .jsonl"),

@@ -229,7 +229,9 @@ def test_compare_command(tmp_path, cohort):
     assert done.returncode == 1
     replaced, *steps, error = done.stderr.splitlines()
     page = tmp_path / "report" / "report.html"
-    assert replaced == f"{page} is there already; it and the files beside it will be replaced"
+    assert replaced == (
+        f"{page.parent} has a report already, which is replaced once the new one is made"
+    )
     assert steps == [f"reading {folder}, split test" for folder in (first, third)]
     assert error.startswith("error: ")
     assert "no predictions of the original model on split 'test'" in error

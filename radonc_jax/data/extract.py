@@ -179,7 +179,7 @@ def _plain(name: str) -> str:
     return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())
 
 
-def _looks_like_a_record(header: Sequence[str]) -> bool:
+def looks_like_a_record(header: Sequence[str]) -> bool:
     """Whether row 1 is no header, so that an error must not quote it."""
     known = {_plain(name) for name in (*COLUMNS, *"|".join(_USUAL_HEADERS.values()).split("|"))}
     return not known & {_plain(name) for name in header} and any(
@@ -188,7 +188,7 @@ def _looks_like_a_record(header: Sequence[str]) -> bool:
 
 
 def _name_columns(path: Path, header: list[str], columns: dict[str, str]) -> list[str]:
-    if _looks_like_a_record(header) and not set(columns.values()) & set(header):
+    if looks_like_a_record(header) and not set(columns.values()) & set(header):
         raise ValueError(
             f"{path}: row 1 has {len(header)} cells and no known column name; it looks like a "
             "record. Put the names of the columns into row 1, or give another --delimiter"

@@ -21,6 +21,7 @@ from pathlib import Path
 KINDS = (".csv", ".xlsx", ".parquet", ".jsonl", ".tsv")
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 Row = tuple[int, list[str]]  # number, values
+MOST_EMPTY = 1000
 
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -118,9 +119,11 @@ def open_rows(
     layout = find_layout(path, encoding, sheet=sheet, ragged=ragged)
     rows = read_rows(path, layout, ragged=ragged)
     _, columns = next(rows, (1, []))
-    repeated = sorted({name for name in columns if columns.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{path}: the header names {', '.join(repeated)} more than once")
+    repeated = [str(at) for at, name in enumerate(columns, 1) if columns.count(name) > 1]
+    if repeated:  # places alone: row 1 may be a record
+        raise ValueError(
+            f"{path}: columns {', '.join(repeated)} share names in the header; rename all but one"
+        )
     count = sum(1 for _ in rows)
     if not count:
         raise ValueError(f"{path}: there are no rows below the header")
@@ -136,7 +139,8 @@ def read_rows(path: Path, layout: Layout, *, ragged: bool = False) -> Iterator[R
         comes as `Damaged`: of a csv its first line, split at each delimiter, with quotes as they
         stand; bytes that are no text as \\xff; of Parquet or a dataset without the cell that cannot
         be read, unless it is text; of a jsonl no cells. Blank lines, and rows of a workbook without
-        any cell, are empty rows where others follow; otherwise they are none.
+        any cell, are empty rows where others follow, but not over `MOST_EMPTY` in a row (a stray
+        cell far below); otherwise they are none.
 
     Raises:
       ValueError: the file (or its header) is damaged or a row has another length than the header;
@@ -158,8 +162,9 @@ def _with_empty_rows(rows: Iterator[Row]) -> Iterator[Row]:
         if last is None:
             columns = values
         else:
-            for empty in range(last + 1, number):
-                yield empty, [""] * len(columns)
+            empty = range(last + 1, number)
+            for at in empty if len(empty) <= MOST_EMPTY else ():
+                yield at, [""] * len(columns)
         yield number, values
         last = number
 
@@ -413,13 +418,24 @@ def _ragged(path: Path, layout: Layout) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     waiting: deque[str] = deque()  # lines that were read beyond a damaged one
 
+    def next_line(file) -> str:
+        def take() -> str:
+            return waiting.popleft() if waiting else file.readline()
+
+        line = take()
+        if line.endswith("\r") and (following := take()):
+            if following == "\r\n":  # programs that write "\n" as "\r\n" make this of "\r\n"
+                return line + following
+            waiting.appendleft(following)
+        return line
+
     def record(file) -> list[str] | None:
         taken = []
 
         def lines():
             size = 0
             # A quote that nothing closes would swallow the rest of the file.
-            while size < _BLOCK and (line := waiting.popleft() if waiting else file.readline()):
+            while size < _BLOCK and (line := next_line(file)):
                 size += len(line)
                 taken.append(line)
                 yield line

@@ -54,16 +54,21 @@ def plan(
     coarse = _plan(lengths, rows_of, known, overhead, LENGTH_STEP)
     if _places(coarse) <= little:
         return coarse
-    finer = [_plan(lengths, rows_of, known, overhead, step) for step in FINER_STEPS]
-    finer = [found for found in finer if _places(found) <= little]
-    return min(finer, key=lambda found: len(set(found).difference(known)), default=coarse)
+    # Planning takes a second for 2,048 prompts: not for nothing, as with few of them.
+    if _places(cheapest(lengths, _shapes(lengths, rows_of, known, 1), overhead)) > little:
+        return coarse
+    plans = (_plan(lengths, rows_of, known, overhead, step) for step in FINER_STEPS)
+    return next((found for found in plans if _places(found) <= little), coarse)
+
+
+def _shapes(lengths, rows_of, known, step: int) -> list[tuple[int, int]]:
+    widths = {padded_length(length, step) for length in set(lengths)}
+    return sorted({(rows, width) for width in widths for rows in rows_of(width)}.union(known))
 
 
 def _plan(lengths, rows_of, known, overhead: int, step: int) -> list[tuple[int, int]]:
     """As `plan`, with widths that are multiples of `step`."""
-    widths = {padded_length(length, step) for length in set(lengths)}
-    every = {(rows, width) for width in widths for rows in rows_of(width)}
-    found = cheapest(lengths, sorted(every.union(known)), overhead)
+    found = cheapest(lengths, _shapes(lengths, rows_of, known, step), overhead)
     most = (1 + MOST_PADDING) * sum(lengths)
     if _places(found) > most:
         most = (1 + MOST_EXCESS) * _places(found)

@@ -95,6 +95,7 @@ class Part:
       rows: that are written already.
       problems, trimmed, unknown: of those, as `Told` has them.
       other: what is another in the source of that which was thrown away; empty where nothing was.
+      left: rows of it.
     """
 
     def __init__(self, output: Path, source: Mapping):
@@ -103,24 +104,30 @@ class Part:
         self._place = output.with_name(f".{output.name}.place.json")
         self._source = {"format": FORMAT} | dict(source)
         self._main = parallel.is_main_process()
-        self.rows, self.problems, self.trimmed, self.unknown, size = 0, {}, 0, 0, 0
+        self.rows, self.problems, self.trimmed, self.unknown = 0, {}, 0, 0
         self.other: list[str] = []
+        self.left = 0
         self._file = None
-        if self._main:
-            if self._path.is_file() and self._place.is_file():
-                place = json.loads(self._place.read_text(encoding="utf-8"))
-                then = place["source"]
-                names = sorted(then.keys() | self._source.keys())
-                self.other = [name for name in names if then.get(name) != self._source.get(name)]
-                # Without a row there is nothing to go on with: the header is written anew.
-                if place["rows"] and not self.other:
-                    self.rows, size = place["rows"], place["bytes"]
-                    self.problems = place["problems"]
-                    self.trimmed, self.unknown = place["trimmed"], place["unknown"]
-            self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
-            self._file.truncate(size)
-            self.writer = csv.writer(self._file)
-        self.rows, self.other = parallel.on_main(lambda: [self.rows, self.other])
+        self.rows, self.other = parallel.on_main(self._open)
+
+    def _open(self) -> list:
+        """Goes on where it can; (rows, other), as attributes."""
+        rows, size = 0, 0
+        if self._path.is_file() and self._place.is_file():
+            place = json.loads(self._place.read_text(encoding="utf-8"))
+            then = place["source"]
+            names = sorted(then.keys() | self._source.keys())
+            self.other = [name for name in names if then.get(name) != self._source.get(name)]
+            self.left = place["rows"] if self.other else 0
+            # Without a row there is nothing to go on with: the header is written anew.
+            if place["rows"] and not self.other:
+                rows, size = place["rows"], place["bytes"]
+                self.problems = place["problems"]
+                self.trimmed, self.unknown = place["trimmed"], place["unknown"]
+        self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        self._file.truncate(size)
+        self.writer = csv.writer(self._file)
+        return [rows, self.other]
 
     @property
     def told(self) -> Told:
@@ -178,18 +185,19 @@ def answer_rows(
     labels = constraint.labels if constraint else ()
     columns = added_columns(task, bool(labels))
     journal = Journal(output.with_name(f".{output.name}.answers"), source)
-    if not part.rows:
-        part.write([[*rows.columns, *columns]], 0)
     main = parallel.is_main_process()
-    if part.other:
-        journal.clear()
-    if main and (part.other or part.rows or journal.count):
+    if main and (part.rows or journal.count or part.left):
         told = (
-            f"{part.rows} rows of an interrupted run are taken over, {journal.count} answers more"
+            f"{part.rows} rows of an interrupted run are taken over, and up to {journal.count} "
+            "answers more"
         )
         if part.other:
             told = f"what a run with another {', '.join(part.other)} has left is thrown away"
         print(f"{output}: {told}", file=sys.stderr, flush=True)
+    if part.other:
+        journal.clear()  # before the place file is of this source
+    if not part.rows:
+        part.write([[*rows.columns, *columns]], 0)
     with _Progress(
         lines=main,
         total=rows.count,

@@ -11,6 +11,7 @@ from radonc_jax.evaluation.statistics import (
     cohen_h,
     constant_interval,
     mcnemar_exact,
+    paired_interval,
     paired_odds_ratio,
     rank_biserial,
     wilcoxon_one_sided,
@@ -68,7 +69,8 @@ def compare_models(
 
     Case by case on right or wrong: `wilcoxon` (one-sided, tuned greater), `mcnemar` (exact,
     two-sided) and `difference` of accuracies with its paired 95 % bootstrap interval by patient
-    (see `constant_interval` for differences that are the same in every patient); on ROUGE-1:
+    (`paired_interval`; `constant_interval` of differences that are the same in every patient); on
+    ROUGE-1:
     `wilcoxon_rouge1` and `difference_rouge1`. `wilcoxon_by_patient` ranks each patient's mean
     difference in right or wrong: the cases of a patient are not independent, and tests by case
     find too much where a patient has several. Its `p_two_sided` is twice the smaller p of either
@@ -88,23 +90,13 @@ def compare_models(
         )
         for field in ("correct", "rouge1")
     }
-    # Drawing patients and averaging their differences is the paired bootstrap.
-    differences = bootstrap_means(
-        {field: tuned - original for field, (original, tuned) in scores.items()},
-        patients,
-        resamples=bootstrap,
-        seed=seed,
-    )
+    draw = PatientBootstrap(patients, bootstrap, seed)
     tests = {}
     for field, suffix in (("correct", ""), ("rouge1", "_rouge1")):
         original, tuned = scores[field]
         tests["wilcoxon" + suffix] = wilcoxon_one_sided(tuned, original)
-        tests["difference" + suffix] = differences[field]
-        if bootstrap:
-            constant = _constant_interval(tuned - original, patients)
-            tests["difference" + suffix] = differences[field] | (constant or {})
+        tests["difference" + suffix] = _difference(original, tuned, patients, draw)
     original, tuned = scores["correct"]
-    draw = PatientBootstrap(patients, bootstrap, seed)
     by_patient = draw.sums(np.stack([original, tuned, np.ones_like(tuned)], axis=1))
     means = by_patient[:, 1] / by_patient[:, 2], by_patient[:, 0] / by_patient[:, 2]
     better, worse = wilcoxon_one_sided(*means), wilcoxon_one_sided(*means[::-1])
@@ -137,6 +129,26 @@ def _constant_interval(differences: np.ndarray, patients: Sequence[str]) -> dict
     return {"low": low, "high": high}
 
 
+def _difference(
+    original: np.ndarray, tuned: np.ndarray, patients: Sequence[str], draw: PatientBootstrap
+) -> dict:
+    """{value, low, high} of the mean difference of scores from 0 to 1 [N]."""
+    result = {"value": float((tuned - original).mean()), "low": None, "high": None}
+    if not draw.resamples:
+        return result
+    constant = _constant_interval(tuned - original, patients)
+    if constant is not None:
+        return result | constant
+    both = {"original": original, "tuned": tuned}
+    means = bootstrap_means(
+        both, patients, resamples=draw.resamples, seed=draw.seed, shares=tuple(both)
+    )
+    # The same patients are drawn for both: the paired bootstrap.
+    changes = draw.mean_samples(np.stack([original, tuned], axis=1)).T
+    low, high = paired_interval(means["original"], means["tuned"], changes)
+    return result | {"low": low, "high": high}
+
+
 def _f1_differences(pairs: Sequence[tuple[dict, dict]], draw: PatientBootstrap) -> dict:
     names = ("f1_macro", "f1_micro", "f1_weighted")
     if not TASKS[pairs[0][0]["task"]].has_classes:
@@ -148,16 +160,26 @@ def _f1_differences(pairs: Sequence[tuple[dict, dict]], draw: PatientBootstrap) 
         for side in (0, 1)
     ]
     values = [count.scores() for count in counts]
-    samples = [count.samples(draw) for count in counts] if draw.resamples else None
-    result = {}
-    for name in names:
-        value = values[1][name] - values[0][name]
-        low = high = None
-        if samples is not None:
-            sampled, variance = samples[1][name] - samples[0][name], None
-            if name == "f1_macro":
-                change = counts[1].deletions(draw, "f1") - counts[0].deletions(draw, "f1")
-                variance = float(((change - change.mean()) ** 2).sum())
-            low, high = draw.centred_interval(value, sampled, -1, 1, variance)
-        result[name] = {"value": value, "low": low, "high": high}
+    result = {
+        name: {"value": values[1][name] - values[0][name], "low": None, "high": None}
+        for name in names
+    }
+    if not draw.resamples:
+        return result
+    samples = [count.samples(draw) for count in counts]
+    intervals = [
+        count.intervals(draw, sampled) for count, sampled in zip(counts, samples, strict=True)
+    ]
+    for name, score in result.items():
+        changes = np.stack([sampled[name] for sampled in samples])
+        if np.ptp(changes[1] - changes[0]) < 1e-12:
+            score["low"], score["high"] = constant_interval(score["value"], draw.count, -1, 1)
+            continue
+        if name == "f1_macro":
+            changes = np.stack([count.deletions(draw, "f1") for count in counts])
+        models = (
+            {"value": value[name], "low": ends[name][0], "high": ends[name][1]}
+            for value, ends in zip(values, intervals, strict=True)
+        )
+        score["low"], score["high"] = paired_interval(*models, changes)
     return result

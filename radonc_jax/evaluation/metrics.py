@@ -15,8 +15,9 @@ Definitions:
   (regimen) has no classes, so the values are null there.
 * unparseable_share, unfinished_share: of all cases; unfinished answers hit the token limit.
 
-Intervals come from a bootstrap by patient that keeps the set of classes fixed; they are Wilson's
-with its variance, but for scores of 0 or 1. See `statistics` and `ClassCounts.intervals`.
+Intervals come from a bootstrap by patient that keeps the set of classes fixed, for macro scores
+from leaving out each patient; they are Wilson's with the variance of it, but for scores of 0 or 1.
+See `statistics` and `ClassCounts.intervals`.
 """
 
 import functools
@@ -262,17 +263,19 @@ class ClassCounts:
                 samples[f"{name}_micro"].append(_ratio(numerator.sum(0), denominator.sum(0)))
         return {name: np.concatenate(chunks) for name, chunks in samples.items()}
 
-    def intervals(self, draw: PatientBootstrap) -> dict[str, tuple[float, float]]:
-        """The 95 % intervals of CLASS_SCORES.
+    def intervals(
+        self, draw: PatientBootstrap, samples: dict[str, np.ndarray] | None = None
+    ) -> dict[str, tuple[float, float]]:
+        """The 95 % intervals of CLASS_SCORES; `samples` are those of `draw`, made if not given.
 
         All are `share_interval`. Micro and weighted scores are of cases as the accuracy is (and
         micro and weighted recall are the accuracy), and have the variance of the samples. Of macro
         scores that is too small, where classes are of a case or two, down to a third: a single case
         is right in every resample that holds it, and it is too large near 1, where resamples that
-        lack a class have it score 0. Theirs is made of `deletions`. A value of 1 of which resamples
-        are below (precision) has an interval that is centred on it.
+        lack a class have it score 0. Theirs is made of `deletions`. It is not defined for
+        values of 0 and 1: where resamples differ from these, the interval is centred on them.
         """
-        samples = self.samples(draw)
+        samples = self.samples(draw) if samples is None else samples
         result = {}
         for name, (value, *influence) in self._influence(draw).items():
             if not 1e-9 < value < 1 - 1e-9:
@@ -318,9 +321,7 @@ class ClassCounts:
         value, gone = _ratio(over, under), left[2] == 0
         mean = _ratio(*_fractions(*totals)[score]).mean()
         kept = _ratio(np.maximum(under_left, 0.5), np.maximum(under, 0.5))
-        change = np.sqrt(0.125 + 0.875 * np.minimum(kept, 1)) * (
-            _ratio(over_left, under_left) - value
-        )
+        change = np.sqrt(0.125 + 0.875 * kept) * (_ratio(over_left, under_left) - value)
         change = np.where(gone, mean - value, change)
 
         def by_patient(values):

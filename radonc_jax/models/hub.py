@@ -30,8 +30,8 @@ def resolve(model: str, workdir: Path | None = None, option: str = "--config.mod
 
     A hub id is asked for once: a snapshot in the local cache is used without a look at the network,
     and a run goes on with the revision it began with. A folder never touches the network, nor does
-    one that is not there: what begins with "/", "." or "~", has not one "/", or would lie in a
-    folder that is there is no hub id (the latter unless it is pinned).
+    one that is not there: what begins with "/", "." or "~" or has not one "/" is no hub id, nor is
+    what would lie in a folder that is there, unless it is pinned or in the cache.
 
     Args:
       model: folder; or hub id, which may be pinned as `owner/name@revision`.
@@ -62,11 +62,6 @@ def resolve(model: str, workdir: Path | None = None, option: str = "--config.mod
         raise FileNotFoundError(advice)
     name, _, wanted = model.partition("@")
     wanted = wanted or revision_then
-    if not wanted and folder.parent.is_dir():
-        raise FileNotFoundError(
-            f"{advice}. If it is a hub id, it has to be pinned ({model}@revision): it is taken for "
-            f"a path, because there is a folder {str(folder.parent)!r} here"
-        )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -84,6 +79,11 @@ def resolve(model: str, workdir: Path | None = None, option: str = "--config.mod
         raise FileNotFoundError(advice) from None
     except (OSError, ValueError, KeyError):
         pass
+    if not wanted and folder.parent.is_dir():
+        raise FileNotFoundError(
+            f"{advice}. If it is a hub id, it has to be pinned ({model}@revision): it is taken for "
+            f"a path, because there is a folder {str(folder.parent)!r} here"
+        )
     reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
         reason = f"{constants.ENDPOINT} could not be reached"
@@ -115,7 +115,8 @@ def _recorded(workdir: Path, model: str) -> dict:
 def _near(folder: Path) -> Path | None:
     """A model's folder beside where `folder` would lie whose name is much like it."""
     try:
-        names = [path.parent.name for path in folder.parent.glob("*/config.json")]
+        configs = list(folder.parent.glob("*/config.json"))
+        names = [path.parent.name for path in configs if any(path.parent.glob("*.safetensors"))]
     except OSError:
         return None
     close = difflib.get_close_matches(folder.name, names, n=1)
