@@ -377,11 +377,9 @@ def _train(config, workdir: Path, dry_run: bool, traced, preemption) -> None:
             what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
             raise not_finite(number, what, train_batches.case_ids(number - 1))
         tokens = train_batches.useful_tokens(number - 1)
-        values |= {
-            "learning_rate": float(schedule(number - 1)),
-            "tokens": tokens,
-            "tokens_per_second": pace.step(tokens),
-        }
+        values |= {"tokens": tokens, "tokens_per_second": pace.step(tokens)}
+        # After the time is taken: the schedule is a program too, which waits for the next step.
+        values["learning_rate"] = float(schedule(number - 1))
         peak = meters.peak_memory_bytes()
         if peak is not None:
             values["peak_memory_bytes"] = peak
