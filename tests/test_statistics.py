@@ -490,9 +490,9 @@ def accuracy_differences(original, tuned, index, expected, most=0.97):
     return found
 
 
-@pytest.mark.parametrize(("mean", "cases"), [(0.98, 200), (0.95, 100), (0.9, 210)])
+@pytest.mark.parametrize(("mean", "cases"), [(0.982, 200), (0.945, 100), (0.962, 100)])
 def test_intervals_of_the_difference_to_a_model_that_is_never_right_cover_near_1(mean, cases):
-    """As an untuned one often is. The central 95 % of paired resamples cover 0.89 to 0.94."""
+    """As an untuned one often is. The central 95 % of paired resamples cover 0.91 to 0.93."""
     tuned = np.random.default_rng(3).random((1000, cases)) < mean
     accuracy_differences(np.zeros_like(tuned), tuned, np.arange(cases), mean, most=0.98)
 
